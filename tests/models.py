@@ -1,0 +1,229 @@
+"""Small stock fairchem models and small structures for everyone's tests.
+
+Every model is built through fairchem's registry, with a fixed seed, in the dtype asked for, and
+runs in milliseconds. Channel widths differ (atoms, edges), so that a mix-up shows as a shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ase
+import numpy as np
+import torch
+from ase.build import add_adsorbate, fcc100, fcc111
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+from fairchem.core.common.registry import registry
+from fairchem.core.common.utils import setup_imports
+from fairchem.core.datasets.lmdb_dataset import data_list_collater
+from fairchem.core.modules.scaling import ScaleFactor
+from torch import nn
+from torch_geometric.data import Data
+
+PAINN = {
+    "name": "painn",
+    "hidden_channels": 16,
+    "num_layers": 3,
+    "num_rbf": 8,
+    "cutoff": 4.5,
+    "max_neighbors": 60,
+    "use_pbc": True,
+    "otf_graph": True,
+    "regress_forces": True,
+    "direct_forces": True,
+}
+SCHNET = {
+    "name": "schnet",
+    "hidden_channels": 20,
+    "num_filters": 12,
+    "num_interactions": 3,
+    "num_gaussians": 10,
+    "cutoff": 4.5,
+    "use_pbc": True,
+    "otf_graph": True,
+    "regress_forces": True,
+}
+GEMNET_OC = {
+    "name": "gemnet_oc",
+    "num_spherical": 3,
+    "num_radial": 6,
+    "num_blocks": 2,
+    "emb_size_atom": 12,
+    "emb_size_edge": 20,
+    "emb_size_trip_in": 4,
+    "emb_size_trip_out": 4,
+    "emb_size_quad_in": 4,
+    "emb_size_quad_out": 4,
+    "emb_size_aint_in": 4,
+    "emb_size_aint_out": 4,
+    "emb_size_rbf": 4,
+    "emb_size_cbf": 4,
+    "emb_size_sbf": 4,
+    "num_before_skip": 1,
+    "num_after_skip": 1,
+    "num_concat": 1,
+    "num_atom": 1,
+    "num_output_afteratom": 1,
+    "num_atom_emb_layers": 1,
+    "num_global_out_layers": 1,
+    "cutoff": 4.5,
+    "cutoff_qint": 3.5,
+    "cutoff_aeaint": 4.5,
+    "cutoff_aint": 5.0,
+    # Never reached: a cut through equally distant neighbours would depend on the atoms' order.
+    "max_neighbors": 200,
+    "max_neighbors_qint": 200,
+    "max_neighbors_aeaint": 200,
+    "max_neighbors_aint": 200,
+    "rbf": {"name": "gaussian"},
+    "envelope": {"name": "polynomial", "exponent": 5},
+    "cbf": {"name": "spherical_harmonics"},
+    "sbf": {"name": "legendre_outer"},
+    "extensive": True,
+    "output_init": "HeOrthogonal",
+    "activation": "silu",
+    "quad_interaction": True,
+    "atom_edge_interaction": True,
+    "edge_atom_interaction": True,
+    "atom_interaction": True,
+    "qint_tags": [1, 2],
+    "use_pbc": True,
+    "otf_graph": True,
+    "regress_forces": True,
+    "direct_forces": True,
+}
+
+#: Every flavour by name: the `model` block of a fairchem config.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "painn": PAINN,
+    "painn_gradient": {**PAINN, "direct_forces": False},
+    "painn_energy": {**PAINN, "regress_forces": False},
+    "schnet": SCHNET,
+    "schnet_energy": {**SCHNET, "regress_forces": False},
+    "gemnet_oc": GEMNET_OC,
+    "gemnet_oc_gradient": {**GEMNET_OC, "direct_forces": False},
+    "gemnet_oc_energy": {**GEMNET_OC, "direct_forces": False, "regress_forces": False},
+}
+
+
+def model_config(flavour: str, **overrides: Any) -> dict[str, Any]:
+    """A fresh copy of the `model` block named ``flavour`` (a key of `CONFIGS`)."""
+    return {**copy.deepcopy(CONFIGS[flavour]), **overrides}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """fairchem's models create some tensors in torch's default dtype; hold it at ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_model(config: dict[str, Any], *, seed: int = 0, fitted: bool = True) -> nn.Module:
+    """A model from its `model` block, through fairchem's registry; torch's generator is kept."""
+    setup_imports()
+    config = copy.deepcopy(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = registry.get_model_class(config.pop("name"))(**config)
+    return fit_scales(model) if fitted else model
+
+
+def small_model(
+    flavour: str,
+    *,
+    seed: int = 0,
+    fitted: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> nn.Module:
+    """The small stock model named ``flavour`` (a key of `CONFIGS`).
+
+    ``fitted`` sets the scale factors to 1 (see `fit_scales`); in float64 the forward has to run
+    inside ``default_dtype(torch.float64)``, and GemNet-OC's last linear heads, to whose input
+    fairchem applies ``.float()``, stay float32.
+    """
+    model = build_model(model_config(flavour, **overrides), seed=seed, fitted=fitted)
+    if dtype != torch.float32:
+        model.to(dtype)
+        if flavour.startswith("gemnet_oc"):
+            model.out_energy.float()
+            if hasattr(model, "out_forces"):
+                model.out_forces.float()
+    return model
+
+
+def fit_scales(model: nn.Module, value: float = 1.0) -> nn.Module:
+    """Set every unfitted `ScaleFactor` to ``value``, so that the model counts as fitted."""
+    for module in model.modules():
+        if isinstance(module, ScaleFactor) and not module.fitted:
+            module.scale_factor.data.fill_(value)
+    return model
+
+
+def structures(count: int = 3, *, seed: int = 0, std: float = 0.1) -> list[ase.Atoms]:
+    """Up to 4 rattled slabs of 12 metal atoms with H, O or OH, an EMT calculator attached.
+
+    Tags 0 (sub-surface), 1 (surface), 2 (adsorbate); the lowest layer is fixed. No two distances
+    are equal but those between periodic images of one atom.
+    """
+    rng = np.random.default_rng(seed)
+    recipes = [
+        (fcc111, "Cu", 3.7, "O"),
+        (fcc100, "Pt", 4.0, "OH"),
+        (fcc111, "Pt", 4.0, "H"),
+        (fcc100, "Cu", 3.7, "OH"),
+    ]
+    slabs = []
+    for surface, metal, lattice, adsorbate in recipes[:count]:
+        slab = surface(metal, (2, 2, 3), a=lattice, vacuum=5.0)
+        slab.pbc = True
+        layer = slab.get_tags()  # ase counts layers from the top
+        molecule = ase.Atoms(
+            adsorbate, positions=[(0.2, 0.1, 0.97 * i) for i in range(len(adsorbate))]
+        )
+        add_adsorbate(slab, molecule, height=1.4, position="bridge")
+        tags = np.full(len(slab), 2)
+        tags[: len(layer)] = layer == 1
+        slab.set_tags(tags)
+        slab.positions += rng.normal(0.0, std, slab.positions.shape)
+        slab.set_constraint(FixAtoms(indices=np.flatnonzero(layer == layer.max())))
+        slab.calc = EMT()
+        slabs.append(slab)
+    return slabs
+
+
+def to_data(atoms: ase.Atoms, index: int = 0, *, dtype: torch.dtype = torch.float32) -> Data:
+    """One labelled fairchem sample; ``pos``, ``energy`` (eV) and ``forces`` (eV/Å) in ``dtype``.
+
+    The cell stays float32, because fairchem's neighbour search multiplies it with float32 tensors.
+    """
+    fixed = np.zeros(len(atoms))
+    for constraint in atoms.constraints:
+        fixed[constraint.index] = 1
+    return Data(
+        pos=torch.tensor(atoms.positions, dtype=dtype),
+        cell=torch.tensor(np.array(atoms.cell), dtype=torch.float32).view(1, 3, 3),
+        atomic_numbers=torch.tensor(atoms.numbers, dtype=torch.float32),
+        natoms=len(atoms),
+        tags=torch.tensor(atoms.get_tags(), dtype=torch.long),
+        fixed=torch.tensor(fixed, dtype=torch.float32),
+        energy=torch.tensor(atoms.get_potential_energy(), dtype=dtype),
+        forces=torch.tensor(atoms.get_forces(apply_constraint=False), dtype=dtype),
+        sid=index,
+        fid=0,
+    )
+
+
+def batch(slabs: list[ase.Atoms] | None = None, *, dtype: torch.dtype = torch.float32) -> Data:
+    """``slabs`` (default: `structures()`) as one fairchem batch with fresh tensors."""
+    slabs = structures() if slabs is None else slabs
+    samples = [to_data(atoms, index, dtype=dtype) for index, atoms in enumerate(slabs)]
+    return data_list_collater(samples, otf_graph=True)
