@@ -8,7 +8,8 @@ in a node tensor ``g`` too. With ``t(e)`` the target atom of edge ``e`` there ar
     edges(w, g)[e, c]    = sum over k of w[e, k] g[t(e), k, c]       (E, C)
     weights(f, g)[e, k]  = sum over c of f[e, c] g[t(e), k, c]       (E, K)
 
-and the derivatives of each are the other two, so autograd works to any order. There are no float
+and the derivatives of each are the other two, so autograd works to any order (in the code,
+``weights`` None means K = 1 and all ones, which are never differentiated). There are no float
 atomics (whose result varies from run to run on a GPU) and there is no (E, 3, C) tensor, forward or
 backward.
 """
@@ -27,7 +28,7 @@ with warnings.catch_warnings():  # torch says once per process that CSR support 
 
 
 class _Order(NamedTuple):
-    """The edges of one call, and their order by target atom."""
+    """The edges of one call, and their order by target atom (the CSR order)."""
 
     target: Tensor  # (E,) target atom of each edge, as given
     perm: Tensor  # (E,) edges, stably sorted by target atom
@@ -55,58 +56,65 @@ def _sparse_product(
         return matrix @ dense
 
 
-def _nodes_cpu(weights: Tensor, features: Tensor, order: _Order) -> Tensor:
+def _nodes_cpu(weights: Tensor | None, features: Tensor, order: _Order) -> Tensor:
     """One CSR product with K rows per atom: reads each edge's features from memory once."""
-    (num_edges, k), num_nodes = weights.shape, order.offsets.numel() - 1
-    starts, degree = order.offsets[:-1], order.degree
-    rank = torch.arange(num_edges) - starts.repeat_interleave(degree)  # within the atom
-    ks = torch.arange(k)
-    entry = (rank + k * starts.repeat_interleave(degree))[:, None]
-    entry = (entry + ks * degree.repeat_interleave(degree)[:, None]).view(-1)
+    num_edges, starts, degree = features.shape[0], order.offsets[:-1], order.degree
+    if weights is None:
+        ones = features.new_ones(num_edges)
+        return _sparse_product(order.offsets, order.perm, ones, num_edges, features)[:, None]
+    k = weights.shape[1]
+    first, step = (x.repeat_interleave(degree) for x in (starts, degree))
+    rank = torch.arange(num_edges) - first  # of each edge within its atom
+    entry = (rank + k * first)[:, None] + step[:, None] * torch.arange(k)
+    entry = entry.view(-1)
     columns = torch.empty_like(entry)
     columns[entry] = order.perm.repeat_interleave(k)
     values = weights.new_empty(num_edges * k)
     values[entry] = weights.index_select(0, order.perm).view(-1)
-    row_starts = (starts[:, None] * k + degree[:, None] * ks).view(-1)
+    row_starts = (starts[:, None] * k + degree[:, None] * torch.arange(k)).view(-1)
     row_starts = torch.cat([row_starts, row_starts.new_tensor([num_edges * k])])
     product = _sparse_product(row_starts, columns, values, num_edges, features)
-    return product.view(num_nodes, k, -1)
+    return product.view(len(degree), k, -1)
 
 
-def _nodes_segments(weights: Tensor, features: Tensor, order: _Order) -> Tensor:
+def _nodes_segments(weights: Tensor | None, features: Tensor, order: _Order) -> Tensor:
     """One segmented reduction per component, in CSR order: deterministic on every device."""
     ordered = features.index_select(0, order.perm)
+    if weights is None:
+        return _segment_sum(ordered, order)[:, None]
     factors = weights.index_select(0, order.perm)
-    sums = [
-        torch.segment_reduce(
-            ordered * factors[:, k, None], "sum", lengths=order.degree, unsafe=True, initial=0
-        )
-        for k in range(weights.shape[1])
-    ]
-    return torch.stack(sums, dim=1)
+    parts = [_segment_sum(ordered * factor[:, None], order) for factor in factors.unbind(1)]
+    return torch.stack(parts, dim=1)
+
+
+def _segment_sum(ordered: Tensor, order: _Order) -> Tensor:
+    # unsafe: the lengths are right by construction, and checking them would wait for the device
+    return torch.segment_reduce(ordered, "sum", lengths=order.degree, unsafe=True, initial=0)
+
+
+def _edges(weights: Tensor | None, nodes: Tensor, order: _Order) -> Tensor:
+    """One gather, or on CPU one CSR product with K entries per edge, which is faster than K."""
+    if weights is None:
+        return nodes[:, 0].index_select(0, order.target)
+    if nodes.device.type == "cpu":
+        return _edges_cpu(weights, nodes, order)
+    total = weights[:, :1] * nodes[:, 0].index_select(0, order.target)
+    for k in range(1, weights.shape[1]):
+        total = torch.addcmul(total, weights[:, k, None], nodes[:, k].index_select(0, order.target))
+    return total
 
 
 def _edges_cpu(weights: Tensor, nodes: Tensor, order: _Order) -> Tensor:
-    """One CSR product with K entries per edge."""
     num_edges, k = weights.shape
     columns = (order.target[:, None] * k + torch.arange(k)).view(-1)
     row_starts = torch.arange(num_edges + 1) * k
-    return _sparse_product(
-        row_starts, columns, weights.reshape(-1), nodes.shape[0] * k, nodes.flatten(0, 1)
-    )
-
-
-def _edges_gather(weights: Tensor, nodes: Tensor, order: _Order) -> Tensor:
-    gathered = [
-        weights[:, k, None] * nodes[:, k].index_select(0, order.target)
-        for k in range(weights.shape[1])
-    ]
-    return torch.stack(gathered).sum(0) if len(gathered) > 1 else gathered[0]
+    dense = nodes.reshape(-1, nodes.shape[-1])
+    return _sparse_product(row_starts, columns, weights.reshape(-1), dense.shape[0], dense)
 
 
 class _Nodes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, features: Tensor, order: _Order) -> Tensor:
+    def forward(ctx: Any, weights: Tensor | None, features: Tensor, order: _Order) -> Tensor:
         ctx.save_for_backward(weights, features)
         ctx.order = order
         run = _nodes_cpu if features.device.type == "cpu" else _nodes_segments
@@ -124,11 +132,10 @@ class _Nodes(torch.autograd.Function):
 
 class _Edges(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, nodes: Tensor, order: _Order) -> Tensor:
+    def forward(ctx: Any, weights: Tensor | None, nodes: Tensor, order: _Order) -> Tensor:
         ctx.save_for_backward(weights, nodes)
         ctx.order = order
-        run = _edges_cpu if nodes.device.type == "cpu" else _edges_gather
-        return run(weights, nodes, order)
+        return _edges(weights, nodes, order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -216,16 +223,17 @@ def edge_to_node(
     """
     _check(edge_features, target_index, num_nodes, edge_vectors, reduce)
     dtype = torch.float64 if edge_features.dtype == torch.float64 else torch.float32
-    features = edge_features.to(dtype)
-    ones = features.new_ones(features.shape[0], 1)
-    weights = ones if edge_vectors is None else torch.cat([ones, edge_vectors.to(dtype)], dim=1)
-    if features.numel() == 0 or num_nodes == 0:
-        # an empty sum, still connected to its inputs
-        nodes = features.new_zeros(num_nodes, weights.shape[1], features.shape[1])
-        nodes = nodes + 0 * (features.sum() + weights.sum())
+    features = edge_features.to(dtype).contiguous()
+    weights = None
+    if edge_vectors is not None:
+        weights = torch.cat([features.new_ones(len(features), 1), edge_vectors.to(dtype)], dim=1)
+    if features.numel() == 0:
+        # empty sums, still connected to their inputs
+        nodes = features.new_zeros(num_nodes, 1 if weights is None else 4, features.shape[1])
+        nodes = nodes + features.sum() + (0 if edge_vectors is None else 0 * edge_vectors.sum())
     else:
         order = _sort_by_target(target_index, num_nodes)
-        nodes = _Nodes.apply(weights, features.contiguous(), order)
+        nodes = _Nodes.apply(weights, features, order)
         if reduce == "mean":
             nodes = nodes / order.degree.clamp(min=1).to(dtype)[:, None, None]
     nodes = nodes.to(edge_features.dtype)
