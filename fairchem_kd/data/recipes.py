@@ -1,0 +1,110 @@
+"""The recipes that `fairchem-kd data` and the `build` key know, and their options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from ..errors import UserError, did_you_mean
+from . import slabs
+from .frames import Trajectory
+
+MakeTrajectory = Callable[[int, int, int], Trajectory]  #: (seed, split number, index)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a data set."""
+
+    name: str
+    sizes: Mapping[str, int]  #: frames of each split by default; the first is ``train``
+    make: Callable[[str], MakeTrajectory]  #: for the name of a split
+    frames_per_trajectory: int  #: at most
+    atoms_per_frame: int  #: about, to estimate the disk space
+    method: str
+    note: str
+    distributions: tuple[str, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)  #: more for the card
+    check: Callable[[], None] = lambda: None  #: raises UserError when something is not installed
+
+
+def _make_slab(split: str) -> MakeTrajectory:
+    return partial(slabs.make_trajectory, held_out=split == "test_ood")
+
+
+SLABS = Recipe(
+    name="slabs",
+    sizes={"train": 3000, "val": 500, "test": 500, "test_ood": 500},
+    make=_make_slab,
+    frames_per_trajectory=slabs.FRAMES_PER_TRAJECTORY,
+    atoms_per_frame=20,
+    method="EMT of ASE (effective-medium theory)",
+    note=(
+        "Adsorbates on strained metal and binary-alloy slabs. EMT's parameters for H, C, N and O "
+        "are made up (see ASE's documentation): a many-body potential to learn, not chemistry. "
+        "Forces are given for every atom, without constraints; sub-surface atoms (tag 0) are "
+        "fixed. test_ood holds the pairs of adsorbate and metal that no other split has."
+    ),
+    distributions=("ase", "numpy"),
+    facts={
+        "metals": sorted(slabs.METALS),
+        "adsorbates": sorted(slabs.ADSORBATES),
+        "facets": sorted(slabs.FACETS),
+        "held_out_pairs": sorted(f"{adsorbate}/{metal}" for adsorbate, metal in slabs.HELD_OUT),
+        "max_force": slabs.MAX_FORCE,
+    },
+)
+
+RECIPES = {recipe.name: recipe for recipe in (SLABS,)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """A recipe with its seed and sizes: what, with the versions, determines every label."""
+
+    recipe: Recipe
+    seed: int
+    sizes: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.name, "seed": self.seed, **self.sizes}
+
+
+def _integer(value: object, where: str, low: int) -> int:
+    try:
+        number = int(value) if isinstance(value, (int, str)) else None
+    except ValueError:
+        number = None
+    if number is None or isinstance(value, bool) or number < low:
+        raise UserError(f"{where} is {value!r}, but must be a whole number of at least {low}.")
+    return number
+
+
+def parse_options(mapping: object, where: str) -> Options:
+    """Check a ``build`` mapping: ``{recipe: slabs, seed: 0, train: 3000, ...}``.
+
+    Raises:
+        UserError: an unknown recipe or key, or a value that is out of range.
+    """
+    if not isinstance(mapping, Mapping):
+        raise UserError(f"{where} is {mapping!r}, but must be a mapping such as {{recipe: slabs}}.")
+    name = mapping.get("recipe")
+    if name is None:
+        raise UserError(f"{where} has no recipe; give one of: {', '.join(sorted(RECIPES))}.")
+    if name not in RECIPES:
+        raise UserError(f"{where}.recipe: unknown '{name}'{did_you_mean(str(name), RECIPES)}.")
+    recipe = RECIPES[str(name)]
+    known = ["recipe", "seed", *recipe.sizes]
+    for key in mapping:
+        if key not in known:
+            raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), known)}.")
+    seed = _integer(mapping.get("seed", 0), f"{where}.seed", 0)
+    # Each quarter of the training set must hold a whole trajectory.
+    least = {split: 1 for split in recipe.sizes} | {"train": 4 * recipe.frames_per_trajectory}
+    sizes = {
+        split: _integer(mapping.get(split, default), f"{where}.{split}", least[split])
+        for split, default in recipe.sizes.items()
+    }
+    return Options(recipe, seed, sizes)
