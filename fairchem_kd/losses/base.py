@@ -1,0 +1,223 @@
+"""What every distillation loss is: typed options, what it needs, and parts to be averaged.
+
+A new loss is a subclass of :class:`Loss` under ``@register_loss("name")``; a config then uses it
+as ``kind: name``. A loss of another package is named by its dotted path, ``kind:
+package.module.Class``, which imports it in every process.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.losses.elementwise import FUNCTIONS
+from fairchem_kd.schedule import Schedule
+from fairchem_kd.schema import option, parse
+
+if TYPE_CHECKING:
+    from fairchem_kd.features import FeatureSpec, Request
+
+# Coefficients where a config gives none, per kind: those of standardised features are on one scale
+# whatever the pair of models; those of the outputs multiply the training loss's own coefficients.
+DEFAULT_COEFFICIENTS = {
+    "n2n": 30.0,
+    "e2n": 30.0,
+    "v2v": 30.0,
+    "vanilla": 1.0,
+    "per_atom_energy": 1.0,
+}
+
+
+@dataclass
+class LossOptions:
+    """What every term has."""
+
+    coefficient: float = option(1.0, ge=0, help="factor on the loss; 0 switches the term off")
+    schedule: Schedule = option(  # noqa: RUF009 (a field, not a shared value)
+        factory=Schedule, help="how the coefficient changes over training"
+    )
+
+
+@dataclass
+class ElementwiseOptions(LossOptions):
+    """What a term that compares tensors element by element has."""
+
+    fn: str = option("mse", choices=FUNCTIONS, help="how two values are compared")
+    delta: float = option(1.0, gt=0, help="huber only: where the square ends and the line begins")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One local sum of a loss, before its mean over ranks.
+
+    The mean over all elements of all ranks is the sum of ``total`` over ranks divided by the sum
+    of ``count`` over ranks; with ``count`` None the part is a plain sum over ranks.
+    """
+
+    name: str  # within the term; empty where it has but one part
+    weight: float  # within the term; the term's coefficient and schedule come on top
+    total: Tensor  # (), local sum over elements, with its gradient
+    count: Tensor | int | None  # local number of elements
+
+
+@dataclass
+class LossInputs:
+    """What the losses of one batch see.
+
+    Outputs are in the student's normalised units, the teacher's too: energy ``(B, 1)``, forces
+    ``(N, 3)``; so are the energies per atom, ``(N, 1)``.
+    """
+
+    batch: Any  # with natoms (B,) and fixed (N,)
+    student: Mapping[Request, Tensor] = field(default_factory=dict)
+    teacher: Mapping[Request, Tensor] = field(default_factory=dict)
+    student_outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher_outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    student_atom_energy: Tensor | None = None
+    teacher_atom_energy: Tensor | None = None
+
+
+class Loss(nn.Module):
+    """A term of ``task.distillation.losses``.
+
+    Its life: options are parsed (:meth:`from_options`); the trainer reads what it needs
+    (:meth:`student_requests`, :meth:`teacher_requests`, :attr:`needs_outputs`,
+    :attr:`needs_atom_energy`); :meth:`build` makes its modules once the channels are known;
+    :meth:`set_label_losses` hands over the training loss; where :attr:`needs_statistics`,
+    :meth:`update_statistics` sees some batches of the teacher, then :meth:`finalize_statistics`;
+    after that it is called once per batch. Nothing in it waits for the device or for other ranks.
+
+    Args:
+        options: of the class :attr:`Options`.
+        where: the term's place in the config, for messages.
+    """
+
+    kind: ClassVar[str]
+    Options: ClassVar[type[LossOptions]] = LossOptions
+
+    def __init__(self, options: LossOptions, where: str) -> None:
+        super().__init__()
+        self.options: Any = options
+        self.where = where
+
+    @classmethod
+    def from_options(cls, given: Any, where: str) -> Loss:
+        """The term from its mapping in the config.
+
+        Raises:
+            UserError: an unknown key or a value that does not fit.
+        """
+        return cls(parse(cls.Options, given, where), where)
+
+    @property
+    def coefficient(self) -> float:
+        return self.options.coefficient
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.options.schedule
+
+    @property
+    def needs_outputs(self) -> tuple[str, ...]:
+        """Names of the outputs (``energy``, ``forces``) that it compares."""
+        return ()
+
+    @property
+    def needs_atom_energy(self) -> bool:
+        return False
+
+    @property
+    def needs_statistics(self) -> bool:
+        return False
+
+    def student_requests(self) -> list[Request]:
+        return []
+
+    def teacher_requests(self) -> list[Request]:
+        return []
+
+    def build(
+        self,
+        student_specs: Mapping[Request, FeatureSpec],
+        teacher_specs: Mapping[Request, FeatureSpec],
+        generator: torch.Generator,
+    ) -> None:
+        """Make projection and standardizer, the random numbers from ``generator`` alone."""
+
+    def set_label_losses(
+        self,
+        label_losses: Sequence[tuple[str, Mapping[str, Any]]],
+        outputs: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Take the trainer's ``(target, {"fn", "coefficient"})`` pairs and ``output_targets``."""
+
+    def update_statistics(self, teacher: Mapping[Request, Tensor], batch: Any) -> None:
+        """Take in one batch of the teacher's features."""
+
+    def finalize_statistics(self) -> None:
+        """Fix the statistics."""
+
+    def forward(self, inputs: LossInputs) -> list[Part]:
+        raise NotImplementedError
+
+
+def masked_sum(values: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | int]:
+    """Sum and number of the elements of ``values`` ``(N, ...)``, in the ``rows`` ``(N,)`` or all.
+
+    Without indexing by a mask, which would wait for the device.
+    """
+    if rows is None:
+        return values.sum(), values.numel()
+    shaped = rows.view(-1, *(1,) * (values.dim() - 1))
+    per_row = values[0].numel() if len(values) else 0
+    return torch.where(shaped, values, 0).sum(), rows.sum() * per_row
+
+
+_LOSSES: dict[str, type[Loss]] = {}
+_L = TypeVar("_L", bound=type[Loss])
+
+
+def register_loss(kind: str) -> Callable[[_L], _L]:
+    """Make a subclass of :class:`Loss` known to configs as ``kind``."""
+
+    def register(cls: _L) -> _L:
+        if _LOSSES.get(kind, cls).__qualname__ != cls.__qualname__:
+            raise ValueError(f"a loss named '{kind}' exists already: {_LOSSES[kind]}")
+        cls.kind = kind
+        _LOSSES[kind] = cls
+        return cls
+
+    return register
+
+
+def known_losses() -> dict[str, type[Loss]]:
+    """Every registered kind and its class."""
+    return dict(_LOSSES)
+
+
+def loss_class(kind: str, where: str) -> type[Loss]:
+    """The class of a kind, or of the dotted path of a class.
+
+    Raises:
+        UserError: no such kind, or nothing of that path that is a :class:`Loss`.
+    """
+    if kind in _LOSSES:
+        return _LOSSES[kind]
+    module, _, name = kind.rpartition(".")
+    if not module:
+        raise UserError(f"{where} has the unknown kind '{kind}'{did_you_mean(kind, _LOSSES)}.")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{where}.kind: '{kind}' cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, Loss)):
+        raise UserError(f"{where}.kind: '{kind}' is not a subclass of fairchem_kd.losses.Loss.")
+    if not hasattr(found, "kind"):
+        found.kind = kind
+    return found
