@@ -1,0 +1,34 @@
+"""Features of stock fairchem models: what each architecture offers, and how it is tapped."""
+
+from __future__ import annotations
+
+from fairchem_kd.features import gemnet_oc, painn, schnet  # noqa: F401  (they register themselves)
+from fairchem_kd.features.address import Feature, FeatureSpec, Kind, Request
+from fairchem_kd.features.architecture import (
+    Architecture,
+    Graph,
+    Tap,
+    architecture_of,
+    register_architecture,
+    unwrap,
+)
+from fairchem_kd.features.extractor import Captured, FeatureExtractor, available_features
+from fairchem_kd.features.wrappers import STOCK_NAMES, stock_model_config
+
+__all__ = [
+    "STOCK_NAMES",
+    "Architecture",
+    "Captured",
+    "Feature",
+    "FeatureExtractor",
+    "FeatureSpec",
+    "Graph",
+    "Kind",
+    "Request",
+    "Tap",
+    "architecture_of",
+    "available_features",
+    "register_architecture",
+    "stock_model_config",
+    "unwrap",
+]

@@ -1,0 +1,206 @@
+"""What a file about one architecture says: where each of its features can be tapped.
+
+A `Tap` attaches to a stock, unmodified model: a forward hook on a module, or, where a value never
+leaves a method, a wrapper around that bound method on that one instance. Nothing is attached until
+a capture begins, and everything is detached when it ends.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from fairchem.core.models.base import HydraModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.features.address import FeatureSpec, Kind
+
+
+class Handle(Protocol):
+    """What undoes an attachment."""
+
+    def remove(self) -> None: ...
+
+
+class Graph(NamedTuple):
+    """A model's edges, with the conventions of `fairchem_kd.features.address.Feature`."""
+
+    edge_index: Tensor  # (2, E)
+    edge_vectors: Tensor  # (E, 3), unit, source to target
+    cell_offsets: Tensor  # (E, 3)
+
+
+Emit = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One feature of one model, and how it is read.
+
+    ``attach(emit)`` makes every forward call ``emit(values)``, and returns the handle that ends
+    this. ``to_edges`` turns such values of atoms into values of edges.
+    """
+
+    spec: FeatureSpec
+    attach: Callable[[Emit], Handle]
+    to_edges: Callable[[Tensor, Graph], Tensor] | None = None
+
+
+class Architecture(ABC):
+    """The features that one model offers.
+
+    Subclasses fill ``taps`` (by address, in the order in which they are listed to the user),
+    ``aliases`` (a vector address that is an edge address summed with unit vectors) and ``absent``
+    (features that a user may expect here, and why they are not offered).
+    """
+
+    #: fairchem's model class, of which subclasses (backbones, wrappers) are meant too
+    model_class: ClassVar[type[nn.Module]]
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.backbone: Any = root.backbone if isinstance(root, HydraModel) else root
+        self.taps: dict[str, Tap] = {}
+        self.aliases: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
+
+    @property
+    @abstractmethod
+    def atom_embedding(self) -> nn.Module:
+        """The module that each forward calls once, first, with one entry per atom."""
+
+    @property
+    @abstractmethod
+    def num_elements(self) -> int:
+        """Atomic numbers 1 to this one have a row in the embedding table."""
+
+    def watch_graph(self, emit: Callable[[Graph], None]) -> Handle:
+        """Make every forward call ``emit(graph)`` before any edge feature is there."""
+        raise NotImplementedError(f"{type(self).__name__} has no edges")
+
+    def add(
+        self,
+        address: str,
+        kind: Kind,
+        channels: int,
+        description: str,
+        attach: Callable[[Emit], Handle],
+        to_edges: Callable[[Tensor, Graph], Tensor] | None = None,
+    ) -> None:
+        """Offer a feature."""
+        spec = FeatureSpec(address, kind, channels, description)
+        self.taps[address] = Tap(spec, attach, to_edges)
+
+    def head(self, name: str) -> nn.Module | None:
+        """The output module ``name`` of the model, or of the one head of a hydra that has it."""
+        if isinstance(self.root, HydraModel):
+            places: list[nn.Module] = list(self.root.output_heads.values())
+        else:
+            places = [self.root]
+        found = [getattr(place, name) for place in places if getattr(place, name, None) is not None]
+        return found[0] if len(found) == 1 else None
+
+    def specs(self) -> dict[str, FeatureSpec]:
+        """Every offered address with its spec, aliases among them."""
+        specs = {address: tap.spec for address, tap in self.taps.items()}
+        for alias, address in self.aliases.items():
+            spec = specs[address]
+            specs[alias] = FeatureSpec(
+                alias,
+                "vector",
+                spec.channels,
+                f"'{address}' times unit edge vectors, summed onto the target atoms",
+            )
+        return specs
+
+
+_ARCHITECTURES: list[type[Architecture]] = []
+
+
+def register_architecture(architecture: type[Architecture]) -> type[Architecture]:
+    """Class decorator: offer the features of ``architecture.model_class``."""
+    _ARCHITECTURES.append(architecture)
+    return architecture
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    while isinstance(model, DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The features that ``model`` (bare, in DDP, or a hydra with a supported backbone) offers.
+
+    Raises:
+        UserError: if there is no extractor for this architecture.
+    """
+    root = unwrap(model)
+    backbone = root.backbone if isinstance(root, HydraModel) else root
+    for architecture in _ARCHITECTURES:
+        if isinstance(backbone, architecture.model_class):
+            return architecture(root)
+    known = ", ".join(sorted(a.model_class.__name__ for a in _ARCHITECTURES))
+    raise UserError(
+        f"features of {type(backbone).__name__} cannot be extracted; supported architectures: "
+        f"{known} (and hydra models with one of them as backbone)"
+    )
+
+
+def on_output(module: nn.Module, index: int | None = None) -> Callable[[Emit], Handle]:
+    """Attach to a module's output (or to item ``index`` of the tuple it returns)."""
+
+    def attach(emit: Emit) -> Handle:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            emit(output if index is None else output[index])
+
+        return module.register_forward_hook(hook)
+
+    return attach
+
+
+def on_input(module: nn.Module, index: int) -> Callable[[Emit], Handle]:
+    """Attach to positional argument ``index`` of a module's forward."""
+
+    def attach(emit: Emit) -> Handle:
+        def hook(_module: nn.Module, args: Any) -> None:
+            emit(args[index])
+
+        return module.register_forward_pre_hook(hook)
+
+    return attach
+
+
+class _Wrapped:
+    """Undoes `wrap_method`."""
+
+    def __init__(self, instance: Any, name: str, before: Any) -> None:
+        self.instance, self.name, self.before = instance, name, before
+
+    def remove(self) -> None:
+        if self.before is None:
+            del vars(self.instance)[self.name]
+        else:
+            vars(self.instance)[self.name] = self.before
+
+
+def wrap_method(instance: Any, name: str, receive: Callable[[Any], None]) -> Handle:
+    """Call ``receive`` with whatever ``instance.name(...)`` returns, until the handle is removed.
+
+    Only this instance is touched. Overlapping wraps have to be removed last first.
+    """
+    handle = _Wrapped(instance, name, vars(instance).get(name))
+    method = getattr(instance, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        output = method(*args, **kwargs)
+        receive(output)
+        return output
+
+    vars(instance)[name] = wrapped
+    return handle

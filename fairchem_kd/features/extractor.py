@@ -1,0 +1,253 @@
+"""Capture features of a stock model during its own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.features.address import (
+    Feature,
+    FeatureSpec,
+    Kind,
+    Request,
+    parse_address,
+    summarise_addresses,
+)
+from fairchem_kd.features.architecture import Architecture, Graph, Tap, architecture_of
+from fairchem_kd.ops import edge_to_node
+
+
+def available_features(model: nn.Module) -> dict[str, FeatureSpec]:
+    """Every single address that ``model`` offers, with its spec, defaults first.
+
+    Raises:
+        UserError: if there is no extractor for this architecture.
+    """
+    return architecture_of(model).specs()
+
+
+class _Source(NamedTuple):
+    """One layer of a request: a tap, and the form in which its values are wanted."""
+
+    tap: str
+    form: Kind
+
+
+class Captured:
+    """The features of one forward, by request; filled when the capture's context is left."""
+
+    def __init__(self) -> None:
+        self._features: dict[Request, Feature] | None = None
+
+    def __getitem__(self, request: Request) -> Feature:
+        """The feature of ``request``.
+
+        Raises:
+            RuntimeError: inside the capture's context, or after an error in it.
+            KeyError: if this was not requested from the extractor.
+        """
+        if self._features is None:
+            raise RuntimeError("captured features are there once the capture's context is left")
+        return self._features[Request(*request)]
+
+
+class FeatureExtractor:
+    """Taps a stock model, bare or in DistributedDataParallel, for the requested features.
+
+    ``specs`` says what each request will give, after aggregation and concatenation. The model is
+    untouched outside `capture`.
+
+    Raises:
+        UserError: for an architecture, feature, layer or form that is not offered.
+    """
+
+    def __init__(self, model: nn.Module, requests: Iterable[Request]) -> None:
+        self._architecture = architecture_of(model)
+        self._sources: dict[Request, list[_Source]] = {}
+        self.specs: dict[Request, FeatureSpec] = {}
+        for request in dict.fromkeys(Request(*r) for r in requests):
+            self._sources[request] = _resolve(self._architecture, request)
+            self.specs[request] = self._spec(request)
+        self._forms: dict[str, set[Kind]] = {}  # what is wanted of each tap
+        for sources in self._sources.values():
+            for tap, form in sources:
+                self._forms.setdefault(tap, set()).add(form)
+
+    def _spec(self, request: Request) -> FeatureSpec:
+        specs = [self._architecture.taps[tap].spec for tap, _ in self._sources[request]]
+        description = "; ".join(spec.description for spec in specs)
+        if specs[0].kind == "edge" and request.form != "edge":
+            description += ", summed onto the target atoms" + (
+                " with the edges' unit vectors" if request.form == "vector" else ""
+            )
+        channels = sum(spec.channels for spec in specs)
+        return FeatureSpec(request.address, request.form, channels, description)
+
+    @contextmanager
+    def capture(self, detach: bool = False) -> Iterator[Captured]:
+        """Capture during the one forward of the model inside this context.
+
+        Edge features wanted as node or vector features are aggregated on the spot, so that their
+        (E, C) values are not kept. ``detach`` cuts the features off the autograd graph.
+
+        Raises:
+            RuntimeError: if a requested feature does not fire exactly once, or has another shape
+                than promised.
+        """
+        captured = Captured()
+        run = _Run(self._architecture, self._forms, detach)
+        with ExitStack() as stack:
+            if self._forms:
+                run.attach(stack)
+            yield captured
+        captured._features = {
+            request: run.feature(self.specs[request], sources)
+            for request, sources in self._sources.items()
+        }
+
+
+def _resolve(architecture: Architecture, request: Request) -> list[_Source]:
+    """The taps behind a request, one per layer."""
+    specs = architecture.specs()
+    model = type(architecture.backbone).__name__
+    sources = []
+    for address in parse_address(request.address):
+        if address not in specs:
+            raise UserError(_not_offered(architecture, specs, request.address, address))
+        kind = specs[address].kind
+        if request.form != kind and kind != "edge":
+            same = summarise_addresses(a for a, s in specs.items() if s.kind == request.form)
+            raise UserError(
+                f"'{request.address}' of {model} is a {kind} feature and cannot be had as a "
+                f"{request.form} feature" + (f"; {request.form} features here: {same}" * bool(same))
+            )
+        if request.form not in ("node", "vector", "edge"):
+            raise UserError(f"form {request.form!r} of '{request.address}': node, vector or edge")
+        sources.append(_Source(architecture.aliases.get(address, address), request.form))
+    return sources
+
+
+def _not_offered(
+    architecture: Architecture, specs: dict[str, FeatureSpec], address: str, single: str
+) -> str:
+    model = type(architecture.backbone).__name__
+    name, _, layer = single.partition("@")
+    within = f" (in '{address}')" if address != single else ""
+    names = list(dict.fromkeys(a.partition("@")[0] for a in specs))
+    layers = [a for a in specs if a.startswith(f"{name}@")]
+    if name in architecture.absent and not (layer and layers):
+        reason = f": {architecture.absent[name]}"
+    elif layers and layer:
+        reason = f": '{name}' has the layers {summarise_addresses(layers)}"
+    elif layers:
+        reason = f": name a layer, {summarise_addresses(layers)}"
+    elif name in specs:
+        reason = f": '{name}' has no layers"
+    else:
+        near = did_you_mean(name, names)
+        reason = near if "did you mean" in near else ""
+    return (
+        f"{model} has no feature '{single}'{within}{reason}; it offers: "
+        f"{summarise_addresses(specs)}"
+    )
+
+
+class _Run:
+    """The state of one capture: what has fired so far."""
+
+    def __init__(
+        self, architecture: Architecture, forms: dict[str, set[Kind]], detach: bool
+    ) -> None:
+        self.architecture = architecture
+        self.forms = forms
+        self.detach = detach
+        self.num_atoms: int | None = None
+        self.graph: Graph | None = None
+        self.fired = dict.fromkeys(forms, 0)
+        self.values: dict[_Source, Tensor] = {}
+
+    def attach(self, stack: ExitStack) -> None:
+        """Attach every tap that is wanted; ``stack`` detaches them, last first."""
+        embedding = self.architecture.atom_embedding
+        stack.callback(embedding.register_forward_pre_hook(self._count_atoms).remove)
+        taps = {name: self.architecture.taps[name] for name in self.forms}
+        if any(tap.spec.kind == "edge" for tap in taps.values()):
+            stack.callback(self.architecture.watch_graph(self._set_graph).remove)
+        for name, tap in taps.items():
+            stack.callback(self._attach(name, tap))
+
+    def _attach(self, name: str, tap: Tap) -> Any:
+        return tap.attach(lambda values: self._receive(name, tap, values)).remove
+
+    def _count_atoms(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.num_atoms = args[0].shape[0]
+
+    def _set_graph(self, graph: Graph) -> None:
+        if self.detach:
+            graph = Graph(*(tensor.detach() for tensor in graph))
+        self.graph = graph
+
+    def _receive(self, name: str, tap: Tap, values: Any) -> None:
+        self.fired[name] += 1
+        if self.fired[name] > 1:  # reported when the context is left
+            return
+        if self.detach and isinstance(values, Tensor):
+            values = values.detach()
+        if tap.to_edges is not None:
+            values = tap.to_edges(values, self._the_graph(name))
+        self._check_shape(name, tap.spec, values)
+        forms = self.forms[name]
+        if tap.spec.kind != "edge" or "edge" in forms:
+            self.values[_Source(name, tap.spec.kind)] = values
+        if tap.spec.kind != "edge" or forms == {"edge"}:
+            return
+        graph, num_atoms = self._the_graph(name), self.num_atoms
+        assert num_atoms is not None
+        target = graph.edge_index[1]
+        if "vector" in forms:
+            node, vector = edge_to_node(values, target, num_atoms, edge_vectors=graph.edge_vectors)
+            self.values[_Source(name, "vector")] = vector
+        else:
+            node = edge_to_node(values, target, num_atoms)
+        if "node" in forms:
+            self.values[_Source(name, "node")] = node
+
+    def _the_graph(self, name: str) -> Graph:
+        if self.graph is None:
+            raise RuntimeError(f"feature '{name}' fired before the model had made its graph")
+        return self.graph
+
+    def _check_shape(self, name: str, spec: FeatureSpec, values: Any) -> None:
+        expected: list[int | None]
+        if spec.kind == "edge":
+            expected = [self._the_graph(name).edge_index.shape[1], spec.channels]
+        elif spec.kind == "vector":
+            expected = [self.num_atoms, 3, spec.channels]
+        else:
+            expected = [self.num_atoms, spec.channels]
+        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if shape != expected:
+            raise RuntimeError(
+                f"feature '{name}' of {type(self.architecture.backbone).__name__} has the shape "
+                f"{shape} where {expected}, in words {spec.shape}, was promised"
+            )
+
+    def feature(self, spec: FeatureSpec, sources: list[_Source]) -> Feature:
+        """Put one request's layers together."""
+        for tap, _ in sources:
+            if self.fired[tap] != 1:
+                times = "never" if self.fired[tap] == 0 else f"{self.fired[tap]} times"
+                raise RuntimeError(
+                    f"feature '{tap}' of {type(self.architecture.backbone).__name__} fired {times} "
+                    "inside one capture; each capture has to hold exactly one forward of the model"
+                )
+        layers = [self.values[source] for source in sources]
+        values = layers[0] if len(layers) == 1 else torch.cat(layers, dim=-1)
+        return Feature(
+            spec, values, *(self._the_graph(spec.address) if spec.kind == "edge" else ())
+        )
