@@ -67,7 +67,11 @@ def _extremum(
 
 
 def scatter_max(
-    src: Tensor, index: Tensor, dim: int = -1, out: Tensor | None = None, dim_size: int | None = None
+    src: Tensor,
+    index: Tensor,
+    dim: int = -1,
+    out: Tensor | None = None,
+    dim_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the maxima over ``index`` and where along ``dim`` each comes from."""
     _refuse_out(out, "scatter_max")
@@ -75,7 +79,11 @@ def scatter_max(
 
 
 def scatter_min(
-    src: Tensor, index: Tensor, dim: int = -1, out: Tensor | None = None, dim_size: int | None = None
+    src: Tensor,
+    index: Tensor,
+    dim: int = -1,
+    out: Tensor | None = None,
+    dim_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the minima over ``index`` and where along ``dim`` each comes from."""
     _refuse_out(out, "scatter_min")

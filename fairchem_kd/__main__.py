@@ -1,0 +1,8 @@
+"""``python -m fairchem_kd``: the `fairchem` command, whatever script is on the PATH."""
+
+import sys
+
+from fairchem_kd.cli import fairchem
+
+if __name__ == "__main__":
+    sys.exit(fairchem())

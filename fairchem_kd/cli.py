@@ -1,0 +1,79 @@
+"""The two commands: `fairchem` (stock, and what we add) and `fairchem-kd` (a dispatcher).
+
+A module that is a subcommand of `fairchem-kd` has ``add_arguments(parser)`` and ``run(args)``, which
+returns the exit code. It is imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fairchem_kd._version import __version__
+from fairchem_kd.errors import UserError
+from fairchem_kd.plugin import check_fairchem_core
+
+
+class Command(NamedTuple):
+    """Where a subcommand lives, what it does, and whether it can do without fairchem-core."""
+
+    module: str
+    help: str
+    standalone: bool = False
+
+
+COMMANDS = {
+    "configs": Command("fairchem_kd.configs", "list or copy the shipped YAML configs", True),
+    "data": Command("fairchem_kd.data.cli", "build datasets with real labels, without a download"),
+    "doctor": Command("fairchem_kd.doctor", "check this installation and say what to mend", True),
+    "export": Command("fairchem_kd.export", "make a small, portable checkpoint of a run's best"),
+    "fit-scales": Command("fairchem_kd.fit_scales", "fit the scale factors of GemNet-OC or PaiNN"),
+    "inspect": Command("fairchem_kd.features.inspect", "list the features that a model offers"),
+}
+
+
+def report(error: UserError) -> int:
+    """Print what the user can mend on stderr, and return the exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def fairchem(argv: Sequence[str] | None = None) -> int:
+    """Run the `fairchem` command and return its exit code."""
+    try:
+        check_fairchem_core()
+    except UserError as error:
+        return report(error)
+    from fairchem_kd.launch import main
+
+    return main(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `fairchem-kd` command and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="fairchem-kd",
+        description="Tools around knowledge distillation with fairchem.",
+        epilog="Training is done with `fairchem main --mode train --config-yml CONFIG`.",
+    )
+    parser.add_argument("--version", action="version", version=f"fairchem-kd {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parsers = {
+        name: subparsers.add_parser(name, help=command.help, description=command.help)
+        for name, command in COMMANDS.items()
+    }
+    if not argv or argv[0] not in COMMANDS:
+        parser.parse_args(argv)  # --help, --version or an error: all of them exit
+    command = COMMANDS[argv[0]]
+    try:
+        if not command.standalone:
+            check_fairchem_core()
+        module = importlib.import_module(command.module)
+        module.add_arguments(parsers[argv[0]])
+        return module.run(parser.parse_args(argv))
+    except UserError as error:
+        return report(error)

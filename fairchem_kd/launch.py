@@ -1,0 +1,216 @@
+"""The `fairchem` command: stock's, and what this package adds to it.
+
+    argv -> args, config -> data that the config can build -> stock `_cli.main` -> ranks
+
+Stock's `main` does the launching: in this process, in several (elastic launch), or on SLURM. What
+each rank runs is `KDRunner`, which makes the rank ready and is stock's `Runner` otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from fairchem.core import _cli
+from fairchem.core.common import distutils
+from fairchem.core.common.flags import flags
+from fairchem.core.common.utils import build_config, setup_logging
+from submitit.helpers import DelayedSubmission
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from fairchem_kd import workarounds
+from fairchem_kd.cli import report
+from fairchem_kd.data.build import ensure_built
+from fairchem_kd.denormals import flush_denormals
+from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.plugin import register
+
+#: Set in launched ranks: the file to which the first one to meet a UserError writes its sentence.
+_SENTENCE = "FAIRCHEM_KD_USER_ERROR_FILE"
+
+
+class KDRunner(_cli.Runner):
+    """Stock's `Runner`, in a process that has been made ready for it."""
+
+    def __call__(self, config: dict[str, Any]) -> None:
+        """Train, validate, predict or relax, as the config says."""
+        if config.get("flush_denormal"):
+            # Before the first parallel region; data-loader workers inherit it through fork.
+            flush_denormals()
+        register()
+        if config.get("submit"):
+            # Built by the job, not on the login node; ranks and jobs wait for each other.
+            ensure_built(config)
+        super().__call__(config)
+
+    def checkpoint(self, *args: Any, **kwargs: Any) -> DelayedSubmission:
+        """Save and requeue, with this class again where stock would take its own."""
+        stock = super().checkpoint(*args, **kwargs)
+        return DelayedSubmission(KDRunner(), *stock.args, **stock.kwargs)
+
+
+def run_rank(config: dict[str, Any]) -> None:
+    """Run the only rank, in this process."""
+    KDRunner()(config)
+
+
+def run_launched_rank(config: dict[str, Any]) -> None:
+    """Run one of several ranks; what the user can mend goes to the launching process."""
+    try:
+        run_rank(config)
+    except UserError as error:
+        path = Path(os.environ[_SENTENCE])
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(str(error))
+        part.replace(path)
+        sys.exit(2)
+
+
+@contextmanager
+def _sentence_of_ranks() -> Iterator[None]:
+    """Raise a launched rank's UserError here, in place of all that elastic launch has to say."""
+    with tempfile.TemporaryDirectory(prefix="fairchem_kd_") as folder:
+        sentence = Path(folder) / "sentence"
+        os.environ[_SENTENCE] = str(sentence)
+        # They report exit codes and where an exception came from; by then the rank has spoken.
+        loggers = [
+            logging.getLogger(f"torch.distributed.elastic.{name}")
+            for name in ("multiprocessing.api", "agent.server.api")
+        ]
+
+        def unspoken(record: logging.LogRecord) -> bool:
+            return not sentence.exists()
+
+        for logger in loggers:
+            logger.addFilter(unspoken)
+        try:
+            yield
+        except ChildFailedError:
+            if sentence.exists():
+                raise UserError(sentence.read_text()) from None
+            raise
+        finally:
+            del os.environ[_SENTENCE]
+            for logger in loggers:
+                logger.removeFilter(unspoken)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return stock's parser with our flag."""
+    parser = copy.deepcopy(flags.get_parser())
+    parser.prog = "fairchem"
+    parser.add_argument(
+        "--flush-denormal",
+        action="store_true",
+        help="flush denormal numbers to zero on a CPU: several times faster for PaiNN and SchNet "
+        "(a DistillationTrainer does so without this flag)",
+    )
+    return parser
+
+
+def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    """Return the config with its includes and the command line's overrides.
+
+    Raises:
+        UserError: the file or one that it includes is missing, not YAML, or conflicting.
+    """
+    path: Path = args.config_yml
+    if not path.is_file():
+        folder = path.parent
+        names = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
+        raise UserError(
+            f"the config {path}, given with --config-yml, does not exist in {Path.cwd()}"
+            f"{did_you_mean(path.name, names)}; `fairchem-kd configs --copy .` writes the shipped ones."
+        )
+    try:
+        return build_config(args, overrides)
+    except (ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"the config {path} cannot be used: {error}") from error
+
+
+def run_config(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Build the data that is missing, then launch the config as stock would."""
+    if not args.submit:
+        ensure_built(config)
+    rank = run_rank if args.num_gpus == 1 else run_launched_rank
+    with (
+        workarounds.stock_command_with(config=config, runner=KDRunner, rank=rank),
+        _sentence_of_ranks(),
+    ):
+        _cli.main(args, [])
+
+
+def _run_and_report(args: argparse.Namespace, config: dict[str, Any]) -> int:
+    if args.flush_denormal:
+        flush_denormals()
+    try:
+        run_config(args, config)
+    except UserError as error:
+        distutils.cleanup()
+        return report(error)
+    return 0
+
+
+def _run_of_sweep(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    setup_logging()
+    sys.exit(_run_and_report(args, config))
+
+
+def run_sweep(args: argparse.Namespace, config: dict[str, Any]) -> int:
+    """Run the configs of a grid one after the other, each in a fresh process.
+
+    A run that fails does not stop the others; the exit code is that of the first that failed.
+    """
+    grid = workarounds.sweep_grid(config, args.sweep_yml)
+    args = argparse.Namespace(**{**vars(args), "sweep_yml": None})
+    failed = []
+    for number, one in enumerate(grid):
+        logging.info(f"Sweep: run {number + 1} of {len(grid)}, identifier {one['identifier']}")
+        process = multiprocessing.get_context("spawn").Process(
+            target=_run_of_sweep, args=(args, one)
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            failed.append((one["identifier"], process.exitcode))
+    if failed:
+        logging.error(f"Sweep: {len(failed)} of {len(grid)} runs failed: {failed}")
+        return abs(failed[0][1])
+    logging.info(f"Sweep: all {len(grid)} runs done")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `fairchem` command; an optional leading ``main`` is accepted.
+
+    Returns 0, or 2 with a sentence on stderr for what the user can mend; other errors are raised,
+    as stock does.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["main"]:
+        argv = argv[1:]
+    args, overrides = make_parser().parse_known_args(argv)
+    setup_logging()
+    if not (args.cpu or args.submit or torch.cuda.is_available()):
+        logging.info("No CUDA device here: running on the CPU, as with --cpu")
+        args.cpu = True
+    try:
+        config = read_config(args, overrides)
+        if args.flush_denormal:
+            config["flush_denormal"] = True
+        if args.sweep_yml and not args.submit:
+            return run_sweep(args, config)
+    except UserError as error:
+        return report(error)
+    return _run_and_report(args, config)
