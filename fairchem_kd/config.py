@@ -1,0 +1,119 @@
+"""The ``task.distillation`` block of a config, as typed and validated classes.
+
+Everything here is checked before a teacher is loaded or a GPU touched. Each loss brings the options
+of its own (:mod:`fairchem_kd.losses`); what is common to all of a run stands here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.losses import Loss, loss_class
+from fairchem_kd.schema import option, parse
+
+WHERE = "task.distillation"
+
+# Announced, but not in this version: a config that asks for one is refused rather than ignored.
+_LATER = {
+    f"{WHERE}.rattle": "rattled copies",
+    f"{WHERE}.unlabelled": "unlabelled structures",
+    f"{WHERE}.teacher.precision": "reduced teacher precision",
+    f"{WHERE}.teacher.cache": "the teacher cache",
+}
+
+
+@dataclass
+class TeacherConfig:
+    """Where the teacher is; its architecture, normalisers and scale factors come from the file."""
+
+    checkpoint: str | None = option(None, help="the teacher's checkpoint")
+    trust_checkpoint: bool = option(
+        False, help="unpickle a file that the safe reader refuses: this runs code from the file"
+    )
+    elements: list[str] | None = option(
+        None, help="elements of its training data, where neither file nor card says"
+    )
+
+
+@dataclass
+class ProjectionOptim:
+    """How the projections are trained, apart from the student and with AdamW.
+
+    Their learning rate is multiplied by whatever the student's scheduler does to the student's.
+    """
+
+    lr: float | None = option(None, gt=0, help="default: the student's lr_initial")
+    weight_decay: float = option(0.0, ge=0, help="AdamW's weight decay")
+    clip_grad_norm: float | None = option(
+        None, gt=0, help="default: the student's clip_grad_norm"
+    )
+
+
+@dataclass
+class DistillationConfig:
+    """``task.distillation``; ``terms`` is filled from ``losses``."""
+
+    teacher: TeacherConfig = option(factory=TeacherConfig, help="the teacher")
+    losses: dict[str, Any] | None = option(None, help="loss terms, each under its own name")
+    projections: ProjectionOptim = option(factory=ProjectionOptim, help="their optimiser")
+    statistics_samples: int = option(
+        256, ge=1, help="training samples, evenly spread, from which features are standardised"
+    )
+    validate: bool = option(False, help="report the distillation losses on the validation set too")
+    flush_denormal: bool = option(True, help="CPU only: flush denormal numbers to zero")
+
+    def __post_init__(self) -> None:
+        self.terms: dict[str, Loss] = {}
+        for name, given in (self.losses or {}).items():
+            if given is not None:  # `null` switches off a term of an included file
+                self.terms[name] = _term(name, given)
+        if any(term.coefficient > 0 for term in self.terms.values()) and not self.teacher.checkpoint:
+            raise UserError(
+                f"{WHERE}.teacher.checkpoint is required by {WHERE}.losses: give the path of a "
+                "trained fairchem checkpoint, or set the losses to null."
+            )
+
+    @property
+    def active_terms(self) -> dict[str, Loss]:
+        """The terms that are worth computing: those with a coefficient above 0."""
+        return {name: term for name, term in self.terms.items() if term.coefficient > 0}
+
+
+def parse_distillation(given: Any) -> DistillationConfig:
+    """The typed block from what stands under ``task.distillation`` (None: plain training).
+
+    Raises:
+        UserError: one sentence naming the key that is wrong.
+    """
+    if isinstance(given, Mapping):
+        given = _without_later_parts(dict(given), WHERE)
+        if isinstance(given.get("teacher"), Mapping):
+            given["teacher"] = _without_later_parts(dict(given["teacher"]), f"{WHERE}.teacher")
+    return parse(DistillationConfig, given, WHERE)
+
+
+def _without_later_parts(block: dict[str, Any], where: str) -> dict[str, Any]:
+    for key, what in _LATER.items():
+        parent, _, name = key.rpartition(".")
+        if parent == where and name in block:
+            value = block.pop(name)
+            if value not in (None, "null", "fp32"):
+                raise UserError(f"{key} ({what}) is not part of this version; remove the key.")
+    return block
+
+
+def _term(name: str, given: Any) -> Loss:
+    where = f"{WHERE}.losses.{name}"
+    if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+        raise UserError(f"{where}: a term's name has letters, digits, '_' and '-' only.")
+    if isinstance(given, str) and given.strip() in ("{}", ""):
+        given = {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where} must be a mapping of options ({{}} for the defaults) or null.")
+    options = dict(given)
+    kind = options.pop("kind", name)
+    return loss_class(str(kind), where).from_options(options, where)

@@ -1,0 +1,286 @@
+"""DistillationTrainer: stock OCPTrainer, and what distillation adds to it.
+
+The training loop, evaluation, normalisers, EMA, logging and checkpoints are fairchem's. A step goes
+
+    batch -> student, its features tapped -> label loss (stock)
+          -> teacher (frozen)             -> distillation losses -> total -> stock backward
+
+and the projections take their own optimiser step right after the student's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fairchem.core.common import distutils
+from fairchem.core.common.registry import registry
+from fairchem.core.trainers import OCPTrainer
+
+from fairchem_kd import workarounds
+from fairchem_kd.checkpoint import read_checkpoint
+from fairchem_kd.checks import check_finite
+from fairchem_kd.config import WHERE, parse_distillation
+from fairchem_kd.data.build import ensure_built
+from fairchem_kd.denormals import flush_denormals, flush_in_workers
+from fairchem_kd.distillation import Distillation
+from fairchem_kd.errors import UserError
+from fairchem_kd.features.wrappers import stock_model_config
+from fairchem_kd.random_state import isolated_random_state, random_state, set_random_state
+from fairchem_kd.records import Records
+from fairchem_kd.teacher import Teacher
+from fairchem_kd.units import Units
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from torch_geometric.data import Batch
+
+    from fairchem_kd.features import Captured
+
+#: The key under which a checkpoint holds everything that only distillation needs, and its version.
+STATE_KEY = "fairchem_kd"
+STATE_FORMAT = 1
+
+
+@registry.register_trainer("distillation")
+class DistillationTrainer(OCPTrainer):
+    """Trains a stock student on its labels and on the hidden features of a teacher.
+
+    Configured by ``task.distillation`` (:class:`fairchem_kd.config.DistillationConfig`); every
+    other argument is OCPTrainer's. Its checkpoints are stock checkpoints of the student, with one
+    more key for what only distillation needs. Validation and prediction run the student alone.
+
+    Raises:
+        UserError: a wrong config, dataset, teacher or pairing, before training starts.
+    """
+
+    def __init__(self, task: dict[str, Any], model: dict[str, Any], **stock: Any) -> None:
+        self.distillation_config = parse_distillation(task.get("distillation"))
+        if stock.get("gp_gpus") is not None:
+            raise UserError("--gp-gpus: distillation does not run graph-parallel; remove the flag.")
+        ensure_built({"dataset": stock.get("dataset") or {}})
+        self.distillation: Distillation | None = None
+        self.records: Records | None = None
+        self._continues_run = False
+        self._asked_to_resume = stock.get("timestamp_id") is not None
+        self._run_dir = stock.get("run_dir") or os.getcwd()
+        self._student_features: Captured | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._random_state: dict[str, Any] | None = None
+        self._validated_step = self._scheduled_step = 0
+        if self.distillation_config.flush_denormal and not _runs_on_cuda(stock):
+            flush_denormals()
+        super().__init__(task=task, model=stock_model_config(model), **stock)
+
+    # -- setting up -------------------------------------------------------------------------------
+
+    def _get_timestamp(self, device: torch.device, suffix: str | None) -> str:
+        """A run folder of this run's own; stock's clock has a granularity of 128 s."""
+        return workarounds.fresh_timestamp(self._run_dir, device, suffix)
+
+    def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> DataLoader:
+        loader = super().get_dataloader(dataset, sampler, workers)
+        if self.distillation_config.flush_denormal and self.device.type == "cpu":
+            flush_in_workers(loader)
+        return loader
+
+    def load_extras(self) -> None:
+        super().load_extras()
+        self.optimizer.register_step_post_hook(self._step_projections)
+        step_schedule = self.scheduler.step
+
+        def step_and_note(*args: Any, **kwargs: Any) -> None:
+            step_schedule(*args, **kwargs)
+            self._scheduled_step = self.step
+
+        self.scheduler.step = step_and_note  # a resume has to know whether it was taken
+
+    def _set_up_distillation(self) -> None:
+        """Teacher, taps, terms and statistics; leaves the global random states as they were."""
+        config = self.distillation_config
+        if not config.active_terms:
+            return
+        with isolated_random_state():
+            teacher = Teacher.from_checkpoint(
+                config.teacher.checkpoint,
+                trust=config.teacher.trust_checkpoint,
+                elements=config.teacher.elements,
+                device=self.device,
+            )
+            self.distillation = Distillation(
+                config,
+                self._unwrapped_model,
+                teacher,
+                Units(self.normalizers, self.elementrefs),
+                label_losses=self.loss_functions,
+                outputs=self.output_targets,
+                learning_rate=self.config["optim"]["lr_initial"],
+                clip_grad_norm=self.clip_grad_norm,
+                seed=self.config["cmd"]["seed"] or 0,
+                last_step=self.config["optim"]["max_epochs"] * len(self.train_loader),
+                device=self.device,
+            )
+            state = (self._resumed or {}).get("distillation")
+            if state is not None and (self._continues_run or self.distillation.fits(state)):
+                self.distillation.load_state_dict(state)
+            else:
+                self.distillation.fit_statistics(self.train_dataset, self.collater)
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def train(self, disable_eval_tqdm: bool = False) -> None:
+        if self.train_loader is None:
+            raise UserError("dataset.train is missing: distillation needs structures to train on.")
+        self._set_up_distillation()
+        if distutils.is_master() and not self.is_debug:
+            self.records = Records(self.config["cmd"]["checkpoint_dir"])
+            self.records.write("config", step=self.step, config=self.config)
+        if self._resumed is not None:
+            self._finish_resumed_step(disable_eval_tqdm)
+        super().train(disable_eval_tqdm=disable_eval_tqdm)
+
+    def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        check_finite(batch, tuple(self.output_targets))
+        distillation = self.distillation
+        if self.model.training and self._random_state is not None:
+            set_random_state(self._random_state)  # as it was at this step of the interrupted run
+            self._random_state = None
+        if distillation is None or not (self.model.training or self.distillation_config.validate):
+            return super()._forward(batch)
+        distillation.teacher.check_elements(batch.atomic_numbers)
+        with distillation.tap_student() as self._student_features:
+            return super()._forward(batch)
+
+    def _compute_loss(self, out: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        loss = super()._compute_loss(out, batch)
+        features, self._student_features = self._student_features, None
+        if self.distillation is None or features is None:
+            return loss
+        distilled = self.distillation.loss(batch, out, features, self.step)
+        return loss + distilled if self.model.training else loss
+
+    def _compute_metrics(self, out: Any, batch: Batch, evaluator: Any, metrics: Any = None) -> Any:
+        metrics = super()._compute_metrics(out, batch, evaluator, metrics)
+        if self.distillation and self.model.training and self._is_printed:
+            for name, value in self.distillation.read_values().items():
+                metrics[name] = {"metric": value, "total": value, "numel": 1}
+        return metrics
+
+    @property
+    def _is_printed(self) -> bool:
+        return self.step % self.config["cmd"]["print_every"] == 0
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.distillation:
+            self.distillation.zero_grad()
+        super()._backward(loss)
+        if self.records is not None and self._is_printed:
+            metrics = {name: metric["metric"] for name, metric in self.metrics.items()}
+            rate = self.scheduler.get_lr()
+            self.records.write("train", step=self.step, epoch=self.epoch, lr=rate, metrics=metrics)
+
+    def _step_projections(self, *_: Any) -> None:
+        """Runs after every step of the student's optimiser, and so only where that took one."""
+        if self.distillation:
+            rate = self.optimizer.param_groups[0]["lr"] / self.config["optim"]["lr_initial"]
+            self.distillation.step(rate, self.scaler)
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def validate(self, split: str = "val", disable_tqdm: bool = False) -> dict[str, Any]:
+        with self.distillation.values_apart() if self.distillation else nullcontext():
+            metrics = super().validate(split=split, disable_tqdm=disable_tqdm)
+            values = {name: metric["metric"] for name, metric in metrics.items()}
+            if self.distillation:
+                values.update(self.distillation.read_values())
+        if self.records is not None:
+            self.records.write(split, step=self.step, epoch=self.epoch, metrics=values)
+        return metrics
+
+    def update_best(self, *args: Any, **kwargs: Any) -> None:
+        super().update_best(*args, **kwargs)
+        self._validated_step = self.step
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def save(
+        self,
+        metrics: Any = None,
+        checkpoint_file: str = "checkpoint.pt",
+        training_state: bool = True,
+    ) -> str | None:
+        """Stock's checkpoint, written aside and renamed, with our state under one more key."""
+        extra = {STATE_KEY: self._state()} if training_state else {}
+        with workarounds.checkpoints_written_with(extra):
+            return super().save(metrics, checkpoint_file, training_state)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format": STATE_FORMAT,
+            "distillation": self.distillation.state_dict() if self.distillation else None,
+            "random_state": random_state(),
+            "scheduler_stepped": self._scheduled_step >= self.step,
+            "validated": self._validated_step >= self.step,
+        }
+
+    def load_checkpoint(
+        self,
+        checkpoint_path: str,
+        checkpoint: dict[str, Any] | None = None,
+        inference_only: bool = False,
+    ) -> None:
+        """Stock's, from a file read without executing code; a run's own checkpoint goes first."""
+        own = os.path.join(self.config["cmd"]["checkpoint_dir"], "checkpoint.pt")
+        if checkpoint is None:
+            if self._asked_to_resume and os.path.isfile(own) and not inference_only:
+                checkpoint_path = own
+            self._continues_run = os.path.abspath(checkpoint_path) == os.path.abspath(own)
+            logging.info(f"Loading checkpoint from: {checkpoint_path}")
+            checkpoint = read_checkpoint(checkpoint_path)
+        ema = self.ema
+        super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
+        if ema is not None and self.ema is None:
+            # Stock drops EMA where the file has none, e.g. for an exported student.
+            self.load_ema()
+        if inference_only:
+            return
+        self._resumed = checkpoint.get(STATE_KEY)
+        _check_format(self._resumed, checkpoint_path)
+
+    def _finish_resumed_step(self, disable_eval_tqdm: bool) -> None:
+        """What the interrupted run had still to do after its save, in stock's order."""
+        state, optim = self._resumed, self.config["optim"]
+        assert state is not None
+        set_random_state(state["random_state"])
+        eval_due = self.step % optim.get("eval_every", len(self.train_loader)) == 0
+        self._validated_step = self.step if state["validated"] else 0
+        val_metrics = None
+        if eval_due and self.val_loader is not None and not state["scheduler_stepped"]:
+            val_metrics = self.validate(split="val", disable_tqdm=disable_eval_tqdm)
+            self.update_best(self.primary_metric, val_metrics, disable_eval_tqdm=disable_eval_tqdm)
+        if not state["scheduler_stepped"]:
+            if self.scheduler.scheduler_type != "ReduceLROnPlateau":
+                self.scheduler.step()
+            elif eval_due and val_metrics is not None:
+                self.scheduler.step(metrics=val_metrics[self.primary_metric]["metric"])
+        self._scheduled_step = self.step
+        self._resumed = None
+        if self.step % len(self.train_loader) != 0:
+            # In mid-epoch the loader is opened once more than in an uninterrupted run, which draws
+            # a random number: the state goes back to this one when the first batch has come.
+            self._random_state = random_state()
+
+
+def _runs_on_cuda(stock: dict[str, Any]) -> bool:
+    return torch.cuda.is_available() and not stock.get("cpu", False)
+
+
+def _check_format(state: dict[str, Any] | None, path: str) -> None:
+    if state is not None and state.get("format", 0) > STATE_FORMAT:
+        raise UserError(
+            f"{path} was written by a newer fairchem-kd (format {state['format']}, this one reads "
+            f"up to {STATE_FORMAT}): upgrade fairchem-kd, or start from best_checkpoint.pt."
+        )
