@@ -7,6 +7,7 @@ runs in milliseconds. Channel widths differ (atoms, edges), so that a mix-up sho
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -97,16 +98,40 @@ GEMNET_OC = {
     "direct_forces": True,
 }
 
+PAINN_HYDRA = {
+    "name": "hydra",
+    "pass_through_head_outputs": True,
+    "backbone": {"model": "painn_backbone", **{k: v for k, v in PAINN.items() if k != "name"}},
+    "heads": {
+        "energy": {"module": "painn_energy_head"},
+        "forces": {"module": "painn_force_head"},
+    },
+}
+GEMNET_OC_HYDRA = {
+    "name": "hydra",
+    "pass_through_head_outputs": True,
+    "backbone": {
+        "model": "gemnet_oc_backbone",
+        **{k: v for k, v in GEMNET_OC.items() if k != "name"},
+    },
+    "heads": {
+        "energy": {"module": "gemnet_oc_energy_and_grad_force_head", "num_global_out_layers": 1},
+        "forces": {"module": "gemnet_oc_force_head", "num_global_out_layers": 1},
+    },
+}
+
 #: Every flavour by name: the `model` block of a fairchem config.
 CONFIGS: dict[str, dict[str, Any]] = {
     "painn": PAINN,
     "painn_gradient": {**PAINN, "direct_forces": False},
     "painn_energy": {**PAINN, "regress_forces": False},
+    "painn_hydra": PAINN_HYDRA,
     "schnet": SCHNET,
     "schnet_energy": {**SCHNET, "regress_forces": False},
     "gemnet_oc": GEMNET_OC,
     "gemnet_oc_gradient": {**GEMNET_OC, "direct_forces": False},
     "gemnet_oc_energy": {**GEMNET_OC, "direct_forces": False, "regress_forces": False},
+    "gemnet_oc_hydra": GEMNET_OC_HYDRA,
 }
 
 
@@ -130,7 +155,9 @@ def build_model(config: dict[str, Any], *, seed: int = 0, fitted: bool = True) -
     """A model from its `model` block, through fairchem's registry; torch's generator is kept."""
     setup_imports()
     config = copy.deepcopy(config)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # fairchem's PaiNN calls a method that newer torch_geometric calls a no-op
+        warnings.filterwarnings("ignore", "'PaiNNMessage.jittable' is deprecated")
         torch.manual_seed(seed)
         model = registry.get_model_class(config.pop("name"))(**config)
     return fit_scales(model) if fitted else model
@@ -154,9 +181,9 @@ def small_model(
     if dtype != torch.float32:
         model.to(dtype)
         if flavour.startswith("gemnet_oc"):
-            model.out_energy.float()
-            if hasattr(model, "out_forces"):
-                model.out_forces.float()
+            for name, module in model.named_modules():
+                if name.endswith(("out_energy", "out_forces", "output_heads.forces.out_mlp_F")):
+                    module.float()
     return model
 
 
