@@ -92,24 +92,26 @@ def _segment_sum(ordered: Tensor, order: _Order) -> Tensor:
     return torch.segment_reduce(ordered, "sum", lengths=order.degree, unsafe=True, initial=0)
 
 
-def _edges(weights: Tensor | None, nodes: Tensor, order: _Order) -> Tensor:
-    """One gather, or on CPU one CSR product with K entries per edge, which is faster than K."""
+def _edges_cpu(weights: Tensor | None, nodes: Tensor, order: _Order) -> Tensor:
+    """One CSR product with K entries per edge."""
     if weights is None:
         return nodes[:, 0].index_select(0, order.target)
-    if nodes.device.type == "cpu":
-        return _edges_cpu(weights, nodes, order)
-    total = weights[:, :1] * nodes[:, 0].index_select(0, order.target)
-    for k in range(1, weights.shape[1]):
-        total = torch.addcmul(total, weights[:, k, None], nodes[:, k].index_select(0, order.target))
-    return total
-
-
-def _edges_cpu(weights: Tensor, nodes: Tensor, order: _Order) -> Tensor:
     num_edges, k = weights.shape
     columns = (order.target[:, None] * k + torch.arange(k)).view(-1)
     row_starts = torch.arange(num_edges + 1) * k
     dense = nodes.reshape(-1, nodes.shape[-1])
     return _sparse_product(row_starts, columns, weights.reshape(-1), dense.shape[0], dense)
+
+
+def _edges_gather(weights: Tensor | None, nodes: Tensor, order: _Order) -> Tensor:
+    """One gather per component."""
+    if weights is None:
+        return nodes[:, 0].index_select(0, order.target)
+    total = weights[:, :1] * nodes[:, 0].index_select(0, order.target)
+    for k in range(1, weights.shape[1]):
+        gathered = nodes[:, k].index_select(0, order.target)
+        total = torch.addcmul(total, weights[:, k, None], gathered)
+    return total
 
 
 class _Nodes(torch.autograd.Function):
@@ -135,7 +137,8 @@ class _Edges(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor | None, nodes: Tensor, order: _Order) -> Tensor:
         ctx.save_for_backward(weights, nodes)
         ctx.order = order
-        return _edges(weights, nodes, order)
+        run = _edges_cpu if nodes.device.type == "cpu" else _edges_gather
+        return run(weights, nodes, order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
