@@ -79,7 +79,7 @@ class DistillationTrainer(OCPTrainer):
 
     def _get_timestamp(self, device: torch.device, suffix: str | None) -> str:
         """A run folder of this run's own; stock's clock has a granularity of 128 s."""
-        return workarounds.fresh_timestamp(self._run_dir, device, suffix)
+        return workarounds.fresh_timestamp(self._run_dir, device, suffix, claim=not self.is_debug)
 
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> DataLoader:
         loader = super().get_dataloader(dataset, sampler, workers)

@@ -22,18 +22,23 @@ from fairchem_kd.checkpoint import write_checkpoint
 from fairchem_kd.errors import UserError
 
 
-def fresh_timestamp(run_dir: str, device: torch.device, suffix: str | None) -> str:
+def fresh_timestamp(
+    run_dir: str, device: torch.device, suffix: str | None, *, claim: bool = True
+) -> str:
     """A name for a new run that no other run has, the same on every rank.
 
     Stock's ``_get_timestamp`` sends the time through a float32 tensor: a granularity of 128 s, so
     that two runs with the same identifier share a folder and the second silently resumes the first.
-    Here the first rank claims the folder by creating it, and tells its name to the others.
+    Here the first rank claims the folder by creating it (a debugging run makes no folders, and
+    claims none), and tells its name to the others.
     """
     name = [""]
     if distutils.is_master():
         now = datetime.datetime.now()
         while True:
             name[0] = now.strftime("%Y-%m-%d-%H-%M-%S") + (f"-{suffix}" if suffix else "")
+            if not claim:
+                break
             try:
                 os.makedirs(os.path.join(run_dir, "checkpoints", name[0]))
                 break
