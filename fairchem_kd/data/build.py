@@ -1,238 +1,141 @@
-"""Building a data set once, whoever asks for it, and never leaving half of one behind."""
+"""The ``build`` key of a config: data sets that are made when they are first asked for."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
 
-from ..errors import UserError
-from .card import FORMAT, fit_references, read_card, referenced, statistics, versions, write_card
-from .frames import Trajectory
-from .recipes import Options
-from .splits import QUARTERS, Split, collect, quarter_lengths
-from .workers import Progress, trajectories, worker_pool
-from .writer import BYTES_PER_ATOM, BYTES_PER_SAMPLE, write_split
+from fairchem_kd.data.create import check_options, create
+from fairchem_kd.data.recipes import parse_options
+from fairchem_kd.data.splits import QUARTERS
+from fairchem_kd.errors import UserError, did_you_mean
 
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+#: fairchem's names of the format that the recipes write.
+LMDB_FORMATS = ("lmdb", "single_point_lmdb", "trajectory_lmdb")
+SPLITS = ("train", "val", "test", "relax")
 
 
-@contextmanager
-def locked(root: Path) -> Iterator[int]:
-    """Hold ``.<name>.lock`` beside ``root``; others wait. The kernel frees it when we die.
-
-    Raises:
-        UserError: the folder cannot be written, or its file system has no locks.
-    """
-    lock = root.parent / f".{root.name}.lock"
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise UserError(
-            f"Cannot build the data set {root}: cannot write in {root.parent} ({error.strerror}); "
-            "choose a folder that you may write to."
-        ) from error
-    try:
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _say(f"Waiting for another process that builds {root} (lock file {lock}).")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise UserError(
-                f"Cannot build the data set {root}: the file system refuses to lock {lock} "
-                f"({error.strerror}); choose a folder on another one."
-            ) from error
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def _splits(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each split's key and mapping, in every form that fairchem takes under ``dataset``."""
+    dataset = config.get("dataset") or {}
+    if isinstance(dataset, (list, tuple)):  # an old form: train, val, test in this order
+        named = {f"dataset[{number}]": split for number, split in enumerate(dataset)}
+    elif isinstance(dataset, Mapping) and "src" in dataset:  # an old form: train alone
+        named = {"dataset": dataset}
+    elif isinstance(dataset, Mapping):
+        named = {f"dataset.{name}": dataset[name] for name in SPLITS if name in dataset}
+    else:
+        raise UserError(f"dataset is {dataset!r}, but must be a mapping with train, val and test.")
+    train: Mapping[str, Any] = {}
+    for key, split in named.items():
+        if not split:
+            continue
+        if not isinstance(split, Mapping):
+            raise UserError(f"{key} is {split!r}, but must be a mapping with format and src.")
+        if not train:
+            train = split
+        if "format" not in split and split.get("use_train_settings", True):
+            split = {**split, "format": train.get("format", "lmdb")}  # as fairchem does
+        yield key, split
 
 
-def default_processes() -> int:
-    """As many as this process may use cores, at most 16."""
-    return min(16, len(os.sched_getaffinity(0)))
+def ensure_built(config: Mapping[str, Any]) -> None:
+    """Make the data sets that a config's splits ask for with ``build``, then check every split.
 
-
-def _check_space(root: Path, options: Options) -> None:
-    frames = sum(options.sizes.values()) + 1.5 * options.sizes["train"]
-    need = int(frames * (BYTES_PER_SAMPLE + BYTES_PER_ATOM * options.recipe.atoms_per_frame))
-    free = shutil.disk_usage(root.parent).free
-    if free < need:
-        raise UserError(
-            f"Cannot build the data set {root}: it needs about {need / 1e6:.0f} MB and "
-            f"{root.parent} has {free / 1e6:.0f} MB free; make room or choose another folder."
-        )
-
-
-def _generate(options: Options, processes: int, close: tuple[int, ...]) -> dict[str, Split]:
-    splits: dict[str, Split] = {}
-    with worker_pool(processes, close) as pool:
-        for number, (name, size) in enumerate(options.sizes.items()):
-            make = partial(options.recipe.make(name), options.seed, number)
-            progress = Progress(f"{options.recipe.name} {name}", size)
-
-            def report(
-                stream: Iterator[Trajectory], progress: Progress = progress
-            ) -> Iterator[Trajectory]:
-                for trajectory in stream:
-                    progress.advance(len(trajectory.frames))
-                    yield trajectory
-
-            # A recipe that hardly ever gives a frame would go on for ever.
-            most = 1000 + 20 * size
-            try:
-                splits[name] = collect(
-                    name, size, number * 10**8, islice(report(trajectories(pool, make)), most)
-                )
-            finally:
-                progress.close()
-            if len(splits[name]) < size:
-                raise RuntimeError(
-                    f"{name}: only {len(splits[name])} of {size} frames after {most} trajectories, "
-                    f"skipped: {dict(splits[name].skipped)}"
-                )
-    return splits
-
-
-def _write(folder: Path, options: Options, splits: dict[str, Split]) -> dict[str, Any]:
-    references = fit_references(splits["train"])
-    energies = {name: referenced(split, references) for name, split in splits.items()}
-    for name, split in splits.items():
-        write_split(folder / name, split, energies[name])
-    quarters = quarter_lengths(splits["train"].sids)
-    for quarter, length in quarters.items():
-        write_split(folder / QUARTERS[quarter], splits["train"], energies["train"], length)
-    recipe = options.recipe
-    stats = {name: statistics(split, energies[name]) for name, split in splits.items()}
-    card: dict[str, Any] = {
-        "format": FORMAT,
-        "options": options.as_dict(),
-        "method": recipe.method,
-        "note": recipe.note,
-        "units": {"energy": "eV", "forces": "eV/Å", "positions": "Å", "cell": "Å"},
-        "energy_definition": (
-            "energy label = total energy - sum over atoms of reference_energies[element]; "
-            "add them back for total energies"
-        ),
-        "reference_energies": {str(z): value for z, value in references.items()},
-        "reference_method": "least squares of the training set's total energies, eV per atom",
-        "normalizer": {
-            "energy": {"mean": stats["train"]["energy"]["mean"],
-                       "rmsd": stats["train"]["energy"]["std"]},
-            "forces": {"mean": 0.0, "rmsd": stats["train"]["force_rms_free"]},
-        },
-        "elements": sorted(references),
-        "quarters": {
-            QUARTERS[quarter]: {
-                "frames": length,
-                "trajectories": len(set(splits["train"].sids[:length])),
-            }
-            for quarter, length in quarters.items()
-        },
-        "splits": stats,
-        "versions": versions("fairchem-kd", *recipe.distributions),
-        **recipe.facts,
-    }  # fmt: skip
-    write_card(folder, card)
-    return card
-
-
-def build(
-    options: Options, root: Path, processes: int | None = None, force: bool = False
-) -> dict[str, Any]:
-    """Make the whole data set ``root`` and return its card; one that is there is left alone.
-
-    It is made in a folder beside ``root`` and renamed when complete, under a lock file, so that any
-    number of processes may ask at once and a killed build leaves no data set.
+    ``dataset.train.build: {recipe: slabs, seed: 0}`` with ``src: data/slabs/train`` makes the whole
+    data set ``data/slabs``, once, whatever the number of processes and jobs that ask for it.
 
     Args:
-        options: recipe, seed and sizes.
-        root: the data set's folder; its splits become folders inside.
-        processes: how many workers; the result does not depend on it.
-        force: replace a data set that is already there.
+        config: fairchem's config; only its ``dataset`` is read.
 
     Raises:
-        UserError: no space, no right to write, a missing package, or another data set in the way.
+        UserError: a wrong ``build``, a data set that cannot be built or was built with other
+            options, a missing path, an empty split.
     """
-    root = Path(os.path.abspath(root))
-    options.recipe.check()
-    with locked(root) as descriptor:
-        if root.exists() and not force:
-            check_options(root, options, str(root))
-            card = read_card(root)
-            assert card is not None
-            return card
-        for stale in root.parent.glob(f".{root.name}.building-*"):
-            shutil.rmtree(stale, ignore_errors=True)  # of a build that was killed
-        _check_space(root, options)
-        try:
-            aside = Path(tempfile.mkdtemp(prefix=f".{root.name}.building-", dir=root.parent))
-        except OSError as error:
-            raise UserError(
-                f"Cannot build the data set {root}: cannot write in {root.parent} "
-                f"({error.strerror}); choose a folder that you may write to."
-            ) from error
-        try:
-            aside.chmod(0o777 & ~_umask())
-            splits = _generate(options, processes or default_processes(), (descriptor,))
-            card = _write(aside, options, splits)
-            if root.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{root.name}.building-", dir=root.parent))
-                root.rename(old / root.name)
-            aside.rename(root)
-            if force:
-                for stale in root.parent.glob(f".{root.name}.building-*"):
-                    shutil.rmtree(stale, ignore_errors=True)
-        except (OSError, lmdb.Error) as error:
-            full = isinstance(error, lmdb.DiskError) or getattr(error, "errno", 0) == errno.ENOSPC
-            what = "the disk is full" if full else str(error)
-            raise UserError(
-                f"Cannot write the data set {root}: {what}; make room or choose another folder."
-            ) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return card
+    for key, split in _splits(config):
+        if split.get("build") is not None and split.get("src") is not None:
+            _build_split(split, key)
+        check_dataset(split, key)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _build_split(split: Mapping[str, Any], key: str) -> None:
+    options = parse_options(split["build"], f"{key}.build")
+    src = split["src"]
+    if not isinstance(src, str):
+        raise UserError(f"{key}.src is {src!r}, but with build it must be one folder.")
+    path = Path(src)
+    known = [*options.sizes, *QUARTERS.values()]
+    if path.name not in known:
+        raise UserError(
+            f"{key}.src is {src}, but its last part must be a split of the recipe "
+            f"'{options.recipe.name}'{did_you_mean(path.name, known)}."
+        )
+    if path.parent.exists():
+        check_options(path.parent, options, f"{key}.build")
+    else:
+        create(options, path.parent)
 
 
-def check_options(root: Path, options: Options, where: str) -> None:
-    """Refuse a data set that was built with other options than these.
+def check_dataset(split: Mapping[str, Any], key: str) -> None:
+    """Refuse an LMDB split that is missing, not LMDB, or empty. Other formats are left to fairchem.
+
+    Args:
+        split: the mapping under ``key``, with ``src``.
+        key: where it stands in the config, such as ``dataset.train``.
 
     Raises:
-        UserError: no card, or one that says otherwise.
+        UserError: see above.
     """
-    card = read_card(root)
-    if card is None:
-        raise UserError(
-            f"{where}: {root} exists but has no readable card.json, so it was not built by a "
-            "recipe; remove it or name another folder."
+    src = split.get("src")
+    if src is None or split.get("format", "lmdb") not in LMDB_FORMATS:
+        return
+    for path in [Path(src)] if isinstance(src, (str, Path)) else [Path(one) for one in src]:
+        if not path.exists():
+            mend = (
+                "the data set was built without it; remove the data set so that it is built again"
+                if split.get("build") is not None
+                else "fix the path, or add 'build: {recipe: slabs}' beside it to have data made"
+            )
+            raise UserError(f"{key}.src: {path.absolute()} does not exist; {mend}.")
+        files = [path] if path.is_file() else sorted(path.glob("*.lmdb"))
+        if not files:
+            raise UserError(
+                f"{key}.src: the folder {path.absolute()} has no *.lmdb file; name the folder that "
+                "has them, or set another format."
+            )
+        if not any(_frames(file, f"{key}.src") for file in files):
+            raise UserError(
+                f"{key}.src: {path.absolute()} is empty (0 frames); name a split that has some."
+            )
+
+
+def _frames(file: Path, where: str) -> int:
+    """How many samples an LMDB file holds."""
+    metadata = file.parent / "metadata.npz"
+    if metadata.is_file() and len(list(file.parent.glob("*.lmdb"))) == 1:
+        try:
+            with np.load(metadata) as fields:
+                return len(fields["natoms"])
+        except (OSError, ValueError, KeyError):
+            pass  # not ours: ask the file itself
+    try:
+        environment = lmdb.open(
+            str(file), subdir=False, readonly=True, lock=False, readahead=False, max_readers=1
         )
-    built = card.get("options", {})
-    wanted = options.as_dict()
-    differs = [key for key in wanted if built.get(key) != wanted[key]]
-    if differs:
-        details = ", ".join(f"{key} {built.get(key)} instead of {wanted[key]}" for key in differs)
+    except lmdb.Error as error:
+        if "already open" in str(error):  # by a data set of this process, which read it
+            return 1
         raise UserError(
-            f"{where}: the data set {root} was built with {details}; change the options, name "
-            "another folder, or remove it so that it is built again."
-        )
+            f"{where}: {file.absolute()} cannot be read as LMDB ({error}); it may be truncated."
+        ) from error
+    try:
+        with environment.begin() as transaction:
+            length = transaction.get(b"length")
+            entries = environment.stat()["entries"]
+        return int(entries) - (length is not None)
+    finally:
+        environment.close()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from ase.data import chemical_symbols
 
-from .frames import Array
-from .splits import Split
+from fairchem_kd.data.frames import Array
+from fairchem_kd.data.splits import Split
 
 CARD = "card.json"
 FORMAT = 1

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..errors import UserError, did_you_mean
-from . import slabs
-from .frames import Trajectory
+from fairchem_kd.data import collisions, slabs
+from fairchem_kd.data.frames import Trajectory
+from fairchem_kd.errors import UserError, did_you_mean
 
 MakeTrajectory = Callable[[int, int, int], Trajectory]  #: (seed, split number, index)
 
@@ -57,7 +57,32 @@ SLABS = Recipe(
     },
 )
 
-RECIPES = {recipe.name: recipe for recipe in (SLABS,)}
+
+def _make_collision(split: str) -> MakeTrajectory:
+    return collisions.make_trajectory
+
+
+COLLISIONS = Recipe(
+    name="collisions",
+    sizes={"train": 4000, "val": 500, "test": 1000},
+    make=_make_collision,
+    frames_per_trajectory=collisions.FRAMES_PER_TRAJECTORY,
+    atoms_per_frame=8,
+    method="GFN2-xTB, each label an SCF of its own, through tblite",
+    note=(
+        "Pairs of small closed-shell molecules flying at each other, no fixed atoms. They sit in "
+        f"a cell of {collisions.CELL:g} Å, so that use_pbc: true works and no image is in reach. "
+        "Every atom has tag 2, since GemNet-OC's quadruplets leave out tag 0."
+    ),
+    distributions=("ase", "numpy", "tblite"),
+    facts={
+        "molecules": sorted(collisions.MOLECULES),
+        "max_force": collisions.MAX_FORCE,
+    },
+    check=collisions.check_tblite,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (SLABS, COLLISIONS)}
 
 
 @dataclass(frozen=True)
@@ -102,7 +127,7 @@ def parse_options(mapping: object, where: str) -> Options:
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), known)}.")
     seed = _integer(mapping.get("seed", 0), f"{where}.seed", 0)
     # Each quarter of the training set must hold a whole trajectory.
-    least = {split: 1 for split in recipe.sizes} | {"train": 4 * recipe.frames_per_trajectory}
+    least = dict.fromkeys(recipe.sizes, 1) | {"train": 4 * recipe.frames_per_trajectory}
     sizes = {
         split: _integer(mapping.get(split, default), f"{where}.{split}", least[split])
         for split, default in recipe.sizes.items()

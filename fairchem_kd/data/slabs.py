@@ -21,7 +21,7 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 from ase.units import fs
 
-from .frames import Array, Frame, Trajectory, too_close
+from fairchem_kd.data.frames import Array, Frame, Trajectory, too_close
 
 METALS = {"Al": 4.05, "Ni": 3.52, "Cu": 3.61, "Pd": 3.89, "Ag": 4.09, "Pt": 3.92, "Au": 4.08}
 
@@ -144,7 +144,7 @@ def _rotation(rng: np.random.Generator, max_tilt: float) -> Array:
 def add_adsorbate(rng: np.random.Generator, slab: Atoms, adsorbate: str) -> None:
     """Put one adsorbate on a random site, turned at random, at a random height.
 
-    C of CO and CN points to the metal, tilted by up to 60 degrees; other molecules lie as they fall.
+    C of CO and CN points to the metal, tilted by up to 60 degrees; other molecules point anywhere.
     The molecule comes down until an atom is within a random share (0.8 to 1.25) of the covalent
     distance to the slab.
     """
@@ -162,7 +162,7 @@ def add_adsorbate(rng: np.random.Generator, slab: Atoms, adsorbate: str) -> None
     around = slab.positions[None] + np.asarray(images)[:, None]  # (9, N, 3)
     height = slab.positions[:, 2].max() + 5.0 - molecule.positions[:, 2].min()
     while height > 0:
-        placed = molecule.positions + [0.0, 0.0, height]
+        placed = molecule.positions + np.array([0.0, 0.0, height])
         gap = np.linalg.norm(placed[:, None, None] - around[None], axis=-1).min(axis=1)
         if (gap < tightness * radii).any():
             break
@@ -175,9 +175,7 @@ def label(atoms: Atoms) -> tuple[Frame | None, str]:
     """The frame of a structure rounded to float32, or None and why it is left out."""
     pos = atoms.positions.astype(np.float32)
     cell = np.asarray(atoms.cell).astype(np.float32)
-    stored = Atoms(
-        atoms.numbers, positions=pos.astype(float), cell=cell.astype(float), pbc=True
-    )
+    stored = Atoms(atoms.numbers, positions=pos.astype(float), cell=cell.astype(float), pbc=True)
     if too_close(stored.get_all_distances(mic=True), covalent_radii[stored.numbers], CLOSEST):
         return None, "atoms too close"
     stored.calc = EMT()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .frames import Frame, Trajectory
+from fairchem_kd.data.frames import Frame, Trajectory
 
 #: Folder of the first 1/4, 2/4 and 3/4 of the training set; ``train`` itself is the whole.
 QUARTERS = {1: "train_1of4", 2: "train_2of4", 3: "train_3of4"}

@@ -1,4 +1,4 @@
-"""Trajectories from several processes, in order, with a progress bar; no orphan outlives its parent."""
+"""Trajectories from several processes, in order, with progress; no worker outlives its parent."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from typing import TextIO
 
 from tqdm import tqdm
 
-from .frames import Trajectory
+from fairchem_kd.data.frames import Trajectory
 
 Make = Callable[[int], Trajectory]
 
@@ -39,37 +41,46 @@ def _start_worker(parent: int, close: tuple[int, ...]) -> None:
 
 
 @contextmanager
-def worker_pool(processes: int, close: tuple[int, ...] = ()) -> Iterator[multiprocessing.pool.Pool]:
+def worker_pool(processes: int, close: tuple[int, ...] = ()) -> Iterator[ProcessPoolExecutor]:
     """A pool of forked workers, ended on the way out whatever happens.
 
     Always processes of their own, even for one: what a label needs from OMP_NUM_THREADS is read
     when its library is loaded, and that happens only there.
+
+    Args:
+        processes: how many workers.
+        close: file descriptors that the workers must not inherit (a lock's).
+
+    Raises:
+        BrokenProcessPool: from the pool, when a worker was killed.
     """
-    context = multiprocessing.get_context("fork")
-    with warnings.catch_warnings():
-        # Python 3.12 warns of a fork in a process with threads. The workers run numpy and ASE
-        # only, and touch neither torch nor the parent's locks.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pool = context.Pool(processes, _start_worker, (os.getpid(), close))
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("fork"), _start_worker, (os.getpid(), close)
+    )
     try:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of a fork in a process with threads. The workers run numpy, ASE and
+            # tblite only, and touch neither torch nor the parent's locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pool.submit(int).result()  # forks every worker now
         yield pool
     finally:
-        pool.terminate()
-        pool.join()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def trajectories(pool: multiprocessing.pool.Pool, make: Make) -> Iterator[Trajectory]:
-    """``make(0)``, ``make(1)``, ... without end, computed ahead in bounded batches.
+def trajectories(pool: ProcessPoolExecutor, make: Make, ahead: int = 32) -> Iterator[Trajectory]:
+    """``make(0)``, ``make(1)``, ... without end, in order, ``ahead`` of them in the making.
 
     The order, and so the data set, does not depend on the number of processes.
     """
-    batch = 16
-    indices = count()
-    ahead = pool.map_async(make, [next(indices) for _ in range(batch)], chunksize=1)
-    while True:
-        done = ahead.get()
-        ahead = pool.map_async(make, [next(indices) for _ in range(batch)], chunksize=1)
-        yield from done
+    making = deque(pool.submit(make, index) for index in range(ahead))
+    try:
+        for index in count(ahead):
+            yield making.popleft().result()
+            making.append(pool.submit(make, index))
+    finally:
+        for future in making:
+            future.cancel()
 
 
 class Progress:

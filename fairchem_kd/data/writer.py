@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch_geometric.data import Data
 
-from .frames import Array, Frame
-from .splits import Split
+from fairchem_kd.data.frames import Array, Frame
+from fairchem_kd.data.splits import Split
 
 BYTES_PER_ATOM = 120  # of a pickled sample, with what LMDB's pages add, rounded up
 BYTES_PER_SAMPLE = 6000
