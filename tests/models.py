@@ -177,7 +177,8 @@ def small_model(
     inside ``default_dtype(torch.float64)``, and GemNet-OC's last linear heads, to whose input
     fairchem applies ``.float()``, stay float32.
     """
-    model = build_model(model_config(flavour, **overrides), seed=seed, fitted=fitted)
+    with default_dtype(dtype):
+        model = build_model(model_config(flavour, **overrides), seed=seed, fitted=fitted)
     if dtype != torch.float32:
         model.to(dtype)
         if flavour.startswith("gemnet_oc"):
