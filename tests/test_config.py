@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 from fairchem_kd.config import parse_distillation
@@ -68,3 +71,15 @@ def test_what_does_not_fit_is_refused(given: dict, words: str) -> None:
 def test_keys_of_later_parts_may_be_given_as_off() -> None:
     given = {"teacher": {**TEACHER, "precision": "fp32", "cache": None}, "rattle": "null"}
     assert parse_distillation(given).teacher.checkpoint == "teacher.pt"
+
+
+def test_the_documentation_page_is_that_of_the_code() -> None:
+    script = Path(__file__).parents[1] / "docs" / "make_configuration.py"
+    spec = importlib.util.spec_from_file_location("make_configuration", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), (
+        "run: python docs/make_configuration.py"
+    )

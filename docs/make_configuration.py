@@ -1,0 +1,95 @@
+"""Writes docs/configuration.md from the typed options; a test compares the two.
+
+Run it after an option has changed: python docs/make_configuration.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+
+from fairchem_kd.config import DistillationConfig, ProjectionOptim, TeacherConfig
+from fairchem_kd.losses import known_losses
+from fairchem_kd.schedule import Schedule
+
+PAGE = Path(__file__).with_name("configuration.md")
+
+HEAD = """\
+# Configuration
+
+<!-- Written by docs/make_configuration.py; do not edit. -->
+
+Everything that fairchem-kd adds to a fairchem config stands under `task.distillation`, and under
+`build` beside a dataset split's `src`. Unknown keys and values that do not fit are refused before a
+model is loaded. Any key can be given on the command line:
+`--task.distillation.losses.e2n.coefficient=10`.
+"""
+
+BUILD = """\
+## `dataset.<split>.build`
+
+`build: {recipe: slabs, seed: 0}` (or `collisions`) makes the data set that `src` belongs to, on first
+use. Sizes may be given too (`train`, `val`, `test`, and for the slabs `test_ood`); a data set that was
+built with other options is refused, not overwritten.
+"""
+
+
+def _type(kind: object) -> str:
+    args = [a for a in typing.get_args(kind) if a is not type(None)]
+    if typing.get_origin(kind) in (list, dict):
+        return {list: "list", dict: "mapping"}[typing.get_origin(kind)]  # type: ignore[index]
+    if args:
+        return _type(args[0])
+    if dataclasses.is_dataclass(kind):
+        return "mapping"
+    return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]  # type: ignore[index]
+
+
+def _default(field: dataclasses.Field) -> str:
+    value = field.default
+    if value is None or isinstance(value, bool):
+        return {None: "`null`", True: "`true`", False: "`false`"}[value]
+    if value is not dataclasses.MISSING:
+        return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+    return "see below"
+
+
+def _table(cls: type, skip: tuple[str, ...] = ()) -> str:
+    types = typing.get_type_hints(cls)
+    rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        choices = field.metadata.get("choices")
+        value = ", ".join(f"`{c}`" for c in choices) if choices else _type(types[field.name])
+        meaning = field.metadata["help"].replace("<", "\\<")
+        rows.append(f"| `{field.name}` | {value} | {_default(field)} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [
+        HEAD,
+        "## `task.distillation`\n",
+        _table(DistillationConfig),
+        "## `task.distillation.teacher`\n",
+        _table(TeacherConfig),
+        "## `task.distillation.projections`\n",
+        (ProjectionOptim.__doc__ or "").replace("\n    ", "\n"),
+        _table(ProjectionOptim),
+        "## `task.distillation.losses.<name>`\n",
+        "`<name>` is yours; `kind` says which loss it is and may be left out where the name does. "
+        "`<name>: {}` takes every default, `<name>: null` switches off a term of an included file.\n",
+    ]
+    for kind, loss in known_losses().items():
+        what = (loss.__doc__ or "").strip().splitlines()[0].replace("``", "`")
+        parts += [f"### `kind: {kind}`\n", what + "\n", _table(loss.Options)]
+    parts += ["### `schedule`\n", (Schedule.__doc__ or "").strip().splitlines()[0] + "\n"]
+    parts += [_table(Schedule), BUILD]
+    return "\n".join(part.rstrip() + "\n" for part in parts).replace("``", "`")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
