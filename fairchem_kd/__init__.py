@@ -1,8 +1,8 @@
 """Knowledge distillation for the energy and force models of fairchem-core 1.x.
 
 fairchem takes about 6 s to import, so nothing is imported here: each public name is, with what it
-needs, when it is first used. ``trainer: fairchem_kd.DistillationTrainer`` in a config is such a use,
-and it registers everything of ours with fairchem. For the short names (``distillation``,
+needs, when it is first used. ``trainer: fairchem_kd.DistillationTrainer`` in a config is such a
+use, and it registers everything of ours with fairchem. For the short names (``distillation``,
 ``painn_kd``, ...) in a script of one's own, call :func:`register` first; the commands do.
 """
 

@@ -1,7 +1,7 @@
 """The two commands: `fairchem` (stock, and what we add) and `fairchem-kd` (a dispatcher).
 
-A module that is a subcommand of `fairchem-kd` has ``add_arguments(parser)`` and ``run(args)``, which
-returns the exit code. It is imported only when it is asked for.
+A module that is a subcommand of `fairchem-kd` has ``add_arguments(parser)`` and ``run(args)``,
+which returns the exit code. It is imported only when it is asked for.
 """
 
 from __future__ import annotations

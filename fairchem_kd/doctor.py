@@ -1,4 +1,4 @@
-"""``fairchem-kd doctor``: what is installed here, what is wrong with it, and what to do about it."""
+"""``fairchem-kd doctor``: what is installed, what is wrong with it, and what to do about it."""
 
 from __future__ import annotations
 
@@ -247,7 +247,8 @@ def fix_script(folder: Path | None = None) -> Path | None:
         part.replace(script)
     except OSError as error:
         raise UserError(
-            f"{script} cannot be written ({error.strerror}); use `python -m fairchem_kd` in its place."
+            f"{script} cannot be written ({error.strerror}); "
+            "use `python -m fairchem_kd` in its place."
         ) from error
     return script
 

@@ -131,7 +131,8 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
         names = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
         raise UserError(
             f"the config {path}, given with --config-yml, does not exist in {Path.cwd()}"
-            f"{did_you_mean(path.name, names)}; `fairchem-kd configs --copy .` writes the shipped ones."
+            f"{did_you_mean(path.name, names)}; "
+            "`fairchem-kd configs --copy .` writes the shipped ones."
         )
     try:
         return build_config(args, overrides)

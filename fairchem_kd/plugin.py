@@ -26,8 +26,8 @@ def check_fairchem_core() -> None:
     if major != 1 or minor < 10:
         why = "2.x has other models, trainers and checkpoints" if major > 1 else "this one is older"
         raise UserError(
-            f"fairchem-kd works with fairchem-core 1.10 or a later 1.x, but {installed} is installed "
-            f"({why}); in an environment of its own, {mend}"
+            f"fairchem-kd works with fairchem-core 1.10 or a later 1.x, but {installed} is "
+            f"installed ({why}); in an environment of its own, {mend}"
         )
 
 

@@ -30,7 +30,8 @@ def _sum(src: Tensor, index: Tensor, dim: int, dim_size: int | None) -> Tensor:
 def _mean(src: Tensor, index: Tensor, dim: int, dim_size: int | None) -> Tensor:
     total = _sum(src, index, dim, dim_size)
     # Counted in integers: a half-precision count would stop growing at 2048.
-    count = _sum(torch.ones_like(index, dtype=torch.long), index, dim, total.size(dim))
+    axis = 0 if index.dim() == 1 else dim
+    count = _sum(torch.ones_like(index, dtype=torch.long), index, axis, total.size(dim))
     count = broadcast(count.clamp(min=1), total, dim)
     if total.is_floating_point() or total.is_complex():
         return total / count.to(total.dtype)
