@@ -1,17 +1,18 @@
-"""``fairchem-kd data slabs|collisions``: make a data set now, with sizes of one's own if need be."""
+"""``fairchem-kd data slabs|collisions``: make a data set now, with sizes of one's own if wanted."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ase.data import chemical_symbols
 
 from fairchem_kd.data.create import create, default_processes
-from fairchem_kd.data.recipes import RECIPES, Recipe, parse_options
+from fairchem_kd.data.recipes import RECIPES, Recipe, least_sizes, parse_options
 
 _HELP = {
     "slabs": "adsorbates on metal slabs, EMT labels (OC20-like)",
@@ -28,14 +29,17 @@ def _add_recipe(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
         "--dest", type=Path, default=Path("data") / recipe.name, metavar="FOLDER",
         help="folder of the data set (default: %(default)s)",
     )  # fmt: skip
+    least = least_sizes(recipe)
     for split, size in recipe.sizes.items():
         parser.add_argument(
-            _flag(split), dest=split, default=size, metavar="N",
+            _flag(split), dest=split, type=_at_least(least[split]), default=size, metavar="N",
             help=f"frames of {split} (default: %(default)s)",
         )  # fmt: skip
-    parser.add_argument("--seed", default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--processes", type=_positive, default=default_processes(), metavar="N",
+        "--seed", type=_at_least(0), default=0, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--processes", type=_at_least(1), default=default_processes(), metavar="N",
         help="worker processes; the data do not depend on it (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -43,11 +47,13 @@ def _add_recipe(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+def _at_least(low: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {low}")
+        return int(text)
+
+    return whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """Make the data set and print what is in it; 0 is returned, a UserError raised otherwise."""
     recipe = RECIPES[args.recipe]
     given: dict[str, Any] = {split: getattr(args, split) for split in recipe.sizes}
-    options = parse_options({"recipe": recipe.name, "seed": args.seed, **given}, "fairchem-kd data")
+    options = parse_options({"recipe": recipe.name, "seed": args.seed, **given}, "--")
     there = args.dest.exists() and not args.force
     start = time.monotonic()
     card = create(options, args.dest, args.processes, args.force)

@@ -90,6 +90,7 @@ def _check_space(root: Path, options: Options) -> None:
 
 def _generate(options: Options, processes: int, close: tuple[int, ...]) -> dict[str, Split]:
     splits: dict[str, Split] = {}
+    ahead = 4 * processes
     with worker_pool(processes, close) as pool:
         for number, (name, size) in enumerate(options.sizes.items()):
             make = partial(options.recipe.make(name), options.seed, number)
@@ -106,7 +107,10 @@ def _generate(options: Options, processes: int, close: tuple[int, ...]) -> dict[
             most = 1000 + 20 * size
             try:
                 splits[name] = collect(
-                    name, size, number * 10**8, islice(report(trajectories(pool, make)), most)
+                    name,
+                    size,
+                    number * 10**8,
+                    islice(report(trajectories(pool, make, ahead)), most),
                 )
             finally:
                 progress.close()
@@ -182,7 +186,7 @@ def create(
     options.recipe.check()
     with locked(root) as descriptor:
         if root.exists() and not force:
-            check_options(root, options, str(root))
+            check_options(root, options)
             card = read_card(root)
             assert card is not None
             return card
@@ -229,16 +233,17 @@ def _umask() -> int:
     return mask
 
 
-def check_options(root: Path, options: Options, where: str) -> None:
+def check_options(root: Path, options: Options, where: str = "") -> None:
     """Refuse a data set that was built with other options than these.
 
     Raises:
         UserError: no card, or one that says otherwise.
     """
     card = read_card(root)
+    prefix = f"{where}: " if where else ""
     if card is None:
         raise UserError(
-            f"{where}: {root} exists but has no readable card.json, so it was not built by a "
+            f"{prefix}{root} exists but has no readable card.json, so it was not built by a "
             "recipe; remove it or name another folder."
         )
     built = card.get("options", {})
@@ -247,6 +252,6 @@ def check_options(root: Path, options: Options, where: str) -> None:
     if differs:
         details = ", ".join(f"{key} {built.get(key)} instead of {wanted[key]}" for key in differs)
         raise UserError(
-            f"{where}: the data set {root} was built with {details}; change the options, name "
-            "another folder, or remove it so that it is built again."
+            f"{prefix}the data set {root} was built with {details}; change the "
+            "options, name another folder, or remove it so that it is built again."
         )

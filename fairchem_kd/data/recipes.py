@@ -107,6 +107,11 @@ def _integer(value: object, where: str, low: int) -> int:
     return number
 
 
+def least_sizes(recipe: Recipe) -> dict[str, int]:
+    """The fewest frames of each split: a quarter of ``train`` must hold a whole trajectory."""
+    return dict.fromkeys(recipe.sizes, 1) | {"train": 4 * recipe.frames_per_trajectory}
+
+
 def parse_options(mapping: object, where: str) -> Options:
     """Check a ``build`` mapping: ``{recipe: slabs, seed: 0, train: 3000, ...}``.
 
@@ -126,8 +131,7 @@ def parse_options(mapping: object, where: str) -> Options:
         if key not in known:
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), known)}.")
     seed = _integer(mapping.get("seed", 0), f"{where}.seed", 0)
-    # Each quarter of the training set must hold a whole trajectory.
-    least = dict.fromkeys(recipe.sizes, 1) | {"train": 4 * recipe.frames_per_trajectory}
+    least = least_sizes(recipe)
     sizes = {
         split: _integer(mapping.get(split, default), f"{where}.{split}", least[split])
         for split, default in recipe.sizes.items()

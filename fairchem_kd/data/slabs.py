@@ -217,10 +217,15 @@ def make_trajectory(seed: int, split: int, index: int, held_out: bool) -> Trajec
     adsorbate, metals = draw_system(rng, held_out)
     facet = str(rng.choice(list(FACETS)))
     kind = str(rng.choice(["rattle", "relax", "md"], p=[0.3, 0.35, 0.35]))
+    atoms = build_slab(rng, facet, metals)
+    # A random alloy may come out as a pure metal.
+    metals = tuple(metal for metal in metals if atomic_numbers[metal] in atoms.numbers)
     info = {"adsorbate": adsorbate, "metals": "-".join(metals), "facet": facet, "kind": kind}
     trajectory = Trajectory(info)
+    if held_out and not is_held_out(adsorbate, metals):
+        trajectory.skipped["held-out metal not in the alloy"] += FRAMES_PER_TRAJECTORY
+        return trajectory
 
-    atoms = build_slab(rng, facet, metals)
     for _ in range(2 if rng.random() < 0.25 else 1):
         add_adsorbate(rng, atoms, adsorbate)
     atoms.calc = EMT()

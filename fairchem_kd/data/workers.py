@@ -68,7 +68,7 @@ def worker_pool(processes: int, close: tuple[int, ...] = ()) -> Iterator[Process
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def trajectories(pool: ProcessPoolExecutor, make: Make, ahead: int = 32) -> Iterator[Trajectory]:
+def trajectories(pool: ProcessPoolExecutor, make: Make, ahead: int) -> Iterator[Trajectory]:
     """``make(0)``, ``make(1)``, ... without end, in order, ``ahead`` of them in the making.
 
     The order, and so the data set, does not depend on the number of processes.
