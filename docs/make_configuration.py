@@ -29,9 +29,9 @@ model is loaded. Any key can be given on the command line:
 BUILD = """\
 ## `dataset.<split>.build`
 
-`build: {recipe: slabs, seed: 0}` (or `collisions`) makes the data set that `src` belongs to, on first
-use. Sizes may be given too (`train`, `val`, `test`, and for the slabs `test_ood`); a data set that was
-built with other options is refused, not overwritten.
+`build: {recipe: slabs, seed: 0}` (or `collisions`) makes the data set that `src` belongs to, on
+first use. Sizes may be given too (`train`, `val`, `test`, and for the slabs `test_ood`); a data set
+that was built with other options is refused, not overwritten.
 """
 
 
@@ -81,7 +81,8 @@ def page() -> str:
         _table(ProjectionOptim),
         "## `task.distillation.losses.<name>`\n",
         "`<name>` is yours; `kind` says which loss it is and may be left out where the name does. "
-        "`<name>: {}` takes every default, `<name>: null` switches off a term of an included file.\n",
+        "`<name>: {}` takes every default, `<name>: null` switches off a term of an included "
+        "file.\n",
     ]
     for kind, loss in known_losses().items():
         what = (loss.__doc__ or "").strip().splitlines()[0].replace("``", "`")

@@ -48,9 +48,7 @@ class ProjectionOptim:
 
     lr: float | None = option(None, gt=0, help="default: the student's lr_initial")
     weight_decay: float = option(0.0, ge=0, help="AdamW's weight decay")
-    clip_grad_norm: float | None = option(
-        None, gt=0, help="default: the student's clip_grad_norm"
-    )
+    clip_grad_norm: float | None = option(None, gt=0, help="default: the student's clip_grad_norm")
 
 
 @dataclass
@@ -71,7 +69,10 @@ class DistillationConfig:
         for name, given in (self.losses or {}).items():
             if given is not None:  # `null` switches off a term of an included file
                 self.terms[name] = _term(name, given)
-        if any(term.coefficient > 0 for term in self.terms.values()) and not self.teacher.checkpoint:
+        if (
+            any(term.coefficient > 0 for term in self.terms.values())
+            and not self.teacher.checkpoint
+        ):
             raise UserError(
                 f"{WHERE}.teacher.checkpoint is required by {WHERE}.losses: give the path of a "
                 "trained fairchem checkpoint, or set the losses to null."

@@ -39,7 +39,7 @@ class Records:
         self.path = Path(folder) / RECORDS
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._start = time.perf_counter()
-        if self.path.exists() and not self.path.read_bytes()[-1:] in (b"", b"\n"):
+        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             with self.path.open("ab") as file:
                 file.write(b"\n")
 

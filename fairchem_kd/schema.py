@@ -69,9 +69,9 @@ def parse(cls: type[T], given: Any, where: str) -> T:
 def _value(kind: Any, given: Any, where: str, meta: Mapping[str, Any]) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        if given is None or (isinstance(given, str) and given.strip().lower() in _NULL):
-            if type(None) in args:
-                return None
+        null = given is None or (isinstance(given, str) and given.strip().lower() in _NULL)
+        if null and type(None) in args:
+            return None
         args = tuple(a for a in args if a is not type(None))
         return _first_that_fits(args, given, where, meta)
     if origin is list:

@@ -23,7 +23,7 @@ from fairchem.core.trainers import OCPTrainer
 from fairchem_kd import workarounds
 from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.checks import check_finite
-from fairchem_kd.config import WHERE, parse_distillation
+from fairchem_kd.config import parse_distillation
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.denormals import flush_denormals, flush_in_workers
 from fairchem_kd.distillation import Distillation

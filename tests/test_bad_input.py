@@ -1,0 +1,184 @@
+"""Bad input through the real command: one sentence, exit code 2, and no checkpoint left behind."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fairchem_kd.cli import fairchem
+from runs import config, write_lmdb, write_teacher, write_yaml
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_lmdb(root / "train", 6, seed=0)
+    write_lmdb(root / "val", 2, seed=50)
+    return root
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("teachers")
+    found = {
+        name: write_teacher(root / name, data, name) for name in ("gemnet_oc", "painn", "schnet")
+    }
+    contents = found["gemnet_oc"].read_bytes()
+    found["truncated"] = root / "truncated.pt"
+    found["truncated"].write_bytes(contents[: len(contents) // 2])
+    checkpoint = torch.load(found["gemnet_oc"], weights_only=False)
+    for name in checkpoint["state_dict"]:
+        if name.endswith("scale_factor"):
+            checkpoint["state_dict"][name].zero_()
+    found["unfitted"] = root / "unfitted.pt"
+    torch.save(checkpoint, found["unfitted"])
+    return found
+
+
+def refusal(
+    path: Path, arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], *more: str
+) -> str:
+    """What the command says, after the checks that every refusal has to pass."""
+    yml = write_yaml(path / "run.yml", arguments)
+    argv = ["main", "--mode", "train", "--config-yml", str(yml), "--run-dir", str(path), "--cpu"]
+    assert fairchem([*argv, *more]) == 2
+    error = capsys.readouterr().err
+    sentence = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(sentence) == 1
+    assert "Traceback" not in error
+    assert not list(path.rglob("*.pt"))
+    assert not list(path.rglob("*.part"))
+    return sentence[0]
+
+
+LOSS_CASES: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
+    ("painn", "gemnet_oc", {"n3n": {}}, ("task.distillation.losses.n3n", "did you mean 'n2n'?")),
+    ("painn", "gemnet_oc", {"n2n": {"teacher": "nod"}}, ("losses.n2n.teacher", "'nod'", "node")),
+    ("painn", "gemnet_oc", {"n2n": {"student": "node@9"}}, ("losses.n2n.student", "node@9")),
+    ("painn", "gemnet_oc", {"n2n": {"projetion": "mlp"}}, ("did you mean 'projection'?",)),
+    ("painn", "gemnet_oc", {"n2n": {"coefficient": -1}}, ("n2n.coefficient", "at least 0")),
+    ("schnet", "gemnet_oc", {"v2v": {}}, ("losses.v2v.student", "vector")),
+    ("painn", "schnet", {"v2v": {}}, ("losses.v2v.teacher", "vector")),
+    ("painn", "schnet", {"e2n": {}}, ("losses.e2n.teacher", "edge")),
+    (
+        "painn",
+        "gemnet_oc",
+        {"n2n": {"projection": "identity"}},
+        ("losses.n2n.projection", "identity", "16", "12"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("student", "teacher", "losses", "words"), LOSS_CASES)
+def test_losses(
+    tmp_path: Path,
+    data: Path,
+    teachers: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    student: str,
+    teacher: str,
+    losses: dict[str, Any],
+    words: tuple[str, ...],
+) -> None:
+    arguments = config(tmp_path, data, model=student, teacher=teachers[teacher], losses=losses)
+    sentence = refusal(tmp_path, arguments, capsys)
+    for word in words:
+        assert word in sentence
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ("absent", ("absent.pt does not exist",)),
+        ("truncated", ("truncated",)),
+        ("unfitted", ("scale factor", "fit-scales")),
+        ("malicious", ("trust_checkpoint: true",)),
+    ],
+)
+def test_teachers(
+    tmp_path: Path,
+    data: Path,
+    teachers: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    teacher: str,
+    words: tuple[str, ...],
+) -> None:
+    marker = tmp_path / "was_here"
+    paths = {**teachers, "absent": Path("absent.pt"), "malicious": tmp_path / "malicious.bin"}
+    paths["malicious"].write_bytes(pickle.dumps({"state_dict": Payload(marker)}))
+    arguments = config(tmp_path, data, teacher=paths[teacher], losses={"n2n": {}})
+    sentence = refusal(tmp_path, arguments, capsys)
+    for word in words:
+        assert word in sentence
+    assert not marker.exists()
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_the_payload_is_a_real_one(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(tmp_path / "x")))
+    assert (tmp_path / "x").exists()
+
+
+def test_an_element_that_the_teacher_does_not_know(
+    tmp_path: Path, data: Path, teachers: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = config(tmp_path, data, teacher=teachers["gemnet_oc"], losses={"n2n": {}})
+    arguments["task"]["distillation"]["teacher"]["elements"] = ["H", "O", "Cu"]
+    sentence = refusal(tmp_path, arguments, capsys)
+    assert "Pt" in sentence
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("pos", "positions of structure"), ("energy", "energy label"), ("forces", "forces label")],
+)
+def test_not_a_number(
+    tmp_path: Path,
+    data: Path,
+    teachers: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    words: str,
+) -> None:
+    def spoil(value: Any, index: int) -> Any:
+        return value * float("nan") if index == 2 else value
+
+    write_lmdb(tmp_path / "data" / "train", 6, seed=0, **{key: spoil})
+    arguments = config(tmp_path, data, teacher=teachers["painn"], losses={"vanilla": {}})
+    arguments["dataset"]["train"]["src"] = str(tmp_path / "data" / "train")
+    sentence = refusal(tmp_path, arguments, capsys)
+    assert words in sentence
+    assert "sid 2" in sentence
+
+
+def test_datasets(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = config(tmp_path, data)
+    arguments["dataset"]["train"]["src"] = str(tmp_path / "nowhere")
+    sentence = refusal(tmp_path, arguments, capsys)
+    assert "dataset.train.src" in sentence
+    assert "nowhere" in sentence
+    write_lmdb(tmp_path / "empty", 0, seed=0)
+    arguments["dataset"]["train"]["src"] = str(tmp_path / "empty")
+    assert "dataset.train" in refusal(tmp_path, arguments, capsys)
+
+
+def test_from_the_command_line(
+    tmp_path: Path, data: Path, teachers: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = config(tmp_path, data, teacher=teachers["gemnet_oc"], losses={"n2n": {}})
+    override = "--task.distillation.losses.n2n.coefficient=-1e-3"
+    assert "losses.n2n.coefficient" in refusal(tmp_path, arguments, capsys, override)
