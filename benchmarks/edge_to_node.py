@@ -107,7 +107,7 @@ def main() -> None:
     heads = [f"{e // 1000}k edges / {n} / {c}" for e, n, c in SIZES]
     print(f"torch {torch.__version__}, {args.threads} thread(s), fp32, milliseconds")
     for title, table in tables.items():
-        print(f"\n| {title} | " + " | ".join(heads) + " |\n| --- | " + "--- | " * len(heads))
+        print(f"\n| {title} | " + " | ".join(heads) + " |\n| ---" + " | ---" * len(heads) + " |")
         for name, times in table.items():
             print(f"| {name} | " + " | ".join(f"{t:.1f}" for t in times) + " |")
 

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairchem.core.modules.loss import DDPLoss
+from models import batch as models_batch
+from models import model_config, small_model
 from torch import nn
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.features import FeatureSpec, Request
+from fairchem_kd.features import FeatureExtractor, FeatureSpec, Request
 from fairchem_kd.losses import (
     DEFAULT_COEFFICIENTS,
     Loss,
@@ -352,6 +354,49 @@ def test_state_goes_through_a_checkpoint(tmp_path):
     fresh.load_state_dict(torch.load(tmp_path / "term.pt", weights_only=True))
     assert fresh.standardizer.fitted
     assert torch.equal(mean(fresh(inputs)), mean(term(inputs)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "channels"),
+    [
+        ("n2n", {"teacher": "node@1", "atoms": "free"}, "emb_size_atom"),
+        ("e2n", {}, "emb_size_edge"),
+        ("v2v", {}, "emb_size_edge"),
+        ("v2v", {"teacher": "edge@1", "projection": "mlp"}, "emb_size_edge"),
+    ],
+)
+def test_on_models_and_under_rotation(kind, options, channels):
+    teacher, student = small_model("gemnet_oc").eval(), small_model("painn")
+    term = loss_class(kind, WHERE).from_options(options, WHERE)
+    student_tap = FeatureExtractor(student, term.student_requests())
+    teacher_tap = FeatureExtractor(teacher, term.teacher_requests())
+    term.build(student_tap.specs, teacher_tap.specs, generator())
+    turn, _ = torch.linalg.qr(random(3, 3, seed=9).float())
+    turn = turn * torch.linalg.det(turn)
+    slabs = models_batch()
+    turned = slabs.clone()
+    turned.pos, turned.cell = slabs.pos @ turn.T, slabs.cell @ turn.T
+    values = []
+    for graph in (slabs, turned):
+        with torch.no_grad(), teacher_tap.capture() as taught:
+            teacher(graph)
+        with student_tap.capture() as learned:
+            student(graph)
+        inputs = LossInputs(graph)
+        inputs.student = {r: learned[r].values for r in term.student_requests()}
+        inputs.teacher = {r: taught[r].values for r in term.teacher_requests()}
+        if not values:
+            term.update_statistics(inputs.teacher, graph)
+            term.finalize_statistics()
+        (part,) = term(inputs)
+        values.append(part.total / part.count)
+    atoms = len(slabs.pos) if options.get("atoms") != "free" else int((slabs.fixed == 0).sum())
+    width = model_config("gemnet_oc")[channels] * (3 if kind == "v2v" else 1)
+    assert int(part.count) == atoms * width
+    torch.testing.assert_close(values[1], values[0], rtol=1e-4, atol=0)
+    values[0].backward()
+    assert any(p.grad is not None and p.grad.any() for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
 
 
 # -- standardisation ------------------------------------------------------------------------------

@@ -163,7 +163,11 @@ class EdgeToNode(FeatureLoss):
 
 @register_loss("v2v")
 class VectorToVector(FeatureLoss):
-    """Vector features against vector features (edge features times unit vectors, summed)."""
+    """Vector features against vector features (edge features times unit vectors, summed).
+
+    With mse the loss is invariant under rotations; with mae and huber, which look at x, y and z one
+    by one, it depends on how a structure is turned, as the MAE of force components does.
+    """
 
     Options = V2VOptions
     form = "vector"
