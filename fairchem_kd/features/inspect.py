@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a checkpoint (.pt), or a config with a model")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--trust-checkpoint",
+        "--trust",
         action="store_true",
         help="unpickle a checkpoint that cannot be read safely (this executes code in the file)",
     )
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the model offers; returns the exit code."""
-    config = read_model_config(args.model, trust=args.trust_checkpoint)
+    config = read_model_config(args.model, trust=args.trust)
     report = {"source": str(args.model), **describe(build(config, args.model))}
     report["elements"] = read_elements(args.model)
     print(json.dumps(report, indent=2) if args.json else as_table(report))
@@ -52,6 +53,8 @@ def read_model_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"{path}: no such config; give a checkpoint or a YAML config")
         try:
+            if not isinstance(yaml.safe_load(path.read_text()), dict):
+                raise ValueError("it is not a mapping of keys")
             config, _, conflicts = load_config(str(path))
         except (yaml.YAMLError, ValueError, OSError, AttributeError) as error:
             raise UserError(f"{path}: this config cannot be read: {error}") from error
@@ -84,7 +87,9 @@ def build(config: dict[str, Any], path: Path) -> nn.Module:
     except Exception as error:
         raise UserError(f"{path}: fairchem has no model '{name}' (key model.name)") from error
     try:
-        return model_class(**options)
+        with warnings.catch_warnings():  # PaiNN calls what newer torch_geometric calls a no-op
+            warnings.filterwarnings("ignore", "'PaiNNMessage.jittable' is deprecated")
+            return model_class(**options)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{path}: model '{name}' cannot be built: {error}") from error
 

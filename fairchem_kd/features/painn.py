@@ -73,7 +73,7 @@ class PaiNNFeatures(Architecture):
         default = layers if self.head("out_forces") is not None else layers - 1
 
         self.add("node", "node", width, "x after the last update layer", nodes[layers])
-        products = "scalar products of the end atoms' vectors"
+        products = "scalar products, per channel, of the end atoms' vec"
         if default:
             after = f"after update layer {default}"
             self.add("vector", "vector", width, f"vec {after}", vectors[default])
@@ -85,7 +85,10 @@ class PaiNNFeatures(Architecture):
             where = f"after update layer {k}" if k else "after the embedding"
             self.add(f"node@{k}", "node", width, f"x {where}", attach)
         for k, attach in vectors.items():
-            self.add(f"vector@{k}", "vector", width, f"vec after update layer {k}", attach)
+            where = f"after update layer {k}"
+            if k > default:
+                where += ", which reaches no output: partly untrained"
+            self.add(f"vector@{k}", "vector", width, f"vec {where}", attach)
         for k, attach in vectors.items():
             where = f"after update layer {k}"
             self.add(f"edge@{k}", "edge", width, f"{products} {where}", attach, edge_products)
