@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from trainings import config, write_lmdb, write_teacher, write_yaml
 
 from fairchem_kd.cli import fairchem
-from runs import config, write_lmdb, write_teacher, write_yaml
 
 
 @pytest.fixture(scope="module")

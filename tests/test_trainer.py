@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fairchem.core.trainers import OCPTrainer
+from trainings import assert_equal, config, trainer, weights, write_lmdb, write_teacher
 
 from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.errors import UserError
@@ -17,7 +18,6 @@ from fairchem_kd.features import FeatureExtractor, Request
 from fairchem_kd.records import read_records
 from fairchem_kd.teacher import Teacher
 from fairchem_kd.trainer import STATE_KEY, DistillationTrainer
-from runs import assert_equal, config, trainer, weights, write_lmdb, write_teacher
 
 FEATURE_LOSSES: dict[str, Any] = {"n2n": {}, "e2n": {}, "v2v": {}}
 ALL_LOSSES = {**FEATURE_LOSSES, "vanilla": {}, "per_atom_energy": {}}
