@@ -186,7 +186,7 @@ def check_checkpoints(findings: Findings) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "checkpoint.pt")
-            write_checkpoint({"state_dict": {"weight": torch.ones(2)}, "epoch": 0.5}, path)
+            write_checkpoint({"state_dict": {"weight": torch.ones(2)}, "config": {}}, path)
             read_checkpoint(path)
     except Exception as error:
         findings.problem(

@@ -164,6 +164,8 @@ def _run_and_report(args: argparse.Namespace, config: dict[str, Any]) -> int:
 
 
 def _run_of_sweep(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    # A spawned process spawns in turn; data-loader workers are forked, as in a run of its own.
+    multiprocessing.set_start_method(None, force=True)
     setup_logging()
     sys.exit(_run_and_report(args, config))
 
