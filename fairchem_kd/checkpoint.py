@@ -1,0 +1,217 @@
+"""Checkpoints on disk: read without executing code, written whole or not at all.
+
+``torch.load`` unpickles, and a pickle may run anything. Here a file is read with
+``weights_only=True`` and a short list of harmless types that stock fairchem checkpoints hold
+besides tensors: numpy scalars (metrics, configs), paths and defaultdicts.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+
+from fairchem_kd.errors import UserError
+
+#: The keys without which nothing can be done with a fairchem 1.x checkpoint.
+REQUIRED_KEYS = ("state_dict", "config")
+
+
+def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
+    """The contents of a fairchem 1.x checkpoint, tensors on the CPU.
+
+    Args:
+        path: the file, relative to the current directory.
+        trust: unpickle a file that holds other types than tensors and plain values, which lets it
+            run any code that its author chose.
+
+    Raises:
+        UserError: the file is missing, truncated, no checkpoint, one of fairchem 2, or one that
+            needs ``trust``.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"The checkpoint {path} does not exist; relative paths start from the current "
+            f"directory, {Path.cwd()}."
+        )
+    if not path.is_file():
+        raise UserError(f"The checkpoint {path} is not a file; give the .pt file inside it.")
+    _check_container(path)
+    try:
+        if trust:
+            contents = torch.load(path, map_location="cpu", weights_only=False)
+        else:
+            with _allowed():
+                contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if trust:
+            raise UserError(_broken(path, error)) from error
+        raise UserError(
+            f"The checkpoint {path} holds more than tensors and plain values ({_culprit(error)}), "
+            "and unpickling that could run any code; if you trust where it comes from, set "
+            "trust_checkpoint: true (--trust on the command line)."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(_broken(path, error)) from error
+    except (ModuleNotFoundError, ImportError) as error:
+        raise UserError(
+            f"The checkpoint {path} needs a Python module that is not installed: {error}."
+        ) from error
+    return _checked(contents, path)
+
+
+def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> Path:
+    """Write ``state`` to ``path`` so that a crash leaves the old file or the new one, never half.
+
+    The file is written beside ``path`` in the same folder, flushed to disk and renamed over it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o666 & ~_umask())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _check_container(path: Path) -> None:
+    """Refuse what is neither a zip (torch >= 1.6) nor a bare pickle, before torch guesses."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if not head:
+        raise UserError(f"The checkpoint {path} is empty; copy or download it again.")
+    if head[:2] == b"PK":
+        if not zipfile.is_zipfile(path):
+            raise UserError(
+                f"The checkpoint {path} is truncated ({path.stat().st_size} bytes, no end of "
+                "archive); copy or download it again."
+            )
+    elif head[:1] != b"\x80":
+        hint = " (a Git LFS pointer: run `git lfs pull`)" if head == b"vers" else ""
+        raise UserError(f"{path} is not a PyTorch checkpoint{hint}.")
+
+
+def _broken(path: Path, error: BaseException) -> str:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"The checkpoint {path} cannot be read: it is damaged or not a PyTorch checkpoint "
+        f"({reason[0][:200]})."
+    )
+
+
+def _culprit(error: BaseException) -> str:
+    """The type that the loader refused, out of torch's long message."""
+    text = str(error)
+    for mark in ("Unsupported global: GLOBAL ", "Unsupported class ", "Trying to call reduce for "):
+        if mark in text:
+            return text.split(mark, 1)[1].split()[0].rstrip(".,")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:120] if lines else "unknown type"
+
+
+def _checked(contents: Any, path: Path) -> dict[str, Any]:
+    """The contents if they are a fairchem 1.x checkpoint."""
+    if type(contents).__module__.startswith("fairchem.core.units") or (
+        isinstance(contents, Mapping) and "model_config" in contents and "config" not in contents
+    ):
+        raise UserError(
+            f"{path} is a checkpoint of fairchem 2, which fairchem-core 1.x cannot build; use one "
+            "that fairchem-core 1.x wrote."
+        )
+    if not isinstance(contents, dict):
+        raise UserError(
+            f"{path} holds a {type(contents).__name__}, not the dictionary of a fairchem checkpoint."
+        )
+    missing = [key for key in REQUIRED_KEYS if key not in contents]
+    if missing:
+        held = ", ".join(sorted(map(str, contents))[:8]) or "nothing"
+        raise UserError(
+            f"{path} is not a fairchem checkpoint: it has no {' and no '.join(missing)} "
+            f"(it holds {held})."
+        )
+    config = contents["config"]
+    if not isinstance(config, Mapping) or "model" not in config:
+        raise UserError(f"{path} is not a fairchem checkpoint: its config names no model.")
+    if not isinstance(contents["state_dict"], Mapping) or not contents["state_dict"]:
+        raise UserError(f"{path} holds no weights: its state_dict is empty.")
+    return contents
+
+
+# What a checkpoint may hold besides tensors. Pickles name a function or a type by module and name;
+# these stand in for the real ones, do no more than rebuild a plain value, and carry both the names
+# of numpy 1 and 2, so that a file of either can be read under either.
+
+
+def _named(function: Callable[..., Any], module: str, name: str) -> Callable[..., Any]:
+    """A function that pickles call ``module.name``."""
+
+    def stand_in(*args: Any) -> Any:
+        return function(*args)
+
+    stand_in.__module__, stand_in.__qualname__, stand_in.__name__ = module, name, name
+    return stand_in
+
+
+def _numpy_scalar(dtype: np.dtype, data: Any) -> Any:
+    """A number or bool as a Python value: that is what metrics and configs mean by it."""
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf" or not isinstance(data, bytes):
+        raise pickle.UnpicklingError(f"Unsupported class numpy scalar of {dtype}")
+    return np.frombuffer(data, dtype=dtype, count=1)[0].item()
+
+
+def _path(*parts: str) -> str:
+    return str(PurePath(*parts))
+
+
+def _allow_list() -> list[Any]:
+    dtypes = {type(np.dtype(kind)) for kind in ("?", "i1", "i2", "i4", "i8", "f2", "f4", "f8")}
+    dtypes |= {type(np.dtype(kind)) for kind in ("u1", "u2", "u4", "u8")}
+    allowed: list[Any] = [np.dtype, *dtypes, collections.defaultdict, dict, list, int, float, set]
+    allowed += [_named(_numpy_scalar, f"numpy.{core}.multiarray", "scalar") for core in _CORES]
+    for module in ("pathlib", "pathlib._local"):
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+            allowed.append(_named(_path, module, name))
+    return allowed
+
+
+_CORES = ("core", "_core")
+
+
+@contextmanager
+def _allowed() -> Iterator[None]:
+    """torch's allow-list with ours on it; torch 2.4 has no context manager of its own for that."""
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals(_allow_list())
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)

@@ -1,0 +1,368 @@
+"""A frozen model out of a fairchem checkpoint, and what it says about a batch.
+
+    checkpoint -> architecture, weights (EMA where there are any), normalisers, references
+    batch -> Teacher.forward -> TeacherOutput(raw, features) -> Teacher.denormalized -> eV, eV/Å
+
+Everything is read from the checkpoint; nothing of the architecture is repeated in a config.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ase.data import atomic_numbers as _numbers
+from ase.data import chemical_symbols as _symbols
+from fairchem.core.common.registry import registry
+from fairchem.core.common.utils import (
+    load_state_dict,
+    match_state_dict,
+    setup_imports,
+    update_config,
+)
+from fairchem.core.modules.normalization.element_references import (
+    LinearReferences,
+    create_element_references,
+)
+from fairchem.core.modules.normalization.normalizer import Normalizer, create_normalizer
+from fairchem.core.modules.scaling.compat import load_scales_compat
+from fairchem.core.modules.scaling.util import ensure_fitted
+from torch import Tensor, nn
+
+from fairchem_kd.checkpoint import read_checkpoint
+from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.features import Captured, FeatureExtractor, architecture_of, stock_model_config
+from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.units import Units
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
+
+#: Names of the two targets in checkpoints older than fairchem-core 1.0.
+_LEGACY_TARGETS = {"target": "energy", "grad_target": "forces"}
+
+
+@dataclass
+class TeacherOutput:
+    """What one forward gave: detached, and still normalised as the teacher was trained."""
+
+    raw: dict[str, Tensor]  #: by output: ``(B, 1)`` of a system, ``(N, 3)`` of an atom (forces)
+    features: Captured | None  #: by request; None where no extractor was given
+
+
+class Teacher:
+    """A frozen model in eval mode, its normalisers and references, and what it was trained on.
+
+    Not a module, so that holding one never puts its weights into a state_dict; never trained, and
+    never wrapped in DistributedDataParallel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Units,
+        outputs: Mapping[str, Mapping[str, Any]],
+        *,
+        elements: Iterable[int] | None = None,
+        name: str = "the teacher",
+    ) -> None:
+        """
+        Args:
+            model: loaded and on its device; it is frozen here.
+            units: its normalisers and element references, on the same device.
+            outputs: the ``outputs`` block of its config.
+            elements: atomic numbers of its training data; None where that is not known.
+            name: what errors call it.
+        """
+        self.model = model.eval().requires_grad_(False)
+        self.units = units
+        self.name = name
+        self.elements = None if elements is None else frozenset(elements)
+        forces = getattr(model, "regress_forces", True)
+        self.outputs = {k: v for k, v in outputs.items() if forces or k != "forces"}
+        self._embedded = _embedded_elements(model)
+        known = set(range(1, self._embedded + 1))
+        if self.elements is not None:
+            known &= self.elements
+        self._known = torch.tensor([z in known for z in range(len(_symbols) + 1)])
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        trust: bool = False,
+        elements: Iterable[str | int] | None = None,
+        device: torch.device | str = "cpu",
+        where: str = "task.distillation.teacher.checkpoint",
+    ) -> Teacher:
+        """The teacher in the fairchem 1.x checkpoint at ``path``.
+
+        Args:
+            path: a training checkpoint (its EMA weights are taken where it has any), a
+                best_checkpoint.pt, or an exported file.
+            trust: unpickle a file that holds more than tensors and plain values.
+            elements: what it was trained on, where no card ``NAME.json`` beside the file says.
+            device: where it will run.
+            where: the config's key, for errors.
+
+        Raises:
+            UserError: the file cannot be read, does not fit its own config, or has unfitted scale
+                factors.
+        """
+        path = Path(path)
+        try:
+            checkpoint = read_checkpoint(path, trust=trust)
+            known = _known_elements(path, elements)
+            with isolated_random_state():
+                teacher = _build(cls, checkpoint, known, str(path), torch.device(device))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if known is None:
+            logging.warning(
+                f"It is not known which elements the teacher {path} was trained on: no card "
+                f"{path.with_suffix('.json')} and no task.distillation.teacher.elements say so, "
+                "so structures with other elements cannot be refused."
+            )
+        return teacher
+
+    def require_outputs(self, names: Iterable[str]) -> None:
+        """Make sure that the teacher gives all of ``names``.
+
+        Raises:
+            UserError: naming the first that it does not give.
+        """
+        for name in names:
+            if name not in self.outputs:
+                raise UserError(
+                    f"{self.name} does not predict '{name}'{did_you_mean(name, self.outputs)}; "
+                    "take a teacher that does, or a loss that does not need it."
+                )
+
+    def check_elements(self, atomic_numbers: Tensor) -> None:
+        """Refuse atoms that the teacher knows nothing about.
+
+        One look-up per atom. On a GPU the answer has to be waited for: check batches on the CPU,
+        where they come from.
+
+        Args:
+            atomic_numbers: ``(N,)``, of any type.
+
+        Raises:
+            UserError: naming the elements.
+        """
+        known = self._known
+        if known.device != atomic_numbers.device:
+            known = self._known = known.to(atomic_numbers.device)
+        numbers = atomic_numbers.long()
+        inside = numbers.clamp(0, len(known) - 1)
+        unknown = ~known[inside] | (inside != numbers)
+        if not bool(unknown.any()):
+            return
+        strange = sorted(set(numbers[unknown].tolist()))
+        shown = ", ".join(_symbols[z] if 0 < z < len(_symbols) else f"Z={z}" for z in strange)
+        if self.elements is not None and all(1 <= z <= self._embedded for z in strange):
+            trained = " ".join(_symbols[z] for z in sorted(self.elements))
+            reason = f"it was trained on {trained} (its card, or teacher.elements)"
+        else:
+            reason = f"its embedding table has the elements 1 to {self._embedded}"
+        raise UserError(
+            f"The data holds {shown}, which {self.name} does not know: {reason}; take structures "
+            "without these elements, or a teacher that was trained on them."
+        )
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, extractor: FeatureExtractor | None = None) -> TeacherOutput:
+        """Outputs and, with an extractor made for ``self.model``, features of one batch.
+
+        The batch is left as it was. Forces that the teacher makes by autograd are made so here:
+        fairchem's models switch gradients on for their own forward.
+        """
+        if self.model.training:
+            self.model.eval()
+        view = copy.copy(batch)  # models set keys (pbc) and ask for gradients with respect to pos
+        view.pos = batch.pos.detach().clone()
+        if extractor is None:
+            return TeacherOutput(self._outputs(self.model(view), batch), None)
+        with extractor.capture(detach=True) as features:
+            out = self.model(view)
+        return TeacherOutput(self._outputs(out, batch), features)
+
+    def _outputs(self, out: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
+        """Shaped as the trainer shapes its own."""
+        systems, atoms = batch.natoms.numel(), batch.pos.shape[0]
+        raw = {}
+        for name, config in self.outputs.items():
+            value = out.get(name)
+            if isinstance(value, Mapping):  # a hydra model: head, then property
+                value = value[config["property"]]
+            if value is None:  # for example, one that is put together from its irreps
+                continue
+            rows = atoms if config.get("level", "system") == "atom" else systems
+            raw[name] = value.detach().view(rows, -1)
+        return raw
+
+    def denormalized(self, output: TeacherOutput, batch: Batch) -> dict[str, Tensor]:
+        """The outputs in physical units: energies ``(B,)`` in eV, forces ``(N, 3)`` in eV/Å."""
+        physical = {
+            name: self.units.physical(name, value, batch) for name, value in output.raw.items()
+        }
+        return {k: v.squeeze(1) if v.shape[1] == 1 else v for k, v in physical.items()}
+
+
+def _build(
+    cls: type[Teacher],
+    checkpoint: dict[str, Any],
+    elements: frozenset[int] | None,
+    name: str,
+    device: torch.device,
+) -> Teacher:
+    config = model_config(checkpoint["config"])
+    setup_imports()
+    try:
+        model = registry.get_model_class(config["name"])(
+            **{key: value for key, value in config.items() if key != "name"}
+        )
+    except Exception as error:  # whatever an architecture makes of arguments that it does not have
+        raise UserError(
+            f"{name} cannot be built from its own config, model '{config['name']}' "
+            f"({type(error).__name__}: {error}); import the package that defines this model first, "
+            "or use a checkpoint of a model that this fairchem-core has."
+        ) from error
+    load_weights(model, checkpoint, name)
+    try:
+        ensure_fitted(model)
+    except ValueError as error:
+        raise UserError(
+            f"{name} has unfitted scale factors, so it was not trained properly "
+            f"({str(error).split('.', 1)[0]}); fit them (`fairchem-kd fit-scales`), set "
+            "model.scale_file and train the teacher again."
+        ) from error
+    model.to(device)
+    return cls(
+        model,
+        Units(*read_units(checkpoint, device)),
+        update_config(checkpoint["config"]).get("outputs") or {"energy": {}, "forces": _FORCES},
+        elements=elements,
+        name=name,
+    )
+
+
+_FORCES = {"level": "atom"}
+
+
+def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` block of a checkpoint's config, as one builds the stock model from.
+
+    Wrappers become the stock model inside, graphs are made on the fly, and ``scale_file``, a path
+    on the machine that trained it, goes: the state_dict holds the factors.
+    """
+    model = config["model"]
+    if "model_attributes" in config:  # before fairchem-core 1.0
+        model = {**config["model_attributes"], "name": model}
+    model = stock_model_config(dict(model))
+    model.pop("scale_file", None)
+    if isinstance(model.get("backbone"), dict):
+        model["backbone"].pop("scale_file", None)
+    model["otf_graph"] = True
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], name: str) -> None:
+    """Load a checkpoint's weights into the bare ``model``: EMA's where it has any.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    try:
+        state = match_state_dict(model.state_dict(), checkpoint["state_dict"])
+        load_state_dict(model, state, strict=True)
+        if checkpoint.get("scale_dict"):
+            load_scales_compat(model, checkpoint["scale_dict"])
+    except (RuntimeError, ValueError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(
+            f"The weights in {name} do not fit the model of its own config "
+            f"({' '.join(lines)[:300]}); it was written by another version of fairchem-core or of "
+            "the model."
+        ) from error
+    ema = checkpoint.get("ema")
+    if not ema:
+        return
+    averaged = [p for p in model.parameters() if p.requires_grad]  # as fairchem's EMA sees them
+    shadow = ema["shadow_params"]
+    if [p.shape for p in averaged] != [s.shape for s in shadow]:
+        raise UserError(
+            f"The averaged (EMA) weights in {name} do not fit its model: it was trained with other "
+            "parameters frozen; use its best_checkpoint.pt."
+        )
+    for parameter, value in zip(averaged, shadow, strict=True):
+        parameter.copy_(value)
+
+
+def read_units(
+    checkpoint: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> tuple[dict[str, Normalizer], dict[str, LinearReferences]]:
+    """A checkpoint's normalisers and element references, by output."""
+    normalizers = {
+        _LEGACY_TARGETS.get(key, key): create_normalizer(state_dict=state).to(device)
+        for key, state in (checkpoint.get("normalizers") or {}).items()
+    }
+    references = {
+        key: create_element_references(state_dict=state).to(device)
+        for key, state in (checkpoint.get("elementrefs") or {}).items()
+    }
+    return normalizers, references
+
+
+def _known_elements(path: Path, given: Iterable[str | int] | None) -> frozenset[int] | None:
+    """Those that the config names, or the card beside the checkpoint; None where neither does."""
+    if given is not None:
+        return frozenset(as_atomic_numbers(given, "task.distillation.teacher.elements"))
+    card = path.with_suffix(".json")
+    if not card.is_file():
+        return None
+    try:
+        content = json.loads(card.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"The card {card} beside the checkpoint is not readable JSON: {error}.") from (
+            error
+        )
+    named = content.get("elements") if isinstance(content, dict) else None
+    return None if named is None else frozenset(as_atomic_numbers(named, f"elements of {card}"))
+
+
+def as_atomic_numbers(elements: Iterable[str | int], where: str) -> list[int]:
+    """Atomic numbers of elements given as symbols or as numbers.
+
+    Raises:
+        UserError: for what is no element.
+    """
+    if isinstance(elements, str) or not isinstance(elements, Iterable):
+        elements = str(elements).replace(",", " ").split()
+    numbers = []
+    for element in elements:
+        text = str(element).strip()
+        number = int(text) if text.isdigit() else _numbers.get(text, 0)
+        if not 0 < number < len(_symbols):
+            known = did_you_mean(text, _symbols[1:]) if len(text) > 1 else ""
+            hint = known if "did you mean" in known else ""
+            raise UserError(f"{where} has '{text}', which is no chemical element{hint}.")
+        numbers.append(number)
+    return numbers
+
+
+def _embedded_elements(model: nn.Module) -> int:
+    """Atomic numbers 1 to this one have a row in the model's embedding table."""
+    try:
+        return architecture_of(model).num_elements
+    except UserError:  # no features of it are known; a row more or less is the model's own matter
+        tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+        return min(len(_symbols) - 1, max(tables, default=len(_symbols)) - 1)
