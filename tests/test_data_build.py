@@ -91,6 +91,10 @@ def test_a_missing_data_set_is_built_whole_and_only_once(built: Path) -> None:
         "train", "train_1of4", "train_2of4", "train_3of4", "val", "test", "test_ood",
     }  # fmt: skip
     assert [path.name for path in built.parent.iterdir() if path != built] == [".slabs.lock"]
+    # Others may read it: the mode is that of any new folder.
+    (built.parent / "new").mkdir()
+    assert built.stat().st_mode == (built.parent / "new").stat().st_mode
+    (built.parent / "new").rmdir()
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
     ensure_built(config(built))
     quarter = config(built)["dataset"]

@@ -74,7 +74,8 @@ def locked(root: Path) -> Iterator[int]:
 
 def default_processes() -> int:
     """As many as this process may use cores, at most 16."""
-    return min(16, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, cores or 1)
 
 
 def _check_space(root: Path, options: Options) -> None:
