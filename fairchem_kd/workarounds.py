@@ -91,7 +91,8 @@ def sweep_grid(base: dict[str, Any], sweep_yml: Path) -> list[dict[str, Any]]:
             yield key, node
         else:
             raise UserError(
-                f"{sweep_yml}: {key or 'the file'} must hold a list of values to try, or keys that do."
+                f"{sweep_yml}: {key or 'the file'} must hold a list of values to try, "
+                "or keys that do."
             )
 
     try:
@@ -116,7 +117,7 @@ def sweep_grid(base: dict[str, Any], sweep_yml: Path) -> list[dict[str, Any]]:
 def stock_command_with(
     *, config: dict[str, Any], runner: type, rank: Callable[[dict[str, Any]], None]
 ) -> Iterator[None]:
-    """Within the block, stock's ``_cli.main`` takes this config, this Runner and this rank function.
+    """Within the block, stock's ``_cli.main`` takes this config, this Runner, this rank function.
 
     It builds its config inside and launches functions of its own module: there is no hook for data
     to be built first, for a plugin in launched processes, or for an error without a traceback. Both
