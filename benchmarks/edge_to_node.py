@@ -57,6 +57,7 @@ def candidates(
     return {
         "scalars, forward": {
             "edge_to_node (sorting included)": lambda: edge_to_node(features, target, atoms),
+            "edge_to_node, sorted edges": lambda: edge_to_node(ordered_features, in_order, atoms),
             "index_add, unsorted edges": lambda: index_add(target, features),
             "index_add, sorted edges": lambda: index_add(in_order, ordered_features),
             "CSR product, sorted before": lambda: csr(ones),

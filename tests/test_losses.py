@@ -102,12 +102,14 @@ def standardised(teacher, rows):
 
 @pytest.mark.parametrize(
     ("kind", "fn", "standardize", "atoms", "name"),
-    itertools.product(
-        ["n2n", "e2n", "v2v"],
-        ["mse", "mae", "huber"],
-        [True, False],
-        ["all", "free"],
-        ["linear", "mlp", "identity"],
+    list(
+        itertools.product(
+            ["n2n", "e2n", "v2v"],
+            ["mse", "mae", "huber"],
+            [True, False],
+            ["all", "free"],
+            ["linear", "mlp", "identity"],
+        )
     ),
 )
 def test_features_equal_loops(kind, fn, standardize, atoms, name):

@@ -39,9 +39,7 @@ class LossOptions:
     """What every term has."""
 
     coefficient: float = option(1.0, ge=0, help="factor on the loss; 0 switches the term off")
-    schedule: Schedule = option(  # noqa: RUF009 (a field, not a shared value)
-        factory=Schedule, help="how the coefficient changes over training"
-    )
+    schedule: Schedule = option(factory=Schedule, help="how the coefficient changes over training")
 
 
 @dataclass
