@@ -7,9 +7,9 @@ besides tensors: numpy scalars (metrics, configs), paths and defaultdicts.
 
 from __future__ import annotations
 
-import collections
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +24,8 @@ from fairchem_kd.errors import UserError
 
 #: The keys without which nothing can be done with a fairchem 1.x checkpoint.
 REQUIRED_KEYS = ("state_dict", "config")
+
+_FAIRCHEM_2 = "fairchem.core.units"  # the package whose classes fairchem 2 pickles
 
 
 def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -54,16 +56,21 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
             with _allowed():
                 contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if trust:
+        culprit = _culprit(error)
+        if culprit.startswith(_FAIRCHEM_2):
+            raise UserError(_of_fairchem_2(path)) from error
+        if trust or culprit == "":
             raise UserError(_broken(path, error)) from error
         raise UserError(
-            f"The checkpoint {path} holds more than tensors and plain values ({_culprit(error)}), "
+            f"The checkpoint {path} holds more than tensors and plain values ({culprit}), "
             "and unpickling that could run any code; if you trust where it comes from, set "
             "trust_checkpoint: true (--trust on the command line)."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(_broken(path, error)) from error
-    except (ModuleNotFoundError, ImportError) as error:
+    except ImportError as error:
+        if str(error.name).startswith(_FAIRCHEM_2):
+            raise UserError(_of_fairchem_2(path)) from error
         raise UserError(
             f"The checkpoint {path} needs a Python module that is not installed: {error}."
         ) from error
@@ -120,7 +127,8 @@ def _check_container(path: Path) -> None:
 
 
 def _broken(path: Path, error: BaseException) -> str:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+    detail = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    reason = detail.splitlines() or [type(error).__name__]
     return (
         f"The checkpoint {path} cannot be read: it is damaged or not a PyTorch checkpoint "
         f"({reason[0][:200]})."
@@ -128,27 +136,29 @@ def _broken(path: Path, error: BaseException) -> str:
 
 
 def _culprit(error: BaseException) -> str:
-    """The type that the loader refused, out of torch's long message."""
-    text = str(error)
-    for mark in ("Unsupported global: GLOBAL ", "Unsupported class ", "Trying to call reduce for "):
-        if mark in text:
-            return text.split(mark, 1)[1].split()[0].rstrip(".,")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:120] if lines else "unknown type"
+    """The type that the loader refused, out of torch's long message; "" where none is named."""
+    named = re.search(
+        r"(?:GLOBAL|[Uu]nsupported class|[Tt]rying to (?:load|call reduce for|instantiate))"
+        r"(?: unsupported)?(?: class| GLOBAL| function)? ([\w.<>]+)",
+        str(error),
+    )
+    return named.group(1).rstrip(".") if named else ""
+
+
+def _of_fairchem_2(path: Path) -> str:
+    return (
+        f"{path} is a checkpoint of fairchem 2, which fairchem-core 1.x cannot build; use one that "
+        "fairchem-core 1.x wrote."
+    )
 
 
 def _checked(contents: Any, path: Path) -> dict[str, Any]:
     """The contents if they are a fairchem 1.x checkpoint."""
-    if type(contents).__module__.startswith("fairchem.core.units") or (
-        isinstance(contents, Mapping) and "model_config" in contents and "config" not in contents
-    ):
-        raise UserError(
-            f"{path} is a checkpoint of fairchem 2, which fairchem-core 1.x cannot build; use one "
-            "that fairchem-core 1.x wrote."
-        )
+    if isinstance(contents, Mapping) and "model_config" in contents and "config" not in contents:
+        raise UserError(_of_fairchem_2(path))
     if not isinstance(contents, dict):
         raise UserError(
-            f"{path} holds a {type(contents).__name__}, not the dictionary of a fairchem checkpoint."
+            f"{path} holds a {type(contents).__name__}, which is not what a fairchem checkpoint is."
         )
     missing = [key for key in REQUIRED_KEYS if key not in contents]
     if missing:
@@ -187,6 +197,13 @@ def _numpy_scalar(dtype: np.dtype, data: Any) -> Any:
     return np.frombuffer(data, dtype=dtype, count=1)[0].item()
 
 
+def _latin1(text: str, encoding: str) -> bytes:
+    """How protocol 2, torch.save's, spells bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"Unsupported class bytes in {encoding}")
+    return text.encode(encoding)
+
+
 def _path(*parts: str) -> str:
     return str(PurePath(*parts))
 
@@ -194,7 +211,9 @@ def _path(*parts: str) -> str:
 def _allow_list() -> list[Any]:
     dtypes = {type(np.dtype(kind)) for kind in ("?", "i1", "i2", "i4", "i8", "f2", "f4", "f8")}
     dtypes |= {type(np.dtype(kind)) for kind in ("u1", "u2", "u4", "u8")}
-    allowed: list[Any] = [np.dtype, *dtypes, collections.defaultdict, dict, list, int, float, set]
+    allowed: list[Any] = [np.dtype, *dtypes, torch.device, dict, list, int, float, set]
+    allowed.append(_named(_latin1, "_codecs", "encode"))
+    allowed.append(_named(lambda *_: {}, "collections", "defaultdict"))
     allowed += [_named(_numpy_scalar, f"numpy.{core}.multiarray", "scalar") for core in _CORES]
     for module in ("pathlib", "pathlib._local"):
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
@@ -207,8 +226,9 @@ _CORES = ("core", "_core")
 
 @contextmanager
 def _allowed() -> Iterator[None]:
-    """torch's allow-list with ours on it; torch 2.4 has no context manager of its own for that."""
+    """Our allow-list in place of what others added; torch 2.4 has no context manager for that."""
     before = list(torch.serialization.get_safe_globals())
+    torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(_allow_list())
     try:
         yield

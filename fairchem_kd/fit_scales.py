@@ -14,7 +14,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +106,7 @@ def fit_scale_factors(
     }
     if not factors:
         raise UserError(
-            f"{type(model).__name__} has no scale factors, so it needs no fit (GemNet and PaiNN do)."
+            f"{type(model).__name__} has no scale factors to fit (GemNet-OC and PaiNN have)."
         )
     samples = list(islice(batches, num_batches))
     if not samples:
@@ -127,10 +127,8 @@ def fit_scale_factors(
         with factor.fit_context_(), _stop_after(factor, calls[name]) as count:
             for batch in samples:
                 count.clear()
-                try:
+                with suppress(_Reached):
                     model(batch)
-                except _Reached:
-                    pass
             stats = dict(factor.stats or {})
             if not all(value > 0 for value in stats.values()):
                 raise UserError(

@@ -332,9 +332,7 @@ def _known_elements(path: Path, given: Iterable[str | int] | None) -> frozenset[
     try:
         content = json.loads(card.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"The card {card} beside the checkpoint is not readable JSON: {error}.") from (
-            error
-        )
+        raise UserError(f"The card {card} of the teacher is no readable JSON: {error}.") from error
     named = content.get("elements") if isinstance(content, dict) else None
     return None if named is None else frozenset(as_atomic_numbers(named, f"elements of {card}"))
 
