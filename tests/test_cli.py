@@ -76,6 +76,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     write_lmdb(folder / "data/train", 4)
     write_lmdb(folder / "data/val", 2)
+    free_atoms = {"train_on_free_atoms": True, "eval_on_free_atoms": True}
     config = {
         "trainer": "ocp",
         "model": models.model_config("schnet"),
@@ -83,7 +84,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train": {"format": "lmdb", "src": "data/train"},
             "val": {"format": "lmdb", "src": "data/val"},
         },
-        "outputs": {"energy": {"level": "system"}, "forces": {"level": "atom"}},
+        "outputs": {"energy": {"level": "system"}, "forces": {"level": "atom", **free_atoms}},
         "loss_functions": [
             {"energy": {"fn": "mae", "coefficient": 1}},
             {"forces": {"fn": "l2mae", "coefficient": 10}},
