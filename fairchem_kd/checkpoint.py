@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -78,16 +78,21 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
 
 
 def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> Path:
-    """Write ``state`` to ``path`` so that a crash leaves the old file or the new one, never half.
+    """Write ``state`` to ``path``, whole or not at all (see :func:`write_whole`)."""
+    return write_whole(path, lambda file: torch.save(dict(state), file))
 
-    The file is written beside ``path`` in the same folder, flushed to disk and renamed over it.
+
+def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
+    """Let ``write`` fill ``path`` so that a crash leaves the old file or the new one, never half.
+
+    The file is written aside in the same folder, flushed to disk and renamed over ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(dict(state), file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o666 & ~_umask())

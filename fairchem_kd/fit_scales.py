@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -23,6 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.errors import UserError
 
@@ -227,18 +226,9 @@ def _trainer(config: dict[str, Any], path: Path, *, seed: int, cpu: bool) -> Any
 
 
 def _write(scales: dict[str, float], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if path.suffix == ".json":
-                file.write((json.dumps(scales, indent=2) + "\n").encode())
-            else:
-                torch.save({name: torch.tensor(value) for name, value in scales.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    if path.suffix == ".json":
+        text = json.dumps(scales, indent=2) + "\n"
+        write_whole(path, lambda file: file.write(text.encode()))
+    else:
+        tensors = {name: torch.tensor(value) for name, value in scales.items()}
+        write_whole(path, lambda file: torch.save(tensors, file))

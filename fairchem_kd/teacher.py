@@ -223,6 +223,22 @@ def _build(
     name: str,
     device: torch.device,
 ) -> Teacher:
+    model = build_model(checkpoint, name).to(device)
+    return cls(
+        model,
+        Units(*read_units(checkpoint, device)),
+        update_config(checkpoint["config"]).get("outputs") or {"energy": {}, "forces": _FORCES},
+        elements=elements,
+        name=name,
+    )
+
+
+def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
+    """The bare stock model of a checkpoint, on the CPU, with its (EMA) weights.
+
+    Raises:
+        UserError: it cannot be built, the weights do not fit, or scale factors are unfitted.
+    """
     config = model_config(checkpoint["config"])
     setup_imports()
     try:
@@ -231,7 +247,7 @@ def _build(
         )
     except Exception as error:  # whatever an architecture makes of arguments that it does not have
         raise UserError(
-            f"{name} cannot be built from its own config, model '{config['name']}' "
+            f"{name} cannot be built from its own config, model '{config.get('name')}' "
             f"({type(error).__name__}: {error}); import the package that defines this model first, "
             "or use a checkpoint of a model that this fairchem-core has."
         ) from error
@@ -241,17 +257,10 @@ def _build(
     except ValueError as error:
         raise UserError(
             f"{name} has unfitted scale factors, so it was not trained properly "
-            f"({str(error).split('.', 1)[0]}); fit them (`fairchem-kd fit-scales`), set "
-            "model.scale_file and train the teacher again."
+            f"({str(error).split(' is not fitted', 1)[0]}); fit them (`fairchem-kd fit-scales`), "
+            "set model.scale_file and train it again."
         ) from error
-    model.to(device)
-    return cls(
-        model,
-        Units(*read_units(checkpoint, device)),
-        update_config(checkpoint["config"]).get("outputs") or {"energy": {}, "forces": _FORCES},
-        elements=elements,
-        name=name,
-    )
+    return model
 
 
 _FORCES = {"level": "atom"}
