@@ -18,6 +18,7 @@ import lmdb
 import numpy as np
 import pytest
 
+from fairchem_kd._version import __version__
 from fairchem_kd.cli import main
 from fairchem_kd.data.build import check_dataset, ensure_built
 from fairchem_kd.data.card import read_card
@@ -346,6 +347,7 @@ def test_the_command_builds_reports_and_replaces(
     out = capsys.readouterr().out
     card = read_card(root)
     assert card is not None
+    assert card["versions"]["fairchem-kd"] == __version__
     assert f"{root}: made in" in out
     assert "train_1of4" in out
     assert f"{card['splits']['train']['force_rms_free']:.3f}" in out

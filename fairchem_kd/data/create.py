@@ -18,6 +18,7 @@ from typing import Any
 
 import lmdb
 
+from fairchem_kd._version import __version__
 from fairchem_kd.data.card import (
     FORMAT,
     fit_references,
@@ -159,7 +160,7 @@ def _write(folder: Path, options: Options, splits: dict[str, Split]) -> dict[str
             for quarter, length in quarters.items()
         },
         "splits": stats,
-        "versions": versions("fairchem-kd", *recipe.distributions),
+        "versions": {"fairchem-kd": __version__, **versions(*recipe.distributions)},
         **recipe.facts,
     }  # fmt: skip
     write_card(folder, card)
