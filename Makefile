@@ -34,7 +34,7 @@ test-declared: $(DECLARED)/.done ## plain pip, torch 2.4 as fairchem-core declar
 	OMP_NUM_THREADS=1 $(DECLARED)/bin/python -m pytest -m "not slow"
 
 clean: ## remove the environments and caches; data, checkpoints and runs stay
-	rm -rf $(VENV) $(VENV)-uv $(DECLARED) build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV)-uv $(DECLARED) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.done: $(SETUP)

@@ -28,7 +28,8 @@ def copy_configs(destination: Path, *, force: bool = False) -> list[Path]:
     source = shipped_configs()
     pairs = [
         (path, destination / "yaml_configs" / path.relative_to(source))
-        for path in sorted(source.rglob("*.yml"))
+        for path in sorted(source.rglob("*"))  # scale files too
+        if path.is_file()
     ]
     pairs = [(a, b) for a, b in pairs if not (b.is_file() and b.read_bytes() == a.read_bytes())]
     changed = [b for _, b in pairs if b.exists()]

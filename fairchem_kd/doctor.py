@@ -185,8 +185,9 @@ def check_checkpoints(findings: Findings) -> None:
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "checkpoint.pt")
-            write_checkpoint({"state_dict": {"weight": torch.ones(2)}, "config": {}}, path)
+            path = Path(folder) / "checkpoint.pt"
+            state = {"state_dict": {"weight": torch.ones(2)}, "config": {"model": "painn"}}
+            write_checkpoint(state, path)
             read_checkpoint(path)
     except Exception as error:
         findings.problem(

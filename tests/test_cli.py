@@ -296,6 +296,7 @@ def test_doctor_finds_this_environment_in_order(capsys, monkeypatch, tmp_path):
     # a script of ours in front, whatever shell the tests were started from
     monkeypatch.setattr(doctor, "scripts_folder", lambda: tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "fairchem").write_text("#!/bin/sh\nfrom fairchem.core._cli import main\n")
     (tmp_path / "fairchem").chmod(0o755)
     assert cli.main(["doctor"]) == 1

@@ -66,7 +66,7 @@ def files(folder: Path, pattern: str) -> set[str]:
 def test_source_archive_is_complete(built):
     for name in SOURCES:
         assert (built["sdist"] / name).exists(), name
-    for part in ("fairchem_kd/**/*.py", "yaml_configs/**/*.yml", "compat/**/*.py", "compat/*.pth"):
+    for part in ("fairchem_kd/**/*.py", "yaml_configs/**/*.*", "compat/**/*.py", "compat/*.pth"):
         expected = {str(p.relative_to(ROOT)) for p in ROOT.glob(part)}
         assert expected
         assert all((built["sdist"] / name).is_file() for name in expected), part
@@ -78,7 +78,7 @@ def test_wheel_holds_every_module_and_config(built, tmp_path):
     # a package that setup.cfg does not list would be missing here
     assert files(tmp_path / "fairchem_kd", "*.py") == files(ROOT / "fairchem_kd", "*.py")
     shipped = files(tmp_path / "fairchem_kd/yaml_configs", "*")
-    assert shipped == files(ROOT / "yaml_configs", "*.yml")
+    assert shipped == files(ROOT / "yaml_configs", "*")
     assert (tmp_path / "fairchem_kd/py.typed").is_file()
     assert {p.name for p in tmp_path.iterdir()} == {
         "fairchem_kd",
@@ -99,7 +99,7 @@ def test_wheel_holds_every_module_and_config(built, tmp_path):
         "sys.exit(c.main(['configs', '--copy', sys.argv[1]]))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "copy")], check=True)
-    assert files(tmp_path / "copy/yaml_configs", "*.yml") == shipped
+    assert files(tmp_path / "copy/yaml_configs", "*") == shipped
 
 
 def test_stand_ins_wheel_holds_the_hook(tmp_path):
