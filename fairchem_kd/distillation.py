@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from fairchem_kd.distributed import all_sum, average_gradients, world_size
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Captured, FeatureExtractor, Request
 from fairchem_kd.losses import Loss, LossInputs
-from fairchem_kd.teacher import Teacher
+from fairchem_kd.teacher import Teacher, TeacherOutput
 from fairchem_kd.units import Units
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch_geometric.data import Batch
 
 ATOM_ENERGY = Request("atom_energy", "node")
+Collate = Callable[[list[Any]], "Batch"]
 
 
 class Distillation:
@@ -79,8 +80,8 @@ class Distillation:
         self._outputs = sorted({name for term in terms for name in term.needs_outputs})
         teacher.require_outputs(self._outputs)
         self._atom_energy = any(term.needs_atom_energy for term in terms)
-        self.student_tap = self._tap(student, "student", Loss.student_requests)
-        self.teacher_tap = self._tap(teacher.model, "teacher", Loss.teacher_requests)
+        self.student_tap = self._tap(student, "student")
+        self.teacher_tap = self._tap(teacher.model, "teacher")
         generator = torch.Generator().manual_seed(seed)
         for term in terms:
             term.build(self.student_tap.specs, self.teacher_tap.specs, generator)
@@ -98,12 +99,10 @@ class Distillation:
         self._values: dict[str, Tensor] = {}
         self._steps = 0
 
-    def _tap(
-        self, model: nn.Module, side: str, requests: Callable[[Loss], list[Request]]
-    ) -> FeatureExtractor:
+    def _tap(self, model: nn.Module, side: Literal["student", "teacher"]) -> FeatureExtractor:
         wanted: list[Request] = [ATOM_ENERGY] if self._atom_energy else []
         for term in self.terms.values():
-            own = requests(term)
+            own = term.student_requests() if side == "student" else term.teacher_requests()
             try:
                 FeatureExtractor(model, own)
             except UserError as error:
@@ -150,11 +149,10 @@ class Distillation:
 
     def _inputs(self, batch: Batch, out: dict[str, Tensor], student: Captured) -> LossInputs:
         taught = self.teacher.forward(batch, self.teacher_tap)
-        teacher = taught.features
         inputs = LossInputs(
             batch,
             student={r: student[r].values for r in self.student_tap.specs},
-            teacher={r: teacher[r].values for r in self.teacher_tap.specs},
+            teacher=self._features(taught),
             student_outputs=out,
         )
         if self._outputs:
@@ -169,6 +167,10 @@ class Distillation:
                 self.teacher.units.physical_atom_energies(inputs.teacher[ATOM_ENERGY], batch), batch
             )
         return inputs
+
+    def _features(self, taught: TeacherOutput) -> dict[Request, Tensor]:
+        assert taught.features is not None
+        return {r: taught.features[r].values for r in self.teacher_tap.specs}
 
     # -- values for the records -------------------------------------------------------------------
 
@@ -225,28 +227,37 @@ class Distillation:
     # -- statistics and state ---------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit_statistics(self, dataset: Dataset, collate: Callable[[list[Any]], Batch]) -> None:
+    def fit_statistics(self, dataset: Dataset, collate: Collate) -> None:
         """Fix the standardisation on evenly spread training samples, on the first rank for all."""
         fitted = [term for term in self.terms.values() if term.needs_statistics]
         if not fitted:
             return
+        error = [""]  # told to the other ranks, which would wait for the statistics
         if distutils.is_master():
-            count = len(dataset)  # type: ignore[arg-type]
-            number = min(self.statistics_samples, count)
-            samples = [i * count // number for i in range(number)]
-            logging.info(f"Standardising the teacher's features on {number} training samples")
-            for start in tqdm(range(0, number, 16), desc="standardise", disable=None):
-                batch = collate([dataset[i] for i in samples[start : start + 16]]).to(self.device)
-                self.teacher.check_elements(batch.atomic_numbers)
-                features = self.teacher.forward(batch, self.teacher_tap).features
-                teacher = {r: features[r].values for r in self.teacher_tap.specs}
-                for term in fitted:
-                    term.update_statistics(teacher, batch)
-            for term in fitted:
-                term.finalize_statistics()
+            try:
+                self._fit(fitted, dataset, collate)
+            except UserError as refusal:
+                error[0] = str(refusal)
+        distutils.broadcast_object_list(error, src=0, device=self.device)
+        if error[0]:
+            raise UserError(error[0])
         if world_size() > 1:
             for buffer in self.modules.buffers():
                 dist.broadcast(buffer, src=0)
+
+    def _fit(self, terms: list[Loss], dataset: Dataset, collate: Collate) -> None:
+        count = len(dataset)  # type: ignore[arg-type]
+        number = min(self.statistics_samples, count)
+        samples = [i * count // number for i in range(number)]
+        logging.info(f"Standardising the teacher's features on {number} training samples")
+        for start in tqdm(range(0, number, 16), desc="standardise", disable=None):
+            batch = collate([dataset[i] for i in samples[start : start + 16]]).to(self.device)
+            self.teacher.check_elements(batch.atomic_numbers)
+            features = self._features(self.teacher.forward(batch, self.teacher_tap))
+            for term in terms:
+                term.update_statistics(features, batch)
+        for term in terms:
+            term.finalize_statistics()
 
     def state_dict(self) -> dict[str, Any]:
         return {

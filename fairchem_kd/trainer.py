@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fairchem.core.common import distutils
 from fairchem.core.common.registry import registry
+from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 from fairchem.core.trainers import OCPTrainer
 
 from fairchem_kd import workarounds
@@ -56,6 +57,8 @@ class DistillationTrainer(OCPTrainer):
     Raises:
         UserError: a wrong config, dataset, teacher or pairing, before training starts.
     """
+
+    ema: ExponentialMovingAverage | None
 
     def __init__(self, task: dict[str, Any], model: dict[str, Any], **stock: Any) -> None:
         self.distillation_config = parse_distillation(task.get("distillation"))
@@ -101,7 +104,7 @@ class DistillationTrainer(OCPTrainer):
     def _set_up_distillation(self) -> None:
         """Teacher, taps, terms and statistics; leaves the global random states as they were."""
         config = self.distillation_config
-        if not config.active_terms:
+        if not config.active_terms or config.teacher.checkpoint is None:
             return
         with isolated_random_state():
             teacher = Teacher.from_checkpoint(
@@ -240,11 +243,10 @@ class DistillationTrainer(OCPTrainer):
             self._continues_run = os.path.abspath(checkpoint_path) == os.path.abspath(own)
             logging.info(f"Loading checkpoint from: {checkpoint_path}")
             checkpoint = read_checkpoint(checkpoint_path)
-        ema = self.ema
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
-        if ema is not None and self.ema is None:
+        if self.ema_decay and self.ema is None:
             # Stock drops EMA where the file has none, e.g. for an exported student.
-            self.load_ema()
+            self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
         if inference_only:
             return
         self._resumed = checkpoint.get(STATE_KEY)

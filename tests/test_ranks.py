@@ -37,7 +37,7 @@ def step(rank: int, world: int, root: Path, data: Path, teacher: Path) -> None:
         built._backward(loss)
         shared = loss.detach().clone()
         dist.all_reduce(shared)
-        names = dict(built.model.named_parameters())
+        names = {n: p for n, p in built.model.named_parameters() if p.requires_grad}
         projections = dict(built.distillation.modules.named_parameters())
         result = {
             "loss": shared / world,
