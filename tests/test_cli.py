@@ -205,11 +205,29 @@ def test_a_wrong_config_is_a_sentence(launch, workplace, capsys):
     said = stderr_of("--config-yml", "schnet.yml", "--dataset.val.src=data/vla")
     assert "dataset.val.src" in said
     assert "does not exist" in said
+    said = stderr_of("--config-yml", "schnet.yml", "--dataset.val.build.recipe=slbs")
+    assert "dataset.val.build" in said
+    assert "slabs" in said
     said = stderr_of("--config-yml", "schnet.yml", "--sweep-yml", "no.yml")
     assert "no.yml, given with --sweep-yml, does not exist" in said
     with pytest.raises(SystemExit) as stopped:
         launch(["--mode", "trian", "--config-yml", "schnet.yml"])
     assert stopped.value.code == 2
+
+
+def test_stock_command_is_put_back_and_its_runner_pickles():
+    from fairchem.core import _cli
+
+    from fairchem_kd.launch import KDRunner, run_launched_rank
+    from fairchem_kd.workarounds import stock_command_with
+
+    names = ("build_config", "create_grid", "Runner", "runner_wrapper")
+    before = [getattr(_cli, name) for name in names]
+    with stock_command_with(config={"a": 1}, runner=KDRunner, rank=run_launched_rank):
+        assert _cli.build_config(None, []) == {"a": 1}
+        assert type(pickle.loads(pickle.dumps(_cli.Runner()))) is KDRunner
+        assert pickle.loads(pickle.dumps(_cli.runner_wrapper)) is run_launched_rank
+    assert [getattr(_cli, name) for name in names] == before
 
 
 def test_grid_of_a_sweep(tmp_path):
