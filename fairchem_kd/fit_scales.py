@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if out.suffix not in (".json", ".pt"):
         raise UserError(f"--out {out} must end in .json or .pt, the formats fairchem reads.")
 
-    ensure_built(config)
+    ensure_built(config)  # says which path is missing
     trainer = _trainer(config, args.config_yml, seed=args.seed, cpu=args.cpu)
     assert trainer.train_loader is not None
     scales = fit_scale_factors(
@@ -201,13 +201,6 @@ def _trainer(config: dict[str, Any], path: Path, *, seed: int, cpu: bool) -> Any
     train = dataset.get("train") if isinstance(dataset, dict) else None
     if not train or "src" not in train:
         raise UserError(f"{path} has no dataset.train.src, and scale factors are fitted on it.")
-    source = train["src"]
-    for one in source if isinstance(source, list) else [source]:
-        if not Path(one).exists():
-            raise UserError(
-                f"dataset.train.src of {path} is {one}, which does not exist; build or download "
-                "the data set first, and start the command where the path holds."
-            )
     model = {k: v for k, v in config["model"].items() if k != "scale_file"}
     return OCPTrainer(
         task=config.get("task", {}),

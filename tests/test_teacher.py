@@ -320,9 +320,9 @@ def test_a_config_that_does_not_fit_is_refused(
 
 def test_an_element_outside_the_table_is_refused(checkpoint: Path) -> None:
     teacher = Teacher.from_checkpoint(checkpoint, elements=["H", "Np"])
-    with pytest.raises(UserError, match="holds Np, which.*has the elements 1 to 83"):
+    with pytest.raises(UserError, match=r"holds Np, which.*has the elements 1 to 83"):
         teacher.check_elements(torch.tensor([1.0, 93.0]))
-    with pytest.raises(UserError, match="Z=0"):
+    with pytest.raises(UserError, match=r"Z=0"):
         teacher.check_elements(torch.tensor([0, 1]))
     with pytest.raises(UserError, match="Z=1000"):
         teacher.check_elements(torch.tensor([1000]))
@@ -340,7 +340,7 @@ def test_the_last_element_of_each_table_is_known(tmp_path: Path, data: Path) -> 
 def test_an_element_that_the_config_does_not_name_is_refused(checkpoint: Path) -> None:
     teacher = Teacher.from_checkpoint(checkpoint, elements=["H", "29"])
     teacher.check_elements(torch.tensor([1, 29]))
-    with pytest.raises(UserError, match="holds O, Pt, which.*trained on H Cu"):
+    with pytest.raises(UserError, match=r"holds O, Pt, which.*trained on H Cu"):
         teacher.check_elements(torch.tensor([1, 78, 8, 29]))
 
 
