@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from ase.data import chemical_symbols
+from fairchem.core.modules.scaling.util import ensure_fitted
 from torch import nn
 
 from fairchem_kd._version import __version__
@@ -73,6 +74,13 @@ def run(args: argparse.Namespace) -> int:
         elements = [chemical_symbols[z] for z in numbers]
 
     model = build_model(checkpoint, str(args.checkpoint))
+    try:
+        ensure_fitted(model)
+    except ValueError:
+        logging.warning(
+            f"{args.checkpoint} was trained without scale factors: it is exported as it is, but "
+            "cannot be a teacher (see `fairchem-kd fit-scales`)."
+        )
     exported = portable(checkpoint, model)
     contents = {
         "format": CARD_FORMAT,

@@ -224,6 +224,14 @@ def _build(
     device: torch.device,
 ) -> Teacher:
     model = build_model(checkpoint, name).to(device)
+    try:
+        ensure_fitted(model)
+    except ValueError as error:
+        raise UserError(
+            f"{name} has unfitted scale factors, so it was not trained properly "
+            f"({str(error).split(' is not fitted', 1)[0]}); fit them (`fairchem-kd fit-scales`), "
+            "set model.scale_file and train it again."
+        ) from error
     return cls(
         model,
         Units(*read_units(checkpoint, device)),
@@ -237,7 +245,7 @@ def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
     """The bare stock model of a checkpoint, on the CPU, with its (EMA) weights.
 
     Raises:
-        UserError: it cannot be built, the weights do not fit, or scale factors are unfitted.
+        UserError: it cannot be built, or the weights do not fit.
     """
     config = model_config(checkpoint["config"])
     setup_imports()
@@ -252,14 +260,6 @@ def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
             "or use a checkpoint of a model that this fairchem-core has."
         ) from error
     load_weights(model, checkpoint, name)
-    try:
-        ensure_fitted(model)
-    except ValueError as error:
-        raise UserError(
-            f"{name} has unfitted scale factors, so it was not trained properly "
-            f"({str(error).split(' is not fitted', 1)[0]}); fit them (`fairchem-kd fit-scales`), "
-            "set model.scale_file and train it again."
-        ) from error
     return model
 
 
