@@ -1,0 +1,112 @@
+"""The sums of `edge_to_node` on CPU: products with sparse matrices that never copy the features.
+
+`torch.sparse.mm(matrix, dense, "sum")` runs PyTorch's own kernel: a loop over the entries of each
+row, vectorised over the channels, one row per thread at a time, so the result does not depend on
+the threads. `docs/edge_to_node.md` compares it with the other ways.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from fairchem_kd.ops.order import EdgeOrder
+
+with warnings.catch_warnings():  # torch says once per process that CSR support is in beta
+    warnings.simplefilter("ignore")
+    torch.eye(1).to_sparse_csr()
+
+
+def nodes(
+    features: Tensor, vectors: Tensor | None, order: EdgeOrder,
+    scalar: bool, mean: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """One product, with K rows per atom that follow each other, so that they share the cache."""
+    accumulate = accumulator(features.dtype, dtype)
+    dense = features.to(accumulate).contiguous()
+    num_edges, channels = dense.shape
+    if vectors is None:
+        columns = torch.arange(num_edges) if order.perm is None else order.perm
+        matrix = _csr(order.offsets, columns, dense.new_ones(num_edges), num_edges)
+        rows = 1
+    else:
+        rows = 3 + scalar
+        starts, degree = order.offsets[:-1], order.offsets.diff()
+        row_starts = starts[:, None] * rows + degree[:, None] * torch.arange(rows)
+        row_starts = torch.cat([row_starts.view(-1), row_starts.new_tensor([num_edges * rows])])
+        # from an entry of the matrix to its place in the order, and to its row's kind
+        lengths = degree.repeat_interleave(rows)
+        shift = starts.repeat_interleave(rows) - row_starts[:-1]
+        places = torch.arange(num_edges * rows) + shift.repeat_interleave(lengths)
+        columns = places if order.perm is None else order.perm.index_select(0, places)
+        kind = torch.arange(rows).repeat(order.num_nodes).repeat_interleave(lengths)
+        weights = dense.new_ones(num_edges, rows)
+        weights[:, rows - 3 :] = vectors
+        values = weights.view(-1).index_select(0, columns * rows + kind)
+        matrix = _csr(row_starts, columns, values, num_edges)
+    total = _product(matrix, dense).view(order.num_nodes, rows, channels)
+    if mean:
+        total /= _degree(order, accumulate)[:, None, None]
+    return total.to(dtype)
+
+
+def edges(
+    nodes: Tensor, vectors: Tensor | None, order: EdgeOrder,
+    scalar: bool, mean: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """A gather, or one product with K entries per edge."""
+    accumulate = accumulator(nodes.dtype, dtype)
+    dense = nodes.to(accumulate)
+    if mean:
+        dense = dense / _degree(order, accumulate)[:, None, None]
+    if vectors is None:
+        return dense[:, 0].to(dtype).index_select(0, order.target)
+    rows = dense.shape[1]
+    dense = dense.reshape(-1, dense.shape[2])
+    weights = dense.new_ones(order.num_edges, rows)
+    weights[:, rows - 3 :] = vectors
+    matrix = _csr(*_entries(order, rows), weights.view(-1), dense.shape[0])
+    return _product(matrix, dense).to(dtype)
+
+
+def dots(
+    features: Tensor, nodes: Tensor, order: EdgeOrder, mean: bool, dtype: torch.dtype
+) -> Tensor:
+    """Only those entries of the product of all edges with all atoms that belong together."""
+    accumulate = accumulator(features.dtype, nodes.dtype, dtype)
+    dense = nodes.to(accumulate).reshape(-1, nodes.shape[2])
+    zeros = dense.new_zeros(order.num_edges * 3)
+    mask = _csr(*_entries(order, 3), zeros, dense.shape[0])
+    with torch.autocast("cpu", enabled=False):
+        product = torch.sparse.sampled_addmm(mask, features.to(accumulate), dense.t())
+    result = product.values().view(order.num_edges, 3)
+    if mean:
+        result = result / _degree(order, accumulate)[order.target, None]
+    return result.to(dtype)
+
+
+def accumulator(*dtypes: torch.dtype) -> torch.dtype:
+    """The precision of the sums: double where any part of it is."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _degree(order: EdgeOrder, dtype: torch.dtype) -> Tensor:
+    return order.offsets.diff().clamp(min=1).to(dtype)
+
+
+def _entries(order: EdgeOrder, rows: int) -> tuple[Tensor, Tensor]:
+    """Row starts and columns of the matrix (E, N * rows) from atoms to edges."""
+    columns = (order.target[:, None] * rows + torch.arange(rows)).view(-1)
+    return torch.arange(order.num_edges + 1) * rows, columns
+
+
+def _csr(row_starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
+    shape = (row_starts.numel() - 1, width)
+    return torch.sparse_csr_tensor(row_starts, columns, values, shape, check_invariants=False)
+
+
+def _product(matrix: Tensor, dense: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return torch.sparse.mm(matrix, dense, "sum")
