@@ -1,25 +1,37 @@
-"""edge_to_node against loops in float64, on both of its ways of computing."""
+"""edge_to_node against loops in float64, on each of its ways of computing.
+
+On their own, these tests run the two ways on CPU. test_ops_triton.py runs them again with the
+Triton kernels, in Triton's interpreter and, where there is one, on a GPU.
+"""
 
 from __future__ import annotations
 
-import sys
+import os
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairchem_kd.ops import edge_to_node
+from fairchem_kd.ops import EdgeOrder, cpu, edge_order, edge_to_node, operators, segments
 
-MODULE = sys.modules["fairchem_kd.ops.edge_to_node"]
+DEVICE = os.environ.get("EDGE_TO_NODE_DEVICE", "cpu")
+WAYS = os.environ.get("EDGE_TO_NODE_WAYS", "cpu,segments").split(",")
 
 
-@pytest.fixture(params=["cpu", "segments"], autouse=True)
+@pytest.fixture(params=WAYS, autouse=True)
 def way(request, monkeypatch):
-    """Every test runs with the CPU's way and with the one for other devices."""
-    if request.param == "segments":
-        monkeypatch.setattr(MODULE, "_nodes_cpu", MODULE._nodes_segments)
-        monkeypatch.setattr(MODULE, "_edges_cpu", MODULE._edges_gather)
-    return request.param
+    """Every test runs with each way of computing, on the device of this run."""
+    if request.param == "triton":
+        from fairchem_kd.ops import triton_kernels as backend
+    else:
+        backend = {"cpu": cpu, "segments": segments}[request.param]
+    if DEVICE != "cpu":  # there, the choice is under test too
+        assert operators.backend_for(DEVICE) is backend
+    monkeypatch.setattr(operators, "backend_for", lambda device_type: backend)
+    previous = torch.get_default_device()
+    torch.set_default_device(DEVICE)
+    yield request.param
+    torch.set_default_device(previous)
 
 
 def reference(features, target, num_nodes, vectors, reduce):
@@ -39,7 +51,7 @@ def reference(features, target, num_nodes, vectors, reduce):
 
 
 def graph(num_edges, num_nodes, channels, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     features = torch.randn(num_edges, channels, generator=generator, dtype=torch.float64)
     vectors = torch.randn(num_edges, 3, generator=generator, dtype=torch.float64)
     vectors = vectors / vectors.norm(dim=1, keepdim=True)
@@ -75,7 +87,7 @@ def test_atoms_without_edges_get_zeros():
 
 def test_the_order_of_edges_does_not_matter():
     features, vectors, target = graph(300, 20, 6)
-    shuffled = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    shuffled = torch.randperm(300, generator=torch.Generator(DEVICE).manual_seed(1))
     first = edge_to_node(features, target, 20, edge_vectors=vectors)
     second = edge_to_node(features[shuffled], target[shuffled], 20, edge_vectors=vectors[shuffled])
     in_order = target.argsort(stable=True)
@@ -87,7 +99,9 @@ def test_the_order_of_edges_does_not_matter():
 
 def test_linear_projection_commutes_with_the_sum():
     features, _, target = graph(50, 6, 4)
-    weight = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(
+        3, 4, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(2)
+    )
     projected_first = edge_to_node(features @ weight.T, target, 6)
     torch.testing.assert_close(projected_first, edge_to_node(features, target, 6) @ weight.T)
 
@@ -233,43 +247,201 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def test_no_edge_vector_tensor_and_no_atomics(way):
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_no_edge_vector_tensor_and_no_atomics(way, is_sorted):
     num_edges, channels = 500, 32
     features, vectors, target = graph(num_edges, 10, channels, dtype=torch.float32)
-    features.requires_grad_()
-    vectors.requires_grad_()
-    with _Recorder() as seen:
-        scalar, vector = edge_to_node(features, target, 10, edge_vectors=vectors)
-        loss = scalar.square().sum() + vector.square().sum()
-        first = torch.autograd.grad(loss, [features, vectors], create_graph=True)
-        sum(g.square().sum() for g in first).backward()
-    assert num_edges * channels <= seen.largest < 2 * num_edges * channels
-    # on CPU, index_put (not accumulating) places the integers and weights of the CSR matrix
+    order = edge_order(target.sort().values if is_sorted else target, 10)
+    grad = torch.randn(10, 4, channels)
+    backend = operators.backend_for(DEVICE)
+    with _Recorder() as forward:
+        backend.nodes(features, vectors, order, True, True, torch.float32)
+    with _Recorder() as backward:
+        backend.edges(grad, vectors, order, True, True, torch.float32)
+        backend.dots(features, grad[:, 1:], order, True, torch.float32)
+    # the fallback holds one product at a time (and Triton's interpreter its own copy)
+    limit = 4 * 10 * channels if way == "cpu" else num_edges * channels
+    assert forward.largest <= max(limit, 4 * num_edges)
+    assert backward.largest <= num_edges * channels
     atomics = ("index_add", "scatter", "embedding", "index_reduce", "index_put")
-    allowed = {"index_put_"} if way == "cpu" else set()
-    assert {name for name in seen.names if name.lstrip("_").startswith(atomics)} <= allowed
+    names = forward.names | backward.names
+    assert not {name for name in names if name.lstrip("_").startswith(atomics)}
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_a_shared_order_gives_the_same_bits(is_sorted):
+    features, vectors, target = graph(120, 9, 5, dtype=torch.float32)
+    target = target.sort().values if is_sorted else target
+    order = edge_order(target, 9)
+    assert (order.perm is None) == (is_sorted and DEVICE == "cpu")
+    features.requires_grad_()
+    alone = edge_to_node(features, target, 9, edge_vectors=vectors)
+    with _Recorder() as seen:
+        shared = edge_to_node(features, target, 9, edge_vectors=vectors, order=order)
+        torch.autograd.grad(sum(x.square().sum() for x in shared), features)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    assert "edge_sum_nodes" in seen.names
+    assert "edge_sum_edges" in seen.names
+    assert not {name for name in seen.names if "sort" in name}
+
+
+@pytest.mark.parametrize("num_nodes", [5, 2**15 + 5])  # with 16 and 32 bit keys
+def test_order_is_the_stable_one(num_nodes):
+    target = torch.tensor([4, 0, 4, 2, 0, num_nodes - 1, 2])
+    order = edge_order(target, num_nodes)
+    perm = target.argsort(stable=True)
+    assert order.perm.tolist() == perm.tolist()
+    counts = torch.bincount(target, minlength=num_nodes)
+    assert torch.equal(order.offsets.diff(), counts)
+    assert (order.num_edges, order.num_nodes) == (7, num_nodes)
+    promised = edge_order(target[perm], num_nodes, is_sorted=True)
+    assert promised.perm is None
+    assert torch.equal(promised.offsets, order.offsets)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+def test_an_index_that_nobody_looks_for_adds_to_no_atom():
+    features, _, target = graph(50, 6, 3)
+    wrong = target.clone()
+    wrong[[3, 20, 30, 40]] = torch.tensor([-1, 6, 6 + 2**16, -(2**16)])
+    got = edge_to_node(features, wrong, 6, check=False)
+    rest = wrong == target
+    assert torch.equal(got, edge_to_node(features[rest], target[rest], 6))
+    for check in (True, None):
+        with torch.autograd.detect_anomaly(check_nan=False), pytest.raises(ValueError):
+            edge_to_node(features, wrong, 6, check=check)
+
+
+def test_an_order_that_does_not_fit():
+    features, _, target = graph(10, 4, 3)
+    order = edge_order(target, 4)
+    with pytest.raises(ValueError, match="of 10 edges onto 4 atoms, and not of 10 onto 5"):
+        edge_to_node(features, target, 5, order=order)
+    with pytest.raises(ValueError, match="of 10 edges onto 4 atoms, and not of 9 onto 4"):
+        edge_to_node(features[1:], target[1:], 4, order=order)
+    with pytest.raises(ValueError, match="of another target_index"):
+        edge_to_node(features, target.flip(0), 4, order=order, check=True)
+    elsewhere = EdgeOrder(*(x.to("meta") for x in (order.target, order.perm, order.offsets)))
+    with pytest.raises(ValueError, match="the order is on meta"):
+        edge_to_node(features, target, 4, order=elsewhere)
+    with pytest.raises(ValueError, match="does not ascend"):
+        edge_order(target, 4, is_sorted=True, check=True)
+    with pytest.raises(ValueError, match=r"must be \(E,\)"):
+        edge_order(target[:, None], 4)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_asked_for_type_is_rounded_to_once(out_dtype):
+    features, vectors, target = graph(60, 5, 4, dtype=torch.bfloat16)
+    want = reference(features, target, 5, vectors, "mean")
+    got = edge_to_node(
+        features, target, 5, edge_vectors=vectors, reduce="mean", out_dtype=out_dtype
+    )
+    eps = torch.finfo(out_dtype).eps
+    for result, exact in zip(got, want, strict=True):
+        assert result.dtype == out_dtype
+        torch.testing.assert_close(result, exact.to(out_dtype), rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 5, 130])
+def test_gradients_of_each_type_and_width(dtype, channels):
+    """First order, against the dense product in float64."""
+    features, vectors, target = graph(70, 9, channels, dtype=dtype)
+    onto = torch.nn.functional.one_hot(target, 9).double()
+    generator = torch.Generator(DEVICE).manual_seed(5)
+    grads = torch.randn(9, 4, channels, generator=generator, dtype=torch.float64).to(dtype)
+
+    def first(f, u, sums):
+        scalar, vector = sums(f, u)
+        value = (scalar * grads[:, 0].to(f)).sum() + (vector * grads[:, 1:].to(f)).sum()
+        return torch.autograd.grad(value, [f, u])
+
+    def dense(f, u):
+        return onto.t() @ f, torch.einsum("en,ek,ec->nkc", onto, u, f)
+
+    exact = (features.double().requires_grad_(), vectors.double().requires_grad_())
+    want = first(*exact, dense)
+    got = first(
+        features.requires_grad_(),
+        vectors.requires_grad_(),
+        lambda f, u: edge_to_node(f, target, 9, edge_vectors=u),
+    )
+    eps = torch.finfo(dtype).eps
+    for result, expected in zip(got, want, strict=True):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), expected, rtol=4 * eps, atol=40 * eps)
+
+
+def test_expanded_gradients_and_row_strides():
+    """What autograd hands over need not be contiguous, and neither need slices of features."""
+    wide, vectors, target = graph(30, 4, 12)
+    features = wide[:, 3:9].requires_grad_()
+    scalar, vector = edge_to_node(features, target, 4, edge_vectors=vectors)
+    torch.testing.assert_close(scalar, edge_to_node(features.detach().clone(), target, 4))
+    (grad,) = torch.autograd.grad(scalar.sum() + vector.sum(), features)
+    torch.testing.assert_close(grad, (1 + vectors.sum(1, keepdim=True)).expand(-1, 6))
+
+
+@pytest.mark.parametrize("with_vectors", [False, True])
+def test_operators_are_registered_as_torch_wants(with_vectors):
+    features, vectors, target = graph(12, 4, 3)
+    order = edge_order(target, 4)
+    nodes = torch.randn(4, 4 if with_vectors else 1, 3, dtype=torch.float64)
+    u = vectors.requires_grad_() if with_vectors else None
+    dense = features.requires_grad_()
+    args = (u, *order, True, True, torch.float64)
+    torch.library.opcheck(operators.nodes_op, (dense, *args))
+    torch.library.opcheck(operators.edges_op, (nodes.requires_grad_(), *args))
+    if with_vectors:
+        grad = nodes.detach()[:, 1:].requires_grad_()
+        torch.library.opcheck(operators.dots_op, (dense, grad, *order, False, torch.float64))
+
+
+def test_compiles_without_a_break():
+    def loss(f, u, target, num_nodes, order=None):
+        scalar, vector = edge_to_node(
+            f, target, num_nodes, edge_vectors=u, reduce="mean", order=order
+        )
+        return scalar.square().sum() + vector.pow(3).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_edges, num_nodes in ((40, 7), (25, 5)):
+        features, vectors, target = graph(num_edges, num_nodes, 4)
+        features.requires_grad_()
+        vectors.requires_grad_()
+        order = edge_order(target, num_nodes)
+        want = loss(features, vectors, target, num_nodes)
+        want_grads = torch.autograd.grad(want, [features, vectors])
+        for plan in (None, order):
+            got = compiled(features, vectors, target, num_nodes, plan)
+            torch.testing.assert_close(got, want)
+            grads = torch.autograd.grad(got, [features, vectors])
+            torch.testing.assert_close(grads, want_grads)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu(dtype):
-    features, vectors, target = graph(20000, 300, 64, dtype=dtype)
-    want = reference(features[:500], target[:500], 300, vectors[:500], "sum")
-    f, u, t = (x[:500].cuda() for x in (features, vectors, target))
-    got = edge_to_node(f, t, 300, edge_vectors=u)
-    for a, b in zip(got, want, strict=True):
-        eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(a.double().cpu(), b, rtol=4 * eps, atol=1e-5)
-    repeats = []
-    for _ in range(3):
-        f = features.cuda().requires_grad_()
-        u = vectors.cuda().requires_grad_()
-        scalar, vector = edge_to_node(f, target.cuda(), 300, edge_vectors=u)
-        (scalar.square().sum() + vector.square().sum()).backward()
-        repeats.append((scalar, vector, f.grad, u.grad))
-    for other in repeats[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(repeats[0], other, strict=True))
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 12 GB")
+def test_more_values_than_32_bits_count():
+    if torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("needs 12 GB of free memory on the GPU")
+    channels = 512
+    num_edges = 2**31 // channels + 1000
+    features = torch.zeros(num_edges, channels, dtype=torch.bfloat16)
+    features[-1000:] = 1
+    target = torch.arange(num_edges) // 40
+    num_nodes = num_edges // 40 + 1
+    result = edge_to_node(features, target, num_nodes, out_dtype=torch.float32)
+    assert result[: -1000 // 40 - 2].count_nonzero() == 0
+    assert result.sum().item() == 1000 * channels
+    del features
+    grad = edges_of(result[:, None].bfloat16(), target, num_nodes)
+    assert torch.equal(grad[-1], result[-1].bfloat16())
+
+
+def edges_of(nodes, target, num_nodes):
+    order = edge_order(target, num_nodes)
+    return operators.edges_op(nodes, None, *order, True, False, nodes.dtype)
 
 
 @pytest.mark.parametrize(
