@@ -28,13 +28,23 @@ REQUIRED_KEYS = ("state_dict", "config")
 _FAIRCHEM_2 = "fairchem.core.units"  # the package whose classes fairchem 2 pickles
 
 
-def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
+#: What a user does who wants a file read that is refused for what it might execute.
+TRUST_HINT = (
+    "if you trust where it comes from, set task.distillation.teacher.trust_checkpoint: true (with "
+    "fairchem-kd: --trust)"
+)
+
+
+def read_checkpoint(
+    path: str | Path, *, trust: bool = False, hint: str = TRUST_HINT
+) -> dict[str, Any]:
     """The contents of a fairchem 1.x checkpoint, tensors on the CPU.
 
     Args:
         path: the file, relative to the current directory.
         trust: unpickle a file that holds other types than tensors and plain values, which lets it
-            run any code that its author chose.
+            run any code that its author chose, and let its config name models by import path.
+        hint: what to do about a file that needs ``trust``.
 
     Raises:
         UserError: the file is missing, truncated, no checkpoint, one of fairchem 2, or one that
@@ -63,8 +73,7 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
             raise UserError(_broken(path, error)) from error
         raise UserError(
             f"The checkpoint {path} holds more than tensors and plain values ({culprit}), "
-            "and unpickling that could run any code; if you trust where it comes from, set "
-            "trust_checkpoint: true (--trust on the command line)."
+            f"and unpickling that could run any code; {hint}."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(_broken(path, error)) from error
@@ -74,7 +83,10 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
         raise UserError(
             f"The checkpoint {path} needs a Python module that is not installed: {error}."
         ) from error
-    return _checked(contents, path)
+    contents = _checked(contents, path)
+    if not trust:
+        _check_model_names(contents["config"], path, hint)
+    return contents
 
 
 def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> Path:
@@ -178,6 +190,27 @@ def _checked(contents: Any, path: Path) -> dict[str, Any]:
     if not isinstance(contents["state_dict"], Mapping) or not contents["state_dict"]:
         raise UserError(f"{path} holds no weights: its state_dict is empty.")
     return contents
+
+
+def _check_model_names(config: Mapping[str, Any], path: Path, hint: str) -> None:
+    """Refuse a config that has fairchem import and call something of the file's own choosing.
+
+    fairchem's registry imports whatever a dotted name points to, and calls it with the config's
+    keywords: ``torch.hub.load`` would do. A registered name has no dots.
+    """
+    model = config["model"]
+    model = model if isinstance(model, Mapping) else {"name": model}
+    backbone, heads = model.get("backbone"), model.get("heads")
+    names = [model.get("name")]
+    names += [backbone.get("model")] if isinstance(backbone, Mapping) else []
+    for head in heads.values() if isinstance(heads, Mapping) else []:
+        names += [head.get("module")] if isinstance(head, Mapping) else []
+    for name in names:
+        if name is not None and not str(name).isidentifier():
+            raise UserError(
+                f"The checkpoint {path} names its model by an import path, {str(name)!r}, and "
+                f"importing and calling that could run any code; {hint}."
+            )
 
 
 # What a checkpoint may hold besides tensors. Pickles name a function or a type by module and name;

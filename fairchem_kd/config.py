@@ -6,6 +6,7 @@ of its own (:mod:`fairchem_kd.losses`); what is common to all of a run stands he
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import Any
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.losses import Loss, loss_class
-from fairchem_kd.schema import option, parse
+from fairchem_kd.schema import is_null, option, parse
 
 WHERE = "task.distillation"
+#: What stands beside the terms' values in logs and records.
+RESERVED = ("loss", "lr", "epoch", "step", "grad_norm")
 
 # Announced, but not in this version: a config that asks for one is refused rather than ignored.
 _LATER = {
@@ -34,7 +37,7 @@ class TeacherConfig:
     trust_checkpoint: bool = option(
         False, help="unpickle a file that the safe reader refuses: this runs code from the file"
     )
-    elements: list[str] | None = option(
+    elements: list[str | int] | None = option(
         None, help="elements of its training data, where neither file nor card says"
     )
 
@@ -67,7 +70,7 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         self.terms: dict[str, Loss] = {}
         for name, given in (self.losses or {}).items():
-            if given is not None:  # `null` switches off a term of an included file
+            if not is_null(given):  # `null` switches off a term of an included file
                 self.terms[name] = _term(name, given)
         if (
             any(term.coefficient > 0 for term in self.terms.values())
@@ -84,12 +87,17 @@ class DistillationConfig:
         return {name: term for name, term in self.terms.items() if term.coefficient > 0}
 
 
-def parse_distillation(given: Any) -> DistillationConfig:
-    """The typed block from what stands under ``task.distillation`` (None: plain training).
+def parse_distillation(task: Mapping[str, Any] | None) -> DistillationConfig:
+    """The typed block out of a config's ``task`` (without one: plain training).
 
     Raises:
         UserError: one sentence naming the key that is wrong.
     """
+    task = task or {}
+    for key in task:
+        if key != "distillation" and difflib.get_close_matches(str(key), ["distillation"]):
+            raise UserError(f"task has an unknown key '{key}' (did you mean 'distillation'?).")
+    given = task.get("distillation")
     if isinstance(given, Mapping):
         given = _without_later_parts(dict(given), WHERE)
         if isinstance(given.get("teacher"), Mapping):
@@ -109,6 +117,8 @@ def _without_later_parts(block: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _term(name: str, given: Any) -> Loss:
     where = f"{WHERE}.losses.{name}"
+    if name in RESERVED:
+        raise UserError(f"{where}: records have a value of that name already; choose another.")
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
         raise UserError(f"{where}: a term's name has letters, digits, '_' and '-' only.")
     if isinstance(given, str) and given.strip() in ("{}", ""):

@@ -6,6 +6,8 @@ optimiser of their own, and its state a key of its own in the checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +19,7 @@ from fairchem.core.common import distutils
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fairchem_kd.checks import check_finite
 from fairchem_kd.config import DistillationConfig
 from fairchem_kd.distributed import all_sum, average_gradients, world_size
 from fairchem_kd.errors import UserError
@@ -80,12 +83,13 @@ class Distillation:
         self._outputs = sorted({name for term in terms for name in term.needs_outputs})
         teacher.require_outputs(self._outputs)
         self._atom_energy = any(term.needs_atom_energy for term in terms)
+        self._optim = config.projections
         self.student_tap = self._tap(student, "student")
         self.teacher_tap = self._tap(teacher.model, "teacher")
         generator = torch.Generator().manual_seed(seed)
         for term in terms:
             term.build(self.student_tap.specs, self.teacher_tap.specs, generator)
-        self.modules = nn.ModuleDict(self.terms).to(device)
+        self.modules = nn.ModuleList(terms).to(device)
 
         optim = config.projections
         self.learning_rate = optim.lr or learning_rate
@@ -100,9 +104,11 @@ class Distillation:
         self._steps = 0
 
     def _tap(self, model: nn.Module, side: Literal["student", "teacher"]) -> FeatureExtractor:
-        wanted: list[Request] = [ATOM_ENERGY] if self._atom_energy else []
+        wanted: list[Request] = []
         for term in self.terms.values():
             own = term.student_requests() if side == "student" else term.teacher_requests()
+            if term.needs_atom_energy:
+                own = [*own, ATOM_ENERGY]
             try:
                 FeatureExtractor(model, own)
             except UserError as error:
@@ -155,17 +161,21 @@ class Distillation:
             teacher=self._features(taught),
             student_outputs=out,
         )
+        # In float64: references of total energies are orders larger than what is compared.
         if self._outputs:
+            taught.raw = {name: value.double() for name, value in taught.raw.items()}
             physical = self.teacher.denormalized(taught, batch)
             inputs.teacher_outputs = {
-                name: self.units.normalized(name, physical[name].view_as(out[name]), batch)
+                name: self.units.normalized(name, physical[name].view_as(out[name]), batch).float()
                 for name in self._outputs
             }
         if self._atom_energy:
+            energies = inputs.teacher[ATOM_ENERGY].double()
+            physical_energies = self.teacher.units.physical_atom_energies(energies, batch)
             inputs.student_atom_energy = inputs.student[ATOM_ENERGY]
             inputs.teacher_atom_energy = self.units.normalized_atom_energies(
-                self.teacher.units.physical_atom_energies(inputs.teacher[ATOM_ENERGY], batch), batch
-            )
+                physical_energies, batch
+            ).float()
         return inputs
 
     def _features(self, taught: TeacherOutput) -> dict[Request, Tensor]:
@@ -251,42 +261,68 @@ class Distillation:
         samples = [i * count // number for i in range(number)]
         logging.info(f"Standardising the teacher's features on {number} training samples")
         for start in tqdm(range(0, number, 16), desc="standardise", disable=None):
-            batch = collate([dataset[i] for i in samples[start : start + 16]]).to(self.device)
+            batch = collate([dataset[i] for i in samples[start : start + 16]])
+            check_finite(batch, ())
             self.teacher.check_elements(batch.atomic_numbers)
+            batch = batch.to(self.device)
             features = self._features(self.teacher.forward(batch, self.teacher_tap))
             for term in terms:
                 term.update_statistics(features, batch)
         for term in terms:
             term.finalize_statistics()
 
+    def identity(self) -> dict[str, Any]:
+        """What a saved state belongs to: the teacher, the statistics' samples and the terms.
+
+        Coefficients, schedules and loss functions may change on resume; what projections and
+        statistics were made for may not.
+        """
+        changeable = ("coefficient", "schedule", "fn", "delta")
+        terms = {}
+        for name, term in self.terms.items():
+            options = dataclasses.asdict(term.options)
+            terms[name] = {"kind": term.kind} | {
+                key: value for key, value in options.items() if key not in changeable
+            }
+        return {
+            "teacher": _fingerprint(self.teacher.model),
+            "statistics_samples": self.statistics_samples,
+            "losses": terms,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         return {
+            "identity": self.identity(),
             "terms": {name: term.state_dict() for name, term in self.terms.items()},
             "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
         }
 
-    def fits(self, state: dict[str, Any]) -> bool:
-        """Whether a saved state is one of these terms, features and projections."""
-        shapes = {name: _shapes(term.state_dict()) for name, term in self.terms.items()}
-        return shapes == {name: _shapes(term) for name, term in state["terms"].items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state.
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a saved state (None: that of a run without distillation).
 
         Raises:
-            UserError: the terms are not those of the run that is resumed.
+            UserError: it belongs to another teacher, or to other terms.
         """
-        if not self.fits(state):
-            raise UserError(
-                f"task.distillation.losses has the terms {', '.join(self.terms)}; the run to be "
-                f"resumed had {', '.join(state['terms'])}, or other features or projections: "
-                "give the same losses, or start a new run."
-            )
+        saved = state["identity"] if state is not None else {}
+        for key, value in self.identity().items():
+            if saved.get(key) != value:
+                raise UserError(
+                    f"task.distillation.{key}: this run was started with another one, so it cannot "
+                    "be resumed: give the same as then, or start a new run."
+                )
+        assert state is not None
         for name, term in self.terms.items():
             term.load_state_dict(state["terms"][name])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = self._optim.weight_decay
 
 
-def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items()}
+def _fingerprint(model: nn.Module) -> str:
+    """A digest of a model's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

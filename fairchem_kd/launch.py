@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from fairchem_kd import workarounds
 from fairchem_kd.cli import report
+from fairchem_kd.config import parse_distillation
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.denormals import flush_denormals
 from fairchem_kd.errors import UserError, did_you_mean
@@ -134,14 +135,25 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
             f"{did_you_mean(path.name, names)}; "
             "`fairchem-kd configs --copy .` writes the shipped ones."
         )
+    for word in overrides:
+        if not word.startswith("--") or "=" not in word:
+            raise UserError(
+                f"the argument {word!r} is no flag of fairchem and no override of a config key; "
+                "overrides are written as --optim.max_epochs=3."
+            )
     try:
-        return build_config(args, overrides)
-    except (ValueError, AttributeError, yaml.YAMLError) as error:
+        config = build_config(args, overrides)
+    except (ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"the config {path} cannot be used: {error}") from error
+    missing = [key for key in ("model", "dataset", "optim") if key not in config]
+    if missing:
+        raise UserError(f"the config {path} has no {' and no '.join(missing)} block.")
+    return config
 
 
 def run_config(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Build the data that is missing, then launch the config as stock would."""
+    parse_distillation(config.get("task"))  # before minutes are spent on data
     if not args.submit:
         ensure_built(config)
     rank = run_rank if args.num_gpus == 1 else run_launched_rank

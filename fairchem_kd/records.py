@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -17,14 +18,16 @@ RECORDS = "records.jsonl"
 def plain(value: Any) -> Any:
     """Tensors as numbers and lists, paths as text, mappings and sequences through and through."""
     if isinstance(value, torch.Tensor):
-        return value.item() if value.numel() == 1 else value.tolist()
+        return plain(value.item() if value.numel() == 1 else value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [plain(v) for v in value]
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
-    return value.item() if hasattr(value, "item") else str(value)
+    return plain(value.item()) if hasattr(value, "item") else str(value)
 
 
 class Records:
@@ -45,7 +48,7 @@ class Records:
 
     def write(self, kind: str, **values: Any) -> None:
         seconds = round(time.perf_counter() - self._start, 3)
-        line = json.dumps({"kind": kind, "seconds": seconds, **plain(values)})
+        line = json.dumps({"kind": kind, "seconds": seconds, **plain(values)}, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

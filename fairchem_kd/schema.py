@@ -48,7 +48,7 @@ def parse(cls: type[T], given: Any, where: str) -> T:
     Raises:
         UserError: an unknown or missing key, or a value of the wrong type or out of range.
     """
-    if given is None:
+    if is_null(given):
         given = {}
     if not isinstance(given, Mapping):
         raise UserError(f"{where} must be a mapping, not {_show(given)}.")
@@ -66,15 +66,21 @@ def parse(cls: type[T], given: Any, where: str) -> T:
     return cls(**values)
 
 
+def is_null(given: Any) -> bool:
+    """Whether a value means "nothing": None, or ``null`` from the command line."""
+    return given is None or (isinstance(given, str) and given.strip().lower() in _NULL)
+
+
 def _value(kind: Any, given: Any, where: str, meta: Mapping[str, Any]) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        null = given is None or (isinstance(given, str) and given.strip().lower() in _NULL)
-        if null and type(None) in args:
+        if is_null(given) and type(None) in args:
             return None
         args = tuple(a for a in args if a is not type(None))
         return _first_that_fits(args, given, where, meta)
     if origin is list:
+        if isinstance(given, str):  # the command line's [H, Cu]
+            given = [word.strip() for word in given.strip().strip("[]").split(",") if word.strip()]
         if not isinstance(given, (list, tuple)):
             raise UserError(f"{where} must be a list, not {_show(given)}.")
         return [_value(args[0], v, f"{where}[{i}]", {}) for i, v in enumerate(given)]

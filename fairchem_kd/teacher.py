@@ -277,9 +277,12 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
         model = {**config["model_attributes"], "name": model}
     model = stock_model_config(dict(model))
     model.pop("scale_file", None)
+    model["otf_graph"] = True
     if isinstance(model.get("backbone"), dict):
         model["backbone"].pop("scale_file", None)
-    model["otf_graph"] = True
+        model["backbone"]["otf_graph"] = True
+        # where it began: another file, whose parts this one's own weights have replaced
+        model.pop("finetune_config", None)
     return model
 
 

@@ -61,19 +61,21 @@ class DistillationTrainer(OCPTrainer):
     ema: ExponentialMovingAverage | None
 
     def __init__(self, task: dict[str, Any], model: dict[str, Any], **stock: Any) -> None:
-        self.distillation_config = parse_distillation(task.get("distillation"))
+        self.distillation_config = parse_distillation(task)
         if stock.get("gp_gpus") is not None:
             raise UserError("--gp-gpus: distillation does not run graph-parallel; remove the flag.")
         ensure_built({"dataset": stock.get("dataset") or {}})
         self.distillation: Distillation | None = None
         self.records: Records | None = None
-        self._continues_run = False
+        self._loaded_from = ""
+        self._validating = False
         self._asked_to_resume = stock.get("timestamp_id") is not None
         self._run_dir = stock.get("run_dir") or os.getcwd()
         self._student_features: Captured | None = None
         self._resumed: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
-        self._validated_step = self._scheduled_step = 0
+        self._scheduled_step = 0
+        self._validated: dict[str, Any] | None = None
         if self.distillation_config.flush_denormal and not _runs_on_cuda(stock):
             flush_denormals()
         super().__init__(task=task, model=stock_model_config(model), **stock)
@@ -105,6 +107,12 @@ class DistillationTrainer(OCPTrainer):
         """Teacher, taps, terms and statistics; leaves the global random states as they were."""
         config = self.distillation_config
         if not config.active_terms or config.teacher.checkpoint is None:
+            if self._continues_run and (self._resumed or {}).get("distillation") is not None:
+                raise UserError(
+                    "task.distillation.losses is empty, but this run was started with losses: give "
+                    "the same as then, or start a new run."
+                )
+            logging.info("No distillation losses: plain training")
             return
         with isolated_random_state():
             teacher = Teacher.from_checkpoint(
@@ -126,9 +134,8 @@ class DistillationTrainer(OCPTrainer):
                 last_step=self.config["optim"]["max_epochs"] * len(self.train_loader),
                 device=self.device,
             )
-            state = (self._resumed or {}).get("distillation")
-            if state is not None and (self._continues_run or self.distillation.fits(state)):
-                self.distillation.load_state_dict(state)
+            if self._continues_run:
+                self.distillation.load_state_dict((self._resumed or {}).get("distillation"))
             else:
                 self.distillation.fit_statistics(self.train_dataset, self.collater)
 
@@ -137,6 +144,15 @@ class DistillationTrainer(OCPTrainer):
     def train(self, disable_eval_tqdm: bool = False) -> None:
         if self.train_loader is None:
             raise UserError("dataset.train is missing: distillation needs structures to train on.")
+        if self.scheduler.scheduler_type == "ReduceLROnPlateau" and self.val_loader is None:
+            raise UserError(
+                "optim.scheduler is ReduceLROnPlateau, which needs a dataset.val; give one, or "
+                "choose another scheduler."
+            )
+        resume = self._asked_to_resume and os.path.isfile(self._own_checkpoint)
+        if resume and not self._continues_run:
+            # It goes before the one that --checkpoint names: a requeued run goes on.
+            self.load_checkpoint(self._own_checkpoint)
         self._set_up_distillation()
         if distutils.is_master() and not self.is_debug:
             self.records = Records(self.config["cmd"]["checkpoint_dir"])
@@ -151,7 +167,8 @@ class DistillationTrainer(OCPTrainer):
         if self.model.training and self._random_state is not None:
             set_random_state(self._random_state)  # as it was at this step of the interrupted run
             self._random_state = None
-        if distillation is None or not (self.model.training or self.distillation_config.validate):
+        reported = self._validating and self.distillation_config.validate
+        if distillation is None or not (self.model.training or reported):
             return super()._forward(batch)
         distillation.teacher.check_elements(batch.atomic_numbers)
         with distillation.tap_student() as self._student_features:
@@ -194,18 +211,28 @@ class DistillationTrainer(OCPTrainer):
     # -- evaluation -------------------------------------------------------------------------------
 
     def validate(self, split: str = "val", disable_tqdm: bool = False) -> dict[str, Any]:
+        distilled: dict[str, float] = {}
         with self.distillation.values_apart() if self.distillation else nullcontext():
-            metrics = super().validate(split=split, disable_tqdm=disable_tqdm)
-            values = {name: metric["metric"] for name, metric in metrics.items()}
+            self._validating = True
+            try:
+                metrics = super().validate(split=split, disable_tqdm=disable_tqdm)
+            finally:
+                self._validating = False
             if self.distillation:
-                values.update(self.distillation.read_values())
+                distilled = self.distillation.read_values()
+        if distilled and self.logger is not None:
+            self.logger.log(distilled, step=self.step, split=split)
+        values = {name: metric["metric"] for name, metric in metrics.items()} | distilled
         if self.records is not None:
             self.records.write(split, step=self.step, epoch=self.epoch, metrics=values)
         return metrics
 
-    def update_best(self, *args: Any, **kwargs: Any) -> None:
-        super().update_best(*args, **kwargs)
-        self._validated_step = self.step
+    def update_best(
+        self, primary_metric: str, val_metrics: dict[str, Any], disable_eval_tqdm: bool = True
+    ) -> None:
+        super().update_best(primary_metric, val_metrics, disable_eval_tqdm=disable_eval_tqdm)
+        metric = float(val_metrics[primary_metric]["metric"])
+        self._validated = {"step": self.step, "metric": metric}
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -226,7 +253,7 @@ class DistillationTrainer(OCPTrainer):
             "distillation": self.distillation.state_dict() if self.distillation else None,
             "random_state": random_state(),
             "scheduler_stepped": self._scheduled_step >= self.step,
-            "validated": self._validated_step >= self.step,
+            "validated": self._validated,
         }
 
     def load_checkpoint(
@@ -235,22 +262,32 @@ class DistillationTrainer(OCPTrainer):
         checkpoint: dict[str, Any] | None = None,
         inference_only: bool = False,
     ) -> None:
-        """Stock's, from a file read without executing code; a run's own checkpoint goes first."""
-        own = os.path.join(self.config["cmd"]["checkpoint_dir"], "checkpoint.pt")
+        """Stock's, from a file read without executing code."""
         if checkpoint is None:
-            if self._asked_to_resume and os.path.isfile(own) and not inference_only:
-                checkpoint_path = own
-            self._continues_run = os.path.abspath(checkpoint_path) == os.path.abspath(own)
             logging.info(f"Loading checkpoint from: {checkpoint_path}")
-            checkpoint = read_checkpoint(checkpoint_path)
+            hint = (
+                "the student's checkpoint (--checkpoint) has to be one that fairchem itself wrote"
+            )
+            checkpoint = read_checkpoint(checkpoint_path, hint=hint)
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
+        if inference_only:
+            return
         if self.ema_decay and self.ema is None:
             # Stock drops EMA where the file has none, e.g. for an exported student.
             self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
-        if inference_only:
-            return
+        self._loaded_from = checkpoint_path
         self._resumed = checkpoint.get(STATE_KEY)
         _check_format(self._resumed, checkpoint_path)
+
+    @property
+    def _own_checkpoint(self) -> str:
+        return os.path.join(self.config["cmd"]["checkpoint_dir"], "checkpoint.pt")
+
+    @property
+    def _continues_run(self) -> bool:
+        """Whether what was loaded is this run's own, rather than a start for a new one."""
+        own = os.path.abspath(self._own_checkpoint)
+        return self._loaded_from != "" and os.path.abspath(self._loaded_from) == own
 
     def _finish_resumed_step(self, disable_eval_tqdm: bool) -> None:
         """What the interrupted run had still to do after its save, in stock's order."""
@@ -258,16 +295,20 @@ class DistillationTrainer(OCPTrainer):
         assert state is not None
         set_random_state(state["random_state"])
         eval_due = self.step % optim.get("eval_every", len(self.train_loader)) == 0
-        self._validated_step = self.step if state["validated"] else 0
-        val_metrics = None
-        if eval_due and self.val_loader is not None and not state["scheduler_stepped"]:
-            val_metrics = self.validate(split="val", disable_tqdm=disable_eval_tqdm)
-            self.update_best(self.primary_metric, val_metrics, disable_eval_tqdm=disable_eval_tqdm)
+        self._validated = state["validated"]
+        validated = self._validated is not None and self._validated["step"] == self.step
+        if (
+            eval_due
+            and self.val_loader is not None
+            and not (validated or state["scheduler_stepped"])
+        ):
+            metrics = self.validate(split="val", disable_tqdm=disable_eval_tqdm)
+            self.update_best(self.primary_metric, metrics, disable_eval_tqdm=disable_eval_tqdm)
         if not state["scheduler_stepped"]:
             if self.scheduler.scheduler_type != "ReduceLROnPlateau":
                 self.scheduler.step()
-            elif eval_due and val_metrics is not None:
-                self.scheduler.step(metrics=val_metrics[self.primary_metric]["metric"])
+            elif eval_due and self._validated is not None:
+                self.scheduler.step(metrics=self._validated["metric"])
         self._scheduled_step = self.step
         self._resumed = None
         if self.step % len(self.train_loader) != 0:

@@ -164,11 +164,14 @@ def test_not_a_number(
         return value * float("nan") if index == 2 else value
 
     write_lmdb(tmp_path / "data" / "train", 6, seed=0, **{key: spoil})
-    arguments = config(tmp_path, data, teacher=teachers["painn"], losses={"vanilla": {}})
-    arguments["dataset"]["train"]["src"] = str(tmp_path / "data" / "train")
-    sentence = refusal(tmp_path, arguments, capsys)
-    assert words in sentence
-    assert "sid 2" in sentence
+    # n2n looks at the structures first to standardise the teacher's features, vanilla does not
+    losses = {"n2n": {}} if key == "pos" else {"vanilla": {}}
+    for loss in ({"vanilla": {}}, losses):
+        arguments = config(tmp_path, data, teacher=teachers["painn"], losses=loss)
+        arguments["dataset"]["train"]["src"] = str(tmp_path / "data" / "train")
+        sentence = refusal(tmp_path, arguments, capsys)
+        assert words in sentence
+        assert "sid 2" in sentence
 
 
 def test_datasets(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +183,17 @@ def test_datasets(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
     write_lmdb(tmp_path / "empty", 0, seed=0)
     arguments["dataset"]["train"]["src"] = str(tmp_path / "empty")
     assert "dataset.train" in refusal(tmp_path, arguments, capsys)
+
+
+def test_configs(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = config(tmp_path, data, scheduler="ReduceLROnPlateau")
+    del arguments["dataset"]["val"]
+    assert "dataset.val" in refusal(tmp_path, arguments, capsys)
+    assert "max_epochs=3" in refusal(tmp_path, arguments, capsys, "--optim.max_epochs", "3")
+    (tmp_path / "empty.yml").write_text("")
+    argv = ["--mode", "train", "--config-yml", str(tmp_path / "empty.yml"), "--cpu"]
+    assert fairchem(argv) == 2
+    assert "empty.yml" in capsys.readouterr().err
 
 
 def test_from_the_command_line(

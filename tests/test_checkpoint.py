@@ -81,6 +81,23 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, old_format: bool) -> 
     assert target.is_dir()
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "torch.hub.load", "repo_or_dir": "x"},
+        {"name": "hydra", "backbone": {"model": "torch.hub.load"}},
+        {"name": "hydra", "heads": {"energy": {"module": "torch.hub.load"}}},
+        "torch.hub.load",
+    ],
+)
+def test_a_model_named_by_an_import_path_is_not_imported(tmp_path: Path, model: Any) -> None:
+    contents = {"state_dict": {"a": torch.ones(1)}, "config": {"model": model}}
+    torch.save(contents, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"import path, 'torch\.hub\.load'.*trust_checkpoint: true"):
+        read_checkpoint(tmp_path / "x.pt")
+    assert read_checkpoint(tmp_path / "x.pt", trust=True)["config"]["model"] == model
+
+
 def test_plain_values_of_other_types_are_read(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     values = {

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fairchem_kd.config import parse_distillation
+from fairchem_kd.config import DistillationConfig, parse_distillation
 from fairchem_kd.errors import UserError
 from fairchem_kd.losses import EdgeToNode, NodeToNode
 
 TEACHER = {"checkpoint": "teacher.pt"}
 
 
+def parse(given: Any) -> DistillationConfig:
+    return parse_distillation({"distillation": given})
+
+
 def test_the_shortest_form_has_measured_defaults() -> None:
-    config = parse_distillation({"teacher": TEACHER, "losses": {"e2n": {}}})
+    config = parse({"teacher": TEACHER, "losses": {"e2n": {}}})
     (term,) = config.terms.values()
     assert isinstance(term, EdgeToNode)
     assert term.options.standardize
@@ -30,7 +35,7 @@ def test_terms_under_names_of_their_own_and_switched_off() -> None:
         "late": {"kind": "n2n", "coefficient": "0"},
         "v2v": None,
     }
-    config = parse_distillation({"teacher": TEACHER, "losses": losses})
+    config = parse({"teacher": TEACHER, "losses": losses})
     assert list(config.terms) == ["early", "late"]
     assert list(config.active_terms) == ["early"]
     early = config.terms["early"]
@@ -41,7 +46,7 @@ def test_terms_under_names_of_their_own_and_switched_off() -> None:
 
 @pytest.mark.parametrize("given", [None, {}, {"losses": None}, {"losses": {"n2n": None}}])
 def test_no_losses_is_plain_training_and_needs_no_teacher(given: object) -> None:
-    assert parse_distillation(given).terms == {}
+    assert parse(given).terms == {}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,7 @@ def test_no_losses_is_plain_training_and_needs_no_teacher(given: object) -> None
         ({"losses": {"e2n": 3}}, "losses.e2n must be a mapping"),
         ({"losses": ["e2n"]}, "task.distillation.losses must be a mapping"),
         ({"losses": {"a.b": {"kind": "n2n"}}}, "losses.a.b: a term's name"),
+        ({"losses": {"loss": {"kind": "n2n"}}}, "losses.loss: records have a value of that name"),
         ({"rattle": {"copies": 0.5}}, "task.distillation.rattle (rattled copies) is not part"),
         ({"teacher": {**TEACHER, "precision": "bf16"}}, "task.distillation.teacher.precision"),
         ({"losses": {"n2n": {"schedule": {"warmup": 1}}}}, "schedule has an unknown key 'warmup'"),
@@ -64,13 +70,26 @@ def test_no_losses_is_plain_training_and_needs_no_teacher(given: object) -> None
 )
 def test_what_does_not_fit_is_refused(given: dict, words: str) -> None:
     with pytest.raises(UserError) as error:
-        parse_distillation({"teacher": TEACHER, **given} if "losses" not in given else given)
+        parse({"teacher": TEACHER, **given} if "losses" not in given else given)
     assert words in str(error.value)
+
+
+def test_a_misspelt_block_is_not_plain_training() -> None:
+    with pytest.raises(UserError, match="did you mean 'distillation'"):
+        parse_distillation({"distilation": {"losses": {"e2n": {}}}})
+
+
+def test_what_the_command_line_hands_over() -> None:
+    given = {"teacher": {**TEACHER, "elements": "[H, Cu]"}, "losses": {"e2n": "null", "n2n": {}}}
+    config = parse(given)
+    assert list(config.terms) == ["n2n"]
+    assert config.teacher.elements == ["H", "Cu"]
+    assert parse({"teacher": {**TEACHER, "elements": [1, 29]}}).teacher.elements == [1, 29]
 
 
 def test_keys_of_later_parts_may_be_given_as_off() -> None:
     given = {"teacher": {**TEACHER, "precision": "fp32", "cache": None}, "rattle": "null"}
-    assert parse_distillation(given).teacher.checkpoint == "teacher.pt"
+    assert parse(given).teacher.checkpoint == "teacher.pt"
 
 
 def test_the_documentation_page_is_that_of_the_code() -> None:

@@ -604,3 +604,20 @@ def test_schnet_without_periodic_boundaries_goes_through_torch_geometric() -> No
     torch.testing.assert_close(energy, outputs["energy"].view(-1))
     again = model.lin2(model.act(model.lin1(features["node@3", "node"].values)))
     torch.testing.assert_close(again, features["atom_energy", "node"].values)
+
+
+def test_nothing_requested_works_on_any_model():
+    model = torch.nn.Linear(2, 2)
+    extractor = FeatureExtractor(model, [])
+    with extractor.capture():
+        model(torch.ones(1, 2))
+    assert extractor.specs == {}
+
+
+@pytest.mark.parametrize(
+    ("flavour", "override"), [("gemnet_oc", {"extensive": False}), ("schnet", {"readout": "mean"})]
+)
+def test_a_model_that_averages_over_atoms_has_no_atom_energies(flavour, override):
+    model = models.small_model(flavour, **override)
+    with pytest.raises(UserError, match="averages over atoms"):
+        FeatureExtractor(model, [Request("atom_energy", "node")])

@@ -683,3 +683,22 @@ def test_terms_are_modules_that_a_trainer_can_hold():
     terms = nn.ModuleDict({"a": feature_loss("n2n"), "b": vanilla()})
     assert {name.split(".")[0] for name, _ in terms.named_parameters()} == {"a"}
     assert {"a.standardizer.scale", "a.projection.weight"} <= set(terms.state_dict())
+
+
+def test_vanilla_of_half_outputs_does_not_overflow():
+    """As under autocast: a sum of squares over atoms leaves the range of float16."""
+    from fairchem.core.modules.loss import DDPLoss
+
+    term = loss_class("vanilla", "w").from_options({}, "w")
+    label_losses = [("forces", {"fn": DDPLoss("mse", "mean"), "coefficient": 1.0})]
+    term.set_label_losses(label_losses, {"forces": {"level": "atom"}})
+    forces = torch.full((400, 3), 9.0)
+    batch = SimpleNamespace(natoms=torch.tensor([400]), fixed=torch.zeros(400))
+    (part,) = term(
+        LossInputs(
+            batch,
+            student_outputs={"forces": forces.half()},
+            teacher_outputs={"forces": -forces},
+        )
+    )
+    assert (part.total / part.count).item() == pytest.approx(18.0**2)

@@ -26,8 +26,7 @@ def step(rank: int, world: int, root: Path, data: Path, teacher: Path) -> None:
     """One optimiser step of one rank; what it saw and got goes to a file."""
     store = root / f"store{world}"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    arguments = config(root / str(world), data, teacher=teacher, losses=LOSSES, clip_grad_norm=None)
-    arguments["optimizer"]["ema_decay"] = None
+    arguments = config(root / str(world), data, teacher=teacher, losses=LOSSES, clip_grad_norm=0.5)
     with trainer(arguments) as built:
         built._set_up_distillation()
         built.step = 1

@@ -13,12 +13,13 @@ from fairchem_kd.records import RECORDS, Records, read_records
 
 def test_values_are_plain_json(tmp_path: Path) -> None:
     values = {"a": torch.tensor(1.5), "b": np.float64(2.0), "c": [torch.ones(2), Path("x")]}
+    values["d"] = float("nan")
     Records(tmp_path).write("train", step=3, values=values)
     (record,) = read_records(tmp_path)
     assert record["kind"] == "train"
     assert record["seconds"] >= 0
     assert record["step"] == 3
-    assert record["values"] == {"a": 1.5, "b": 2.0, "c": [[1.0, 1.0], "x"]}
+    assert record["values"] == {"a": 1.5, "b": 2.0, "c": [[1.0, 1.0], "x"], "d": None}
 
 
 def test_a_resumed_run_goes_on_after_a_line_that_a_crash_cut_off(tmp_path: Path) -> None:

@@ -32,7 +32,11 @@ def test_command_line_strings_are_read_as_what_they_spell() -> None:
 
 def test_defaults() -> None:
     assert parse(Options, {"path": "x"}, "w") == Options("x")
-    assert parse(Inner, None, "w") == Inner()
+    assert parse(Inner, None, "w") == parse(Inner, "null", "w") == Inner()
+
+
+def test_a_list_from_the_command_line() -> None:
+    assert parse(Options, {"path": "x", "names": "[H, Cu]"}, "w").names == ["H", "Cu"]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_defaults() -> None:
         ({"path": "x", "inner": {"steps": -1}}, "w.inner.steps must be at least 0"),
         ({"path": "x", "inner": 3}, "w.inner must be a mapping"),
         ({"path": 3}, "w.path must be text"),
-        ({"path": "x", "names": "H"}, "w.names must be a list"),
+        ({"path": "x", "names": 3}, "w.names must be a list"),
         ({"path": "x", "names": [1]}, "w.names[0] must be text"),
         (3, "w must be a mapping"),
     ],

@@ -23,7 +23,7 @@ from trainings import config, trainer, write_lmdb
 from fairchem_kd.checkpoint import read_checkpoint, write_checkpoint
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import FeatureExtractor, Request
-from fairchem_kd.teacher import Teacher, as_atomic_numbers
+from fairchem_kd.teacher import Teacher, as_atomic_numbers, model_config
 
 # fairchem's loaders ask for pinned memory, with a GPU or without
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
@@ -399,3 +399,12 @@ def test_elements_are_read_from_symbols_and_numbers() -> None:
         as_atomic_numbers(["Hx"], "x")
     with pytest.raises(UserError, match="119"):
         as_atomic_numbers([119], "x")
+
+
+def test_a_hydra_makes_its_own_graph_and_needs_no_other_file() -> None:
+    backbone = {"model": "painn_backbone", "otf_graph": False, "scale_file": "elsewhere.pt"}
+    hydra = {"name": "hydra", "backbone": backbone, "heads": {}, "otf_graph": False}
+    hydra["finetune_config"] = {"starting_checkpoint": "elsewhere.pt"}
+    expected = {"model": "painn_backbone", "otf_graph": True}
+    built = model_config({"model": hydra})
+    assert built == {"name": "hydra", "backbone": expected, "heads": {}, "otf_graph": True}

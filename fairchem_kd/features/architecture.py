@@ -19,6 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.address import FeatureSpec, Kind
 
+#: Why a model that averages over atoms offers no energies of atoms.
+MEAN_READOUT = "this model averages over atoms, so what its atoms give does not add up to an energy"
+
 
 class Handle(Protocol):
     """What undoes an attachment."""

@@ -19,7 +19,7 @@ from fairchem_kd.features.address import (
     summarise_addresses,
 )
 from fairchem_kd.features.architecture import Architecture, Graph, Tap, architecture_of
-from fairchem_kd.ops import edge_to_node
+from fairchem_kd.ops import EdgeOrder, edge_order, edge_to_node
 
 
 def available_features(model: nn.Module) -> dict[str, FeatureSpec]:
@@ -67,13 +67,16 @@ class FeatureExtractor:
     """
 
     def __init__(self, model: nn.Module, requests: Iterable[Request]) -> None:
-        self._architecture = architecture_of(model)
         self._sources: dict[Request, list[_Source]] = {}
         self.specs: dict[Request, FeatureSpec] = {}
-        for request in dict.fromkeys(Request(*r) for r in requests):
+        self._forms: dict[str, set[Kind]] = {}  # what is wanted of each tap
+        wanted = dict.fromkeys(Request(*r) for r in requests)
+        if not wanted:
+            return  # of a model of any architecture
+        self._architecture = architecture_of(model)
+        for request in wanted:
             self._sources[request] = _resolve(self._architecture, request)
             self.specs[request] = self._spec(request)
-        self._forms: dict[str, set[Kind]] = {}  # what is wanted of each tap
         for sources in self._sources.values():
             for tap, form in sources:
                 self._forms.setdefault(tap, set()).add(form)
@@ -100,10 +103,13 @@ class FeatureExtractor:
                 than promised.
         """
         captured = Captured()
+        if not self._forms:
+            captured._features = {}
+            yield captured
+            return
         run = _Run(self._architecture, self._forms, detach)
         with ExitStack() as stack:
-            if self._forms:
-                run.attach(stack)
+            run.attach(stack)
             yield captured
         captured._features = {
             request: run.feature(self.specs[request], sources)
@@ -168,6 +174,7 @@ class _Run:
         self.detach = detach
         self.num_atoms: int | None = None
         self.graph: Graph | None = None
+        self.order: EdgeOrder | None = None  # of the graph's edges, for all taps
         self.fired = dict.fromkeys(forms, 0)
         self.values: dict[_Source, Tensor] = {}
 
@@ -209,11 +216,16 @@ class _Run:
         graph, num_atoms = self._the_graph(name), self.num_atoms
         assert num_atoms is not None
         target = graph.edge_index[1]
+        if self.order is None:
+            self.order = edge_order(target, num_atoms)
+        order = self.order
         if "vector" in forms:
-            node, vector = edge_to_node(values, target, num_atoms, edge_vectors=graph.edge_vectors)
+            node, vector = edge_to_node(
+                values, target, num_atoms, edge_vectors=graph.edge_vectors, order=order
+            )
             self.values[_Source(name, "vector")] = vector
         else:
-            node = edge_to_node(values, target, num_atoms)
+            node = edge_to_node(values, target, num_atoms, order=order)
         if "node" in forms:
             self.values[_Source(name, "node")] = node
 

@@ -15,6 +15,7 @@ from fairchem.core.models.gemnet_oc.gemnet_oc import GemNetOC
 from torch import nn
 
 from fairchem_kd.features.architecture import (
+    MEAN_READOUT,
     Architecture,
     Graph,
     Handle,
@@ -70,9 +71,11 @@ class GemNetOCFeatures(Architecture):
             out = on_output(model.out_blocks[k], 1)
             self.add(f"out_edge@{k}", "edge", edge, f"x_F of output block {k}", out)
         energy = self.head("out_energy")
-        if energy is not None:
+        if energy is not None and model.extensive:
             self.add("atom_energy", "node", 1, "energies of atoms, normalised", on_output(energy))
 
+        if not model.extensive:
+            self.absent["atom_energy"] = MEAN_READOUT
         names = ["edge"] if final_forces is not None else []
         names += [f"edge@{k}" for k in range(blocks + 1)]
         self.aliases = {name.replace("edge", "vector"): name for name in names}
@@ -81,7 +84,8 @@ class GemNetOCFeatures(Architecture):
                 "this model has no trained head for direct forces; "
                 f"name a layer, edge@0 to edge@{blocks}"
             )
-            self.absent = {"edge": why, "out_edge": why, "vector": why.replace("edge@", "vector@")}
+            self.absent |= {"edge": why, "out_edge": why}
+            self.absent["vector"] = why.replace("edge@", "vector@")
 
     @property
     def atom_embedding(self) -> nn.Module:

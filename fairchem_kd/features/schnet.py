@@ -6,6 +6,7 @@ from fairchem.core.models.schnet import SchNetWrap
 from torch import nn
 
 from fairchem_kd.features.architecture import (
+    MEAN_READOUT,
     Architecture,
     on_input,
     on_output,
@@ -31,11 +32,15 @@ class SchNetFeatures(Architecture):
         for k in range(blocks + 1):
             where = f"after interaction {k}" if k else "after the embedding"
             self.add(f"node@{k}", "node", width, f"h {where}", nodes[k])
-        self.add("atom_energy", "node", 1, "energies of atoms, normalised", on_output(model.lin2))
         self.absent = {
             "vector": "SchNet has no vectors",
             "edge": "SchNet has no edge features",
         }
+        if model.reduce in ("sum", "add"):
+            energy = on_output(model.lin2)
+            self.add("atom_energy", "node", 1, "energies of atoms, normalised", energy)
+        else:
+            self.absent["atom_energy"] = MEAN_READOUT
 
     @property
     def atom_embedding(self) -> nn.Module:

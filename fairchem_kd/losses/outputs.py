@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fairchem_kd.errors import UserError
@@ -119,6 +120,8 @@ class Vanilla(Loss):
 
     def _part(self, compared: _Compared, inputs: LossInputs) -> Part:
         student = inputs.student_outputs[compared.target]
+        # a half type where the student ran under autocast: a sum over atoms would overflow it
+        student = student.to(torch.promote_types(student.dtype, torch.float32))
         teacher = inputs.teacher_outputs[compared.target].detach().to(student.dtype)
         if student.shape != teacher.shape:
             raise ValueError(
