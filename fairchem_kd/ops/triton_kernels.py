@@ -9,8 +9,7 @@ are chosen by shape alone and not by timing, which could choose, and so round, d
 Offsets into the features are 64 bit, as they derive from the int64 edge indices.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: Triton 3.0's interpreter knows a constexpr by its annotation's value.
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -53,7 +52,7 @@ def _nodes_kernel(
     z = tl.zeros([BLOCK_C], dtype=TYPE)
     places = begin + tl.arange(0, BLOCK_E)
     edge = _edges_at(perm, places, places < end, HAS_PERM)
-    for _ in range(tl.cdiv((end - begin).to(tl.int32), BLOCK_E)):
+    for _ in range(((end - begin).to(tl.int32) + BLOCK_E - 1) // BLOCK_E):
         inside = places < end
         row = tl.load(
             features + edge[:, None] * stride + column[None, :],
@@ -119,7 +118,7 @@ def _edges_kernel(
         z /= degree
     places = begin + tl.arange(0, BLOCK_E)
     edge = _edges_at(perm, places, places < end, HAS_PERM)
-    for _ in range(tl.cdiv((end - begin).to(tl.int32), BLOCK_E)):
+    for _ in range(((end - begin).to(tl.int32) + BLOCK_E - 1) // BLOCK_E):
         inside = places < end
         row = tl.zeros([BLOCK_E, BLOCK_C], dtype=TYPE)
         if SCALAR:
@@ -150,7 +149,7 @@ def _dots_kernel(
     degree = tl.maximum(end - begin, 1).to(TYPE)
     places = begin + tl.arange(0, BLOCK_E)
     edge = _edges_at(perm, places, places < end, HAS_PERM)
-    for _ in range(tl.cdiv((end - begin).to(tl.int32), BLOCK_E)):
+    for _ in range(((end - begin).to(tl.int32) + BLOCK_E - 1) // BLOCK_E):
         inside = places < end
         x = tl.zeros([BLOCK_E, BLOCK_C], dtype=TYPE)
         y = tl.zeros([BLOCK_E, BLOCK_C], dtype=TYPE)
