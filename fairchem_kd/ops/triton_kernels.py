@@ -9,7 +9,7 @@ are chosen by shape alone and not by timing, which could choose, and so round, d
 Offsets into the features are 64 bit, as they derive from the int64 edge indices.
 """
 
-# No postponed annotations here: Triton 3.0's interpreter knows a constexpr by its annotation's value.
+# Annotations are not postponed: Triton 3.0's interpreter knows a constexpr by the live annotation.
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
