@@ -74,6 +74,16 @@ def test_equals_loops(num_edges, num_nodes, channels, reduce):
     torch.testing.assert_close(both[1], vector, rtol=1e-13, atol=1e-13)
 
 
+def test_many_long_rows(monkeypatch):
+    """On CPU, these take MKL's product where it is there."""
+    features, _, target = graph(90, 6, 24)
+    monkeypatch.setattr(cpu, "MKL_FROM_CHANNELS", 24)
+    monkeypatch.setattr(cpu, "MKL_FROM_NUMBERS", 24 * 90)
+    want, _ = reference(features, target, 6, features[:, :3], "mean")
+    got = edge_to_node(features, target, 6, reduce="mean")
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+
+
 def test_atoms_without_edges_get_zeros():
     features, vectors, _ = graph(6, 1, 4)
     target = torch.tensor([5, 2, 2, 5, 5, 2])

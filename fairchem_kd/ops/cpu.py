@@ -2,7 +2,7 @@
 
 `torch.sparse.mm(matrix, dense, "sum")` runs PyTorch's own kernel: a loop over the entries of each
 row, vectorised over the channels, one row per thread at a time, so the result does not depend on
-the threads. `docs/edge_to_node.md` compares it with the other ways.
+the threads. (``matrix @ dense`` runs MKL's.) `docs/edge_to_node.md` compares the ways.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ with warnings.catch_warnings():  # torch says once per process that CSR support 
     torch.eye(1).to_sparse_csr()
 
 
+# Where rows lie apart, are long and many, MKL's product is about a quarter faster than PyTorch's.
+MKL_FROM_CHANNELS = 512
+MKL_FROM_NUMBERS = 2**24
+
+
 def nodes(
     features: Tensor, vectors: Tensor | None, order: EdgeOrder,
     scalar: bool, mean: bool, dtype: torch.dtype,
@@ -30,6 +35,16 @@ def nodes(
     if vectors is None:
         columns = torch.arange(num_edges) if order.perm is None else order.perm
         matrix = _csr(order.offsets, columns, dense.new_ones(num_edges), num_edges)
+        if (
+            order.perm is not None
+            and channels >= MKL_FROM_CHANNELS
+            and dense.numel() >= MKL_FROM_NUMBERS
+            and torch.backends.mkl.is_available()
+        ):
+            with torch.autocast("cpu", enabled=False):
+                total = matrix @ dense
+        else:
+            total = _product(matrix, dense)
         rows = 1
     else:
         rows = 3 + scalar
@@ -45,8 +60,8 @@ def nodes(
         weights = dense.new_ones(num_edges, rows)
         weights[:, rows - 3 :] = vectors
         values = weights.view(-1).index_select(0, columns * rows + kind)
-        matrix = _csr(row_starts, columns, values, num_edges)
-    total = _product(matrix, dense).view(order.num_nodes, rows, channels)
+        total = _product(_csr(row_starts, columns, values, num_edges), dense)
+    total = total.view(order.num_nodes, rows, channels)
     if mean:
         total /= _degree(order, accumulate)[:, None, None]
     return total.to(dtype)
