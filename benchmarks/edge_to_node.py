@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/edge_to_node.py --device cpu
 
 Prints a table, and writes it with the device and the versions as NAME.csv, and a plot as NAME.png,
-into benchmarks/results/ (--out). The ways take turns, one call each, so that a machine whose speed
-changes slows them all; times are medians, and spread is half the range between the quartiles over
+into benchmarks/results/ (--out). The ways take turns, one call each in random order, so that a machine
+whose speed changes slows them all; times are medians, and spread is half the range between the quartiles over
 the median. ``of copy`` is the least number of bytes that the operation has to move, over the time,
 over the bandwidth that copying a large tensor reaches on this device. ``memory`` is the peak beyond
 the inputs (on CPU it is not measured). ``same bits`` is whether repeated calls agree exactly.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -250,9 +251,11 @@ def compare(batch: Batch, with_vectors: bool, backward: bool, args: Arguments) -
     for run in steps.values():  # warm up, compile
         run()
     times: dict[str, list[float]] = {name: [] for name in steps}
+    turns, shuffle = list(steps), random.Random(0).shuffle
     for _ in range(args.repeats):
-        for name, run in steps.items():
-            times[name].append(time_ms(run, device))
+        shuffle(turns)  # or each would always find the cache as the same other leaves it
+        for name in turns:
+            times[name].append(time_ms(steps[name], device))
     moved = least_bytes(batch, with_vectors, backward)
     rows = []
     for name, run in steps.items():
