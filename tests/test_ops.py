@@ -74,6 +74,18 @@ def test_equals_loops(num_edges, num_nodes, channels, reduce):
     torch.testing.assert_close(both[1], vector, rtol=1e-13, atol=1e-13)
 
 
+def test_sorted_edges_give_the_same_bits_with_any_number_of_threads():
+    features, _, target = graph(90, 6, 24, dtype=torch.float32)
+    target = target.sort().values
+    results = []
+    threads = torch.get_num_threads()
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        results.append(edge_to_node(features, target, 6))
+    torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
 def test_many_long_rows(monkeypatch):
     """On CPU, these take MKL's product where it is there."""
     features, _, target = graph(90, 6, 24)
@@ -317,7 +329,9 @@ def test_an_index_that_nobody_looks_for_adds_to_no_atom():
     features, _, target = graph(50, 6, 3)
     wrong = target.clone()
     wrong[[3, 20, 30, 40]] = torch.tensor([-1, 6, 6 + 2**16, -(2**16)])
+    features.requires_grad_()
     got = edge_to_node(features, wrong, 6, check=False)
+    torch.autograd.grad(got.sum(), features)  # stays within memory
     rest = wrong == target
     assert torch.equal(got, edge_to_node(features[rest], target[rest], 6))
     for check in (True, None):

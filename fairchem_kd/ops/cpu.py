@@ -32,7 +32,11 @@ def nodes(
     accumulate = accumulator(features.dtype, dtype)
     dense = features.to(accumulate).contiguous()
     num_edges, channels = dense.shape
-    if vectors is None:
+    if vectors is None and order.perm is None and torch.get_num_threads() == 1:
+        # the same additions in the same order, without the matrix; but in one thread
+        total = dense.new_zeros(order.num_nodes, channels).index_add_(0, order.target, dense)
+        rows = 1
+    elif vectors is None:
         columns = torch.arange(num_edges) if order.perm is None else order.perm
         matrix = _csr(order.offsets, columns, dense.new_ones(num_edges), num_edges)
         if (

@@ -75,9 +75,9 @@ def edge_to_node(
             it; without one, every call sorts.
         out_dtype: type of the result; None: that of the features.
         check: whether to look at the values of ``target_index``. None: on CPU, and under
-            ``torch.autograd.detect_anomaly``; elsewhere looking would wait for the device. An index
-            out of range that nobody looks for adds to no atom, and its edge's gradient is
-            undefined. With an ``order``, whose making was the time to look, only True looks again.
+            ``torch.autograd.detect_anomaly``; elsewhere looking would wait for the device. The sums
+            of an index out of range that nobody looks for are undefined, but touch no other memory.
+            With an ``order``, whose making was the time to look, only True looks again.
 
     Raises:
         ValueError: for a wrong shape, device, index range, order or ``reduce``.

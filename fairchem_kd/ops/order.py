@@ -41,8 +41,8 @@ def edge_order(
         is_sorted: promises that ``target_index`` ascends, which saves the sort. On CPU this is
             found out, so the promise is of use elsewhere.
         check: whether to look at the values of ``target_index``. None: on CPU, and under
-            ``torch.autograd.detect_anomaly``; elsewhere looking would wait for the device. An index
-            out of range that nobody looks for belongs to no atom.
+            ``torch.autograd.detect_anomaly``; elsewhere looking would wait for the device. The sums
+            of an index out of range that nobody looks for are undefined, but touch no other memory.
 
     Raises:
         ValueError: for a wrong shape, an index out of range, or a wrong promise.
@@ -55,7 +55,8 @@ def edge_order(
     if num_nodes < 0 or (num_nodes == 0 and target_index.shape[0] > 0):
         raise ValueError(f"{target_index.shape[0]} edges cannot end on num_nodes={num_nodes}")
     target = target_index.contiguous()
-    if looks_at_values(target, check):
+    looked = looks_at_values(target, check)
+    if looked:
         check_range(target, num_nodes)
         ascends = bool((target[1:] >= target[:-1]).all())
         if is_sorted and not ascends:
@@ -64,6 +65,8 @@ def edge_order(
     # A radix sort takes one pass per 8 bits. Clamped, so that no wrong index wraps to a right one.
     small = torch.int16 if num_nodes < 2**15 else torch.int32 if num_nodes < 2**31 else torch.int64
     keys = target.clamp(-1, num_nodes).to(small)
+    if not looked:  # what gathers by it must stay inside
+        target = target.clamp(0, max(num_nodes - 1, 0))
     perm = None
     if not is_sorted:
         keys, perm = torch.sort(keys, stable=True)
