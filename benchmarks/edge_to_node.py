@@ -4,11 +4,12 @@
     OMP_NUM_THREADS=1 python benchmarks/edge_to_node.py --device cpu
 
 Prints a table, and writes it with the device and the versions as NAME.csv, and a plot as NAME.png,
-into benchmarks/results/ (--out). The ways take turns, one call each in random order, so that a machine
-whose speed changes slows them all; times are medians, and spread is half the range between the quartiles over
-the median. ``of copy`` is the least number of bytes that the operation has to move, over the time,
-over the bandwidth that copying a large tensor reaches on this device. ``memory`` is the peak beyond
-the inputs (on CPU it is not measured). ``same bits`` is whether repeated calls agree exactly.
+into benchmarks/results/ (--out). The ways take turns, one call each in random order, so that a
+machine whose speed changes slows them all; times are medians, and spread is half the range between
+the quartiles over the median. ``of copy`` is the least number of bytes that the operation has to
+move, over the time, over the bandwidth that copying a large tensor reaches on this device.
+``memory`` is the peak beyond the inputs (on CPU it is not measured). ``same bits`` is whether
+repeated calls agree exactly.
 
 `docs/edge_to_node.md` explains the ways.
 """
