@@ -225,7 +225,7 @@ def test_vectors_of_another_type_than_the_features():
 
 def test_autocast_does_not_lower_the_precision():
     features, vectors, target = graph(60, 5, 4, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = edge_to_node(features, target, 5, edge_vectors=vectors)
     outside = edge_to_node(features, target, 5, edge_vectors=vectors)
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
@@ -498,6 +498,10 @@ def test_wrong_inputs(change, error, message):
         "num_nodes": 3,
         "edge_vectors": None,
         "reduce": "sum",
-    } | change
+        "check": True,
+    } | {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) and not value.is_meta else value
+        for name, value in change.items()
+    }
     with pytest.raises(error, match=message):
         edge_to_node(given.pop("edge_features"), given.pop("target_index"), **given)
