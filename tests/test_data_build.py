@@ -42,8 +42,12 @@ def config(root: Path, **build: Any) -> dict[str, Any]:
 
 
 def builder(root: Path, **build: Any) -> subprocess.Popen[str]:
-    """Another process that asks for the data set."""
+    """Another process that asks for the data set.
+
+    A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+    """
     script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"from fairchem_kd.data.build import ensure_built; ensure_built({config(root, **build)!r})"
     )
     return subprocess.Popen(
@@ -373,3 +377,12 @@ def test_the_command_refuses_sizes_out_of_range(capsys: pytest.CaptureFixture[st
             main(["data", "collisions", *wrong])
         assert caught.value.code == 2
         assert "is not a whole number of at least" in capsys.readouterr().err
+
+
+def test_two_splits_that_are_one_lmdb(tmp_path: Path) -> None:
+    lmdb_file(tmp_path / "a" / "data.0000.lmdb", 3)
+    split = {"format": "lmdb", "src": str(tmp_path / "a")}
+    again = {"format": "lmdb", "src": f"{tmp_path}/b/../a/"}
+    assert "dataset.val.src and dataset.train.src are both" in refusal(
+        {"train": split, "val": again}
+    )

@@ -14,7 +14,7 @@ from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.records import read_records
 
 REPOSITORY = Path(__file__).parents[1]
-SIZES = {"train": 48, "val": 8, "test": 8, "test_ood": 8}
+SIZES = {"train": 24, "val": 8, "test": 8, "test_ood": 8}
 
 # Runs stock fairchem where importing fairchem_kd fails, as on a machine without it.
 STOCK = """

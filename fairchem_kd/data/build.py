@@ -54,12 +54,21 @@ def ensure_built(config: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: a wrong ``build``, a data set that cannot be built or was built with other
-            options, a missing path, an empty split.
+            options, a missing path, an empty split, two splits that are one LMDB.
     """
+    opened: dict[Path, str] = {}
     for key, split in _splits(config):
         if split.get("build") is not None and split.get("src") is not None:
             _build_split(split, key)
         check_dataset(split, key)
+        if split.get("format", "lmdb") != "lmdb" or not isinstance(split.get("src"), str):
+            continue
+        other = opened.setdefault(Path(split["src"]).resolve(), key)
+        if other != key:
+            raise UserError(
+                f"{key}.src and {other}.src are both {split['src']}, and LMDB opens a data set only "
+                "once in a process: give one of the two another src."
+            )
 
 
 def _build_split(split: Mapping[str, Any], key: str) -> None:
