@@ -66,8 +66,8 @@ def ensure_built(config: Mapping[str, Any]) -> None:
         other = opened.setdefault(Path(split["src"]).resolve(), key)
         if other != key:
             raise UserError(
-                f"{key}.src and {other}.src are both {split['src']}, but a process can open an LMDB "
-                "only once: give one of the two another src."
+                f"{key}.src and {other}.src are both {split['src']}, but a process can open an "
+                "LMDB only once: give one of the two another src."
             )
 
 
