@@ -134,7 +134,11 @@ def test_makefile_names_every_target():
 
 def test_ci_runs_the_test_command_alone():
     done = subprocess.run(
-        ["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "--dry-run", "test"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.rstrip().endswith("-m pytest")
     script = (ROOT / ".ci/run").read_text()
