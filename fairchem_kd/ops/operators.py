@@ -14,6 +14,7 @@ never cast by autocast.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from fairchem_kd.ops import cpu, segments
 from fairchem_kd.ops.order import EdgeOrder
+from fairchem_kd.ops.selfcheck import agrees
 
 
 class Backend(Protocol):
@@ -52,7 +54,12 @@ def backend_for(device_type: str) -> Backend:
             from fairchem_kd.ops import triton_kernels
         except ImportError:  # Triton comes with PyTorch for CUDA on Linux, not everywhere
             return segments
-        return triton_kernels
+        if agrees(triton_kernels, segments, device_type):
+            return triton_kernels
+        logging.warning(
+            "The Triton kernels of edge_to_node fail a self-check on this GPU: sums of edges take "
+            "the plain PyTorch way, which is slower. Please report this with `fairchem-kd doctor`."
+        )
     return segments
 
 
