@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -83,7 +84,6 @@ class Distillation:
         self._outputs = sorted({name for term in terms for name in term.needs_outputs})
         teacher.require_outputs(self._outputs)
         self._atom_energy = any(term.needs_atom_energy for term in terms)
-        self._optim = config.projections
         self.student_tap = self._tap(student, "student")
         self.teacher_tap = self._tap(teacher.model, "teacher")
         generator = torch.Generator().manual_seed(seed)
@@ -94,9 +94,10 @@ class Distillation:
         optim = config.projections
         self.learning_rate = optim.lr or learning_rate
         self.clip_grad_norm = optim.clip_grad_norm or clip_grad_norm
+        self.weight_decay = optim.weight_decay
         self.parameters = list(self.modules.parameters())
         self.optimizer = (
-            torch.optim.AdamW(self.parameters, self.learning_rate, weight_decay=optim.weight_decay)
+            torch.optim.AdamW(self.parameters, self.learning_rate, weight_decay=self.weight_decay)
             if self.parameters
             else None
         )
@@ -187,7 +188,7 @@ class Distillation:
     def _note(self, names: list[str], values: Tensor, weights: Tensor) -> None:
         """Add one step's values, on the device: reading them is what waits for it."""
         for name, value, weighted in zip(names, values, weights * values, strict=True):
-            for key, noted in ((f"{name}", value), (f"{name}_weighted", weighted)):
+            for key, noted in ((name, value), (f"{name}_weighted", weighted)):
                 self._values[key] = self._values.get(key, 0.0) + noted.detach()
         self._steps += 1
 
@@ -271,11 +272,12 @@ class Distillation:
         for term in terms:
             term.finalize_statistics()
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What a saved state belongs to: the teacher, the statistics' samples and the terms.
 
         Coefficients, schedules and loss functions may change on resume; what projections and
-        statistics were made for may not.
+        statistics were made for may not. Worked out once: the digest reads all of the teacher.
         """
         changeable = ("coefficient", "schedule", "fn", "delta")
         terms = {}
@@ -292,7 +294,7 @@ class Distillation:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "identity": self.identity(),
+            "identity": self.identity,
             "terms": {name: term.state_dict() for name, term in self.terms.items()},
             "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
         }
@@ -304,7 +306,7 @@ class Distillation:
             UserError: it belongs to another teacher, or to other terms.
         """
         saved = state["identity"] if state is not None else {}
-        for key, value in self.identity().items():
+        for key, value in self.identity.items():
             if saved.get(key) != value:
                 raise UserError(
                     f"task.distillation.{key}: this run was started with another one, so it cannot "
@@ -316,7 +318,7 @@ class Distillation:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             for group in self.optimizer.param_groups:
-                group["weight_decay"] = self._optim.weight_decay
+                group["weight_decay"] = self.weight_decay
 
 
 def _fingerprint(model: nn.Module) -> str:
