@@ -10,11 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lmdb
 import models
-import numpy as np
 import pytest
 import yaml
+from trainings import write_lmdb
 
 from fairchem_kd import cli, configs, doctor
 from fairchem_kd.errors import UserError
@@ -58,24 +57,12 @@ class Probe:
 """
 
 
-def write_lmdb(folder: Path, count: int) -> None:
-    """A data set in fairchem's `lmdb` format."""
-    folder.mkdir(parents=True)
-    samples = [models.to_data(a, i) for i, a in enumerate(models.structures(count))]
-    path = str(folder / "data.0000.lmdb")
-    with lmdb.open(path, subdir=False, map_size=1 << 26) as env, env.begin(write=True) as out:
-        for number, sample in enumerate(samples):
-            out.put(str(number).encode(), pickle.dumps(sample, protocol=-1))
-        out.put(b"length", pickle.dumps(len(samples), protocol=-1))
-    np.savez(folder / "metadata.npz", natoms=[len(s.atomic_numbers) for s in samples])
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a stock config for SchNet and two small data sets."""
     folder = tmp_path_factory.mktemp("workplace")
-    write_lmdb(folder / "data/train", 4)
-    write_lmdb(folder / "data/val", 2)
+    write_lmdb(folder / "data/train", 4, seed=0)
+    write_lmdb(folder / "data/val", 2, seed=0)
     free_atoms = {"train_on_free_atoms": True, "eval_on_free_atoms": True}
     config = {
         "trainer": "ocp",
