@@ -9,6 +9,7 @@ import dataclasses
 import typing
 from pathlib import Path
 
+from fairchem_kd.augment import RattleOptions, UnlabelledOptions
 from fairchem_kd.config import DistillationConfig, ProjectionOptim, TeacherConfig
 from fairchem_kd.losses import known_losses
 from fairchem_kd.schedule import Schedule
@@ -50,9 +51,15 @@ def _default(field: dataclasses.Field) -> str:
     value = field.default
     if value is None or isinstance(value, bool):
         return {None: "`null`", True: "`true`", False: "`false`"}[value]
+    if value is field.default_factory is dataclasses.MISSING:
+        return "required"
     if value is not dataclasses.MISSING:
         return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
     return "see below"
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0].replace("``", "`") + "\n"
 
 
 def _table(cls: type, skip: tuple[str, ...] = ()) -> str:
@@ -76,6 +83,12 @@ def page() -> str:
         _table(DistillationConfig),
         "## `task.distillation.teacher`\n",
         _table(TeacherConfig),
+        "## `task.distillation.rattle`\n",
+        _first_line(RattleOptions),
+        _table(RattleOptions),
+        "## `task.distillation.unlabelled`\n",
+        _first_line(UnlabelledOptions),
+        _table(UnlabelledOptions),
         "## `task.distillation.projections`\n",
         (ProjectionOptim.__doc__ or "").replace("\n    ", "\n"),
         _table(ProjectionOptim),
@@ -85,9 +98,8 @@ def page() -> str:
         "file.\n",
     ]
     for kind, loss in known_losses().items():
-        what = (loss.__doc__ or "").strip().splitlines()[0].replace("``", "`")
-        parts += [f"### `kind: {kind}`\n", what + "\n", _table(loss.Options)]
-    parts += ["### `schedule`\n", (Schedule.__doc__ or "").strip().splitlines()[0] + "\n"]
+        parts += [f"### `kind: {kind}`\n", _first_line(loss), _table(loss.Options)]
+    parts += ["### `schedule`\n", _first_line(Schedule)]
     parts += [_table(Schedule), BUILD]
     return "\n".join(part.rstrip() + "\n" for part in parts).replace("``", "`")
 

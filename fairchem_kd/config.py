@@ -12,18 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fairchem_kd.augment import RattleOptions, UnlabelledOptions
 from fairchem_kd.errors import UserError
 from fairchem_kd.losses import Loss, loss_class
 from fairchem_kd.schema import is_null, option, parse
 
 WHERE = "task.distillation"
 #: What stands beside the terms' values in logs and records.
-RESERVED = ("loss", "lr", "epoch", "step", "grad_norm")
+RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle")
 
 # Announced, but not in this version: a config that asks for one is refused rather than ignored.
 _LATER = {
-    f"{WHERE}.rattle": "rattled copies",
-    f"{WHERE}.unlabelled": "unlabelled structures",
     f"{WHERE}.teacher.precision": "reduced teacher precision",
     f"{WHERE}.teacher.cache": "the teacher cache",
 }
@@ -60,6 +59,8 @@ class DistillationConfig:
 
     teacher: TeacherConfig = option(factory=TeacherConfig, help="the teacher")
     losses: dict[str, Any] | None = option(None, help="loss terms, each under its own name")
+    rattle: RattleOptions | None = option(None, help="displaced copies that the teacher labels")
+    unlabelled: UnlabelledOptions | None = option(None, help="structures without labels")
     projections: ProjectionOptim = option(factory=ProjectionOptim, help="their optimiser")
     statistics_samples: int = option(
         256, ge=1, help="training samples, evenly spread, from which features are standardised"

@@ -25,7 +25,7 @@ from fairchem_kd.config import DistillationConfig
 from fairchem_kd.distributed import all_sum, average_gradients, world_size
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Captured, FeatureExtractor, Request
-from fairchem_kd.losses import Loss, LossInputs
+from fairchem_kd.losses import Loss, LossInputs, Part
 from fairchem_kd.teacher import Teacher, TeacherOutput
 from fairchem_kd.units import Units
 
@@ -75,6 +75,7 @@ class Distillation:
         self.statistics_samples = config.statistics_samples
         self.teacher = teacher
         self.units = units
+        self.max_force = config.rattle.max_force if config.rattle is not None else None
         self.last_step = last_step
         self.device = device
 
@@ -136,6 +137,9 @@ class Distillation:
                 for name, term in self.terms.items()
                 for part in term(inputs)
             }
+            if inputs.systems is not None:  # the share of the copies that counts, for the records
+                kept = (inputs.systems & batch.rattled).sum()
+                parts["rattle"] = (0.0, Part("", 1.0, kept, batch.rattled.sum()))
             totals = torch.stack([part.total.double() for _, part in parts.values()])
             counts = torch.stack([self._count(part.count) for _, part in parts.values()])
             sums = all_sum(torch.cat([counts, totals.detach()]))
@@ -163,9 +167,12 @@ class Distillation:
             student_outputs=out,
         )
         # In float64: references of total energies are orders larger than what is compared.
+        taught.raw = {name: value.double() for name, value in taught.raw.items()}
+        rattled = "rattled" in batch
+        physical = self.teacher.denormalized(taught, batch) if self._outputs or rattled else {}
+        if rattled:
+            inputs.systems = self._trusted(batch, physical)
         if self._outputs:
-            taught.raw = {name: value.double() for name, value in taught.raw.items()}
-            physical = self.teacher.denormalized(taught, batch)
             inputs.teacher_outputs = {
                 name: self.units.normalized(name, physical[name].view_as(out[name]), batch).float()
                 for name in self._outputs
@@ -179,6 +186,14 @@ class Distillation:
             ).float()
         return inputs
 
+    def _trusted(self, batch: Batch, physical: dict[str, Tensor]) -> Tensor | None:
+        """``(B,)``: all but the copies on which the teacher's largest force exceeds the limit."""
+        if self.max_force is None or "forces" not in physical:
+            return None
+        norms = physical["forces"].view(-1, 3).norm(dim=1)
+        largest = norms.new_zeros(len(batch.natoms)).scatter_reduce(0, batch.batch, norms, "amax")
+        return ~batch.rattled | (largest <= self.max_force)
+
     def _features(self, taught: TeacherOutput) -> dict[Request, Tensor]:
         assert taught.features is not None
         return {r: taught.features[r].values for r in self.teacher_tap.specs}
@@ -188,7 +203,10 @@ class Distillation:
     def _note(self, names: list[str], values: Tensor, weights: Tensor) -> None:
         """Add one step's values, on the device: reading them is what waits for it."""
         for name, value, weighted in zip(names, values, weights * values, strict=True):
-            for key, noted in ((name, value), (f"{name}_weighted", weighted)):
+            noted_as = {name: value}
+            if name != "rattle":
+                noted_as[f"{name}_weighted"] = weighted
+            for key, noted in noted_as.items():
                 self._values[key] = self._values.get(key, 0.0) + noted.detach()
         self._steps += 1
 

@@ -5,7 +5,8 @@ The training loop, evaluation, normalisers, EMA, logging and checkpoints are fai
     batch -> student, its features tapped -> label loss (stock)
           -> teacher (frozen)             -> distillation losses -> total -> stock backward
 
-and the projections take their own optimiser step right after the student's.
+where structures without labels and rattled copies join the batch before both models, and the
+projections take their own optimiser step right after the student's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from fairchem.core.modules.exponential_moving_average import ExponentialMovingAv
 from fairchem.core.trainers import OCPTrainer
 
 from fairchem_kd import workarounds
+from fairchem_kd.augment import Companions, Rattler, UnlabelledLoader
+from fairchem_kd.augment.companions import labelled_part
 from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.checks import check_finite
 from fairchem_kd.config import parse_distillation
@@ -64,14 +67,15 @@ class DistillationTrainer(OCPTrainer):
         self.distillation_config = parse_distillation(task)
         if stock.get("gp_gpus") is not None:
             raise UserError("--gp-gpus: distillation does not run graph-parallel; remove the flag.")
-        ensure_built({"dataset": stock.get("dataset") or {}})
+        ensure_built({"dataset": stock.get("dataset") or {}, "task": task})
         self.distillation: Distillation | None = None
         self.records: Records | None = None
         self._loaded_from = ""
         self._validating = False
         self._asked_to_resume = stock.get("timestamp_id") is not None
         self._run_dir = stock.get("run_dir") or os.getcwd()
-        self._student_features: Captured | None = None
+        self.companions: Companions | None = None
+        self._distilled: tuple[Batch, dict[str, torch.Tensor], Captured] | None = None
         self._resumed: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
         self._scheduled_step = 0
@@ -138,6 +142,33 @@ class DistillationTrainer(OCPTrainer):
                 self.distillation.load_state_dict((self._resumed or {}).get("distillation"))
             else:
                 self.distillation.fit_statistics(self.train_dataset, self.collater)
+            self.companions = self._companions()
+
+    def _companions(self) -> Companions | None:
+        """What goes with the labelled structures of a step."""
+        config, seed = self.distillation_config, self.config["cmd"]["seed"] or 0
+        if config.rattle is None and config.unlabelled is None:
+            return None
+        if not self.config["model"].get("otf_graph", False):
+            raise UserError(
+                "task.distillation.rattle and unlabelled need model.otf_graph: true, since a graph "
+                "read from the data set does not know the structures that they add."
+            )
+        rattler = unlabelled = None
+        if config.rattle is not None and config.rattle.copies > 0:
+            rattler = Rattler(config.rattle, seed)
+        if config.unlabelled is not None:
+            unlabelled = UnlabelledLoader(
+                config.unlabelled,
+                labelled=self.config["optim"].get("batch_size", 1),
+                seed=seed,
+                rank=distutils.get_rank(),
+                ranks=distutils.get_world_size(),
+                make_loader=self.get_dataloader,
+            )
+            assert self.distillation is not None
+            unlabelled.check(self.distillation.teacher.check_elements)
+        return Companions(rattler, unlabelled)
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -170,16 +201,23 @@ class DistillationTrainer(OCPTrainer):
         reported = self._validating and self.distillation_config.validate
         if distillation is None or not (self.model.training or reported):
             return super()._forward(batch)
-        distillation.teacher.check_elements(batch.atomic_numbers)
-        with distillation.tap_student() as self._student_features:
-            return super()._forward(batch)
+        whole = batch
+        if self.companions is not None and self.model.training:
+            whole = self.companions.joined(batch, self.step)
+            batch.to(self.device)  # in place, as stock's forward does with what it is given
+        distillation.teacher.check_elements(whole.atomic_numbers)
+        with distillation.tap_student() as features:
+            out = super()._forward(whole)
+        self._distilled = whole, out, features
+        levels = {name: target["level"] for name, target in self.output_targets.items()}
+        return out if whole is batch else labelled_part(out, batch, levels)
 
     def _compute_loss(self, out: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         loss = super()._compute_loss(out, batch)
-        features, self._student_features = self._student_features, None
-        if self.distillation is None or features is None:
+        taught, self._distilled = self._distilled, None
+        if self.distillation is None or taught is None:
             return loss
-        distilled = self.distillation.loss(batch, out, features, self.step)
+        distilled = self.distillation.loss(*taught, self.step)
         return loss + distilled if self.model.training else loss
 
     def _compute_metrics(self, out: Any, batch: Batch, evaluator: Any, metrics: Any = None) -> Any:

@@ -41,6 +41,10 @@ def _splits(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
         if "format" not in split and split.get("use_train_settings", True):
             split = {**split, "format": train.get("format", "lmdb")}  # as fairchem does
         yield key, split
+    distillation = (config.get("task") or {}).get("distillation")
+    unlabelled = distillation.get("unlabelled") if isinstance(distillation, Mapping) else None
+    if isinstance(unlabelled, Mapping) and isinstance(unlabelled.get("dataset"), Mapping):
+        yield "task.distillation.unlabelled.dataset", unlabelled["dataset"]
 
 
 def ensure_built(config: Mapping[str, Any]) -> None:
@@ -50,7 +54,7 @@ def ensure_built(config: Mapping[str, Any]) -> None:
     data set ``data/slabs``, once, whatever the number of processes and jobs that ask for it.
 
     Args:
-        config: fairchem's config; only its ``dataset`` is read.
+        config: fairchem's config; its ``dataset`` is read, and the unlabelled structures'.
 
     Raises:
         UserError: a wrong ``build``, a data set that cannot be built or was built with other

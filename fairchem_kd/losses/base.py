@@ -69,7 +69,8 @@ class LossInputs:
     """What the losses of one batch see.
 
     Outputs are in the student's normalised units, the teacher's too: energy ``(B, 1)``, forces
-    ``(N, 3)``; so are the energies per atom, ``(N, 1)``.
+    ``(N, 3)``; so are the energies per atom, ``(N, 1)``. Structures on which the teacher is not to
+    be trusted do not count: a loss takes the rows that :meth:`atoms` and ``systems`` name.
     """
 
     batch: Any  # with natoms (B,) and fixed (N,)
@@ -79,6 +80,14 @@ class LossInputs:
     teacher_outputs: Mapping[str, Tensor] = field(default_factory=dict)
     student_atom_energy: Tensor | None = None
     teacher_atom_energy: Tensor | None = None
+    systems: Tensor | None = None  # (B,), true where a system counts; None: all of them
+
+    def atoms(self, *, free: bool = False) -> Tensor | None:
+        """``(N,)``, true for the atoms that count, or the free ones of them; None: all atoms."""
+        rows = self.systems[self.batch.batch] if self.systems is not None else None
+        if free:
+            rows = self.batch.fixed == 0 if rows is None else rows & (self.batch.fixed == 0)
+        return rows
 
 
 class Loss(nn.Module):

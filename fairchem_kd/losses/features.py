@@ -118,7 +118,7 @@ class FeatureLoss(Loss):
         if self.standardizer is not None:
             values = teacher[self.teacher_request]
             self.standardizer.update(
-                values if (rows := self._rows(batch)) is None else values[rows]
+                values[batch.fixed == 0] if self.options.atoms == "free" else values
             )
 
     def finalize_statistics(self) -> None:
@@ -138,11 +138,8 @@ class FeatureLoss(Loss):
         if self.standardizer is not None:
             teacher = self.standardizer(teacher)
         values = elementwise(self.options.fn, student, teacher, self.options.delta)
-        total, count = masked_sum(values, self._rows(inputs.batch))
-        return [Part("", 1.0, total, count)]
-
-    def _rows(self, batch: Any) -> Tensor | None:
-        return batch.fixed == 0 if self.options.atoms == "free" else None
+        rows = inputs.atoms(free=self.options.atoms == "free")
+        return [Part("", 1.0, *masked_sum(values, rows))]
 
 
 @register_loss("n2n")

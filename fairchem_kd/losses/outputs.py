@@ -50,6 +50,7 @@ class _Compared(NamedTuple):
     weight: float
     fn: Any  # the elementwise loss inside fairchem's DDPLoss
     mean: bool
+    per_atom: bool
     free_atoms: bool
 
 
@@ -105,6 +106,7 @@ class Vanilla(Loss):
                         weight,
                         info["fn"].loss_fn,
                         info["fn"].reduction == "mean",
+                        per_atom,
                         per_atom and bool(outputs[target].get("train_on_free_atoms", True)),
                     )
                 )
@@ -130,7 +132,7 @@ class Vanilla(Loss):
             )
         # not DDPLoss.forward: it waits for the device and for the other ranks
         values = compared.fn(student, teacher, inputs.batch.natoms)
-        rows = inputs.batch.fixed == 0 if compared.free_atoms else None
+        rows = inputs.atoms(free=compared.free_atoms) if compared.per_atom else inputs.systems
         total, count = masked_sum(values, rows)
         return Part(compared.name, compared.weight, total, count if compared.mean else None)
 
@@ -160,4 +162,4 @@ class PerAtomEnergy(Loss):
         if not isinstance(student, Tensor) or not isinstance(teacher, Tensor):
             raise ValueError("per_atom_energy needs the energies per atom of both models")
         values = elementwise(self.options.fn, student, teacher.detach(), self.options.delta)
-        return [Part("", 1.0, *masked_sum(values, None))]
+        return [Part("", 1.0, *masked_sum(values, inputs.atoms()))]
