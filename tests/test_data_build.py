@@ -222,7 +222,7 @@ def test_quarters_end_with_a_trajectory() -> None:
         ({**TINY, "val": "many"}, r"build.val is 'many', but must be a whole number of at least 1"),
         ({**TINY, "train": 19}, r"build.train is 19, but must be a whole number of at least 20"),
         ({**TINY, "val": 1.5}, r"build.val is 1.5, but must be a whole number"),
-        ({"recipe": "collisions", "test_ood": 5}, r"unknown key 'test_ood'"),
+        ({"recipe": "collisions", "tests": 5}, r"unknown key 'tests'"),
     ],
 )
 def test_a_wrong_build_is_refused(tmp_path: Path, build: Any, sentence: str) -> None:

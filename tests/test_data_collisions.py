@@ -20,7 +20,7 @@ from fairchem_kd.data.recipes import parse_options
 
 pytest.importorskip("tblite", reason="the labels come from tblite")
 
-SIZES = {"train": 36, "val": 8, "test": 8}
+SIZES = {"train": 36, "val": 8, "test": 8, "test_ood": 8}
 
 
 def samples(folder: Path) -> list[Data]:
@@ -74,7 +74,7 @@ def test_forces_are_the_negative_gradient_of_the_energy(root: Path) -> None:
 def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(
     root: Path, tmp_path: Path
 ) -> None:
-    sizes = {"train": 24, "val": 3, "test": 3}
+    sizes = {"train": 24, "val": 3, "test": 3, "test_ood": 3}
     create(parse_options({"recipe": "collisions", **sizes}, "build"), tmp_path / "again", 1)
     for split in SIZES:
         for ours, theirs in zip(samples(tmp_path / "again" / split), samples(root / split),
@@ -104,9 +104,17 @@ def test_samples_are_molecules_in_a_large_cell(root: Path) -> None:
     assert len(set.union(*sids)) == sum(len(part) for part in sids)
 
 
+def test_only_test_ood_has_the_held_out_molecules(root: Path) -> None:
+    for split in SIZES:
+        pairs = np.load(root / split / "metadata.npz")["molecules"].tolist()
+        for pair in pairs:
+            held_out = set(pair.split("+")) & set(collisions.HELD_OUT)
+            assert bool(held_out) == (split == "test_ood"), pair
+
+
 def test_pairs_start_apart_and_fly_at_each_other() -> None:
     for seed in range(10):
-        names, pair, velocity = collisions.draw_pair(np.random.default_rng(seed))
+        names, pair, velocity = collisions.draw_pair(np.random.default_rng(seed), seed % 2 == 1)
         masses = atomic_masses[pair.numbers][:, None]
         assert np.abs((masses * velocity).sum(axis=0)).max() < 1e-12
         first = len(collisions.molecule(names.split("+")[0]))
@@ -129,8 +137,8 @@ def test_pairs_start_apart_and_fly_at_each_other() -> None:
 
 def test_the_dynamics_conserve_energy() -> None:
     """The potential and kinetic energies of a collision, from the positions alone."""
-    trajectory = collisions.make_trajectory(0, 0, 2)
-    _, pair, velocity = collisions.draw_pair(np.random.default_rng([0, 0, 2]))
+    trajectory = collisions.make_trajectory(0, 0, 2, held_out=False)
+    _, pair, velocity = collisions.draw_pair(np.random.default_rng([0, 0, 2]), False)
     masses = pair.get_masses()[:, None]
     pos, xtb = pair.positions.copy(), collisions.Xtb(pair.numbers, pair.positions)
     seen, totals = [], []
@@ -161,9 +169,9 @@ def test_a_calculation_that_does_not_converge_is_skipped_and_counted(
         original(self, numbers, pos)
         self.calculator.set("max-iter", 1)
 
-    frame = collisions.make_trajectory(0, 0, 0).frames[0]
+    frame = collisions.make_trajectory(0, 0, 0, held_out=False).frames[0]
     monkeypatch.setattr(collisions.Xtb, "__init__", impatient)
-    trajectory = collisions.make_trajectory(0, 0, 0)
+    trajectory = collisions.make_trajectory(0, 0, 0, held_out=False)
     assert trajectory.frames == []
     assert trajectory.skipped == {"SCF not converged during the dynamics": 1}
     xtb = collisions.Xtb(frame.numbers, frame.pos.astype(float))

@@ -24,6 +24,9 @@ MOLECULES = (
     "H2", "N2", "CO", "H2O", "NH3", "CH4", "CO2", "HCN", "N2O", "C2H2", "H2CO", "C2H4", "CH3OH",
 )  # fmt: skip
 
+#: Molecules that only test_ood has, of the same elements; each of its pairs holds one.
+HELD_OUT = ("C2H6", "H2O2", "N2H4", "HCOOH", "CH3CN", "H2CCO", "H3CNH2", "CH3CHO")
+
 SEPARATION = 5.0  # Å between the centres of mass
 TIME_STEP = 0.5  # fs
 STRIDE = 8  # steps between two frames that may be kept
@@ -78,13 +81,18 @@ def _rotation(rng: np.random.Generator) -> Array:
     return matrix
 
 
-def draw_pair(rng: np.random.Generator) -> tuple[str, Atoms, Array]:
+def draw_pair(rng: np.random.Generator, held_out: bool) -> tuple[str, Atoms, Array]:
     """Two molecules about to collide, around the cell's centre, and their velocities.
+
+    Args:
+        held_out: whether one of the two is from ``HELD_OUT``.
 
     Returns:
         The names, the atoms, and velocities in Å/fs ``(N, 3)`` without net momentum.
     """
     names = [str(name) for name in rng.choice(MOLECULES, size=2)]
+    if held_out:
+        names[0] = str(rng.choice(HELD_OUT))
     temperature = rng.uniform(100, 1000)
     speed = rng.uniform(0.02, 0.06)  # Å/fs, of one centre of mass towards the other
     parts, velocities = [], []
@@ -133,13 +141,13 @@ def label(xtb: Xtb, numbers: NDArray[np.int64], pos: Array) -> tuple[Frame | Non
     return frame, ""
 
 
-def make_trajectory(seed: int, split: int, index: int) -> Trajectory:
+def make_trajectory(seed: int, split: int, index: int, *, held_out: bool) -> Trajectory:
     """Trajectory ``index`` of a split: velocity-Verlet dynamics of one collision.
 
     The same arguments give the same bytes, whatever ran before in the process.
     """
     rng = np.random.default_rng([seed, split, index])
-    names, pair, velocity = draw_pair(rng)
+    names, pair, velocity = draw_pair(rng, held_out)
     kept = set(rng.choice(CANDIDATES, size=FRAMES_PER_TRAJECTORY, replace=False).tolist())
     trajectory = Trajectory({"molecules": names})
 

@@ -59,12 +59,12 @@ SLABS = Recipe(
 
 
 def _make_collision(split: str) -> MakeTrajectory:
-    return collisions.make_trajectory
+    return partial(collisions.make_trajectory, held_out=split == "test_ood")
 
 
 COLLISIONS = Recipe(
     name="collisions",
-    sizes={"train": 4000, "val": 500, "test": 1000},
+    sizes={"train": 4000, "val": 500, "test": 1000, "test_ood": 500},
     make=_make_collision,
     frames_per_trajectory=collisions.FRAMES_PER_TRAJECTORY,
     atoms_per_frame=8,
@@ -72,11 +72,13 @@ COLLISIONS = Recipe(
     note=(
         "Pairs of small closed-shell molecules flying at each other, no fixed atoms. They sit in "
         f"a cell of {collisions.CELL:g} Å, so that use_pbc: true works and no image is in reach. "
-        "Every atom has tag 2, since GemNet-OC's quadruplets leave out tag 0."
+        "Every atom has tag 2, since GemNet-OC's quadruplets leave out tag 0. Each pair of test_ood "
+        "holds a molecule that no other split has."
     ),
     distributions=("ase", "numpy", "tblite"),
     facts={
         "molecules": sorted(collisions.MOLECULES),
+        "held_out_molecules": sorted(collisions.HELD_OUT),
         "max_force": collisions.MAX_FORCE,
     },
     check=collisions.check_tblite,
