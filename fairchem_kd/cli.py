@@ -26,6 +26,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "compare": Command("fairchem_kd.analysis.cli_compare", "show what distillation gained"),
     "configs": Command("fairchem_kd.configs", "list or copy the shipped YAML configs", True),
     "data": Command("fairchem_kd.data.cli", "build datasets with real labels, without a download"),
     "doctor": Command("fairchem_kd.doctor", "check this installation and say what to mend", True),

@@ -1,0 +1,168 @@
+"""``fairchem-kd compare``: what distillation gained, over any number of runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fairchem_kd.errors import UserError
+
+EPILOG = """\
+RUN is the folder of a run (checkpoints/<timestamp>-<identifier>), a checkpoint of any fairchem 1.x
+model, or LABEL=RUN. Runs that differ by the seed alone count as seeds of one model, and so do
+runs of one LABEL. The teacher is the one that the runs were distilled from, the baseline the run
+without distillation losses, the data the runs' test set (and test_ood beside it).
+
+  fairchem-kd compare checkpoints/*-plain checkpoints/*-e2n
+  fairchem-kd compare plain=runs/a plain=runs/b e2n=runs/c e2n=runs/d --out comparison
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fairchem-kd compare``."""
+    parser.description = (
+        "Evaluate teacher, plain and distilled students on the same structures: errors, the gap "
+        "that distillation closed with confidence intervals, throughput, plots."
+    )
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="runs or checkpoints")
+    parser.add_argument("--teacher", type=Path, help="its checkpoint (default: the runs' own)")
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="LABEL",
+        help="the model that the others are compared with (default: the one trained plainly)",
+    )
+    parser.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="labelled data to compare on, any number of times (default: the runs' test set)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="a folder for table.md, results.json, systems.npz and plots"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--no-plots", action="store_true", help="no plots in --out")
+    parser.add_argument("--no-throughput", action="store_true", help="do not measure throughput")
+    parser.add_argument("--batch-size", type=int, default=32, help="structures at a time (32)")
+    parser.add_argument(
+        "--atoms", choices=("free", "all"), help="whose forces count (default: as in the configs)"
+    )
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
+    parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print and write; returns the exit code.
+
+    Raises:
+        UserError: runs or data that cannot be compared.
+    """
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}.")
+    if args.out is not None and not args.no_plots:
+        from fairchem_kd.analysis.plots import check_matplotlib
+
+        check_matplotlib()
+    import torch
+
+    from fairchem_kd.analysis import report
+    from fairchem_kd.analysis.compare import assign_roles, compare, group_by_recipe
+    from fairchem_kd.analysis.models import read_model
+    from fairchem_kd.denormals import flush_denormals
+
+    named = [(label, read_model(path, trust=args.trust)) for label, path in map(_split, args.runs)]
+    teacher, note = _teacher(args, [file for _, file in named])
+    groups = assign_roles(group_by_recipe(named), teacher=teacher, baselines=args.baseline)
+    students = [group for group in groups if group.role != "teacher"] or groups
+    splits = _splits(args.split, [file.config for group in students for file in group.files])
+    cuda = torch.cuda.is_available() and not args.cpu
+    if not cuda:
+        flush_denormals()
+    comparison = compare(
+        groups,
+        splits,
+        device="cuda" if cuda else "cpu",
+        batch_size=args.batch_size,
+        free_atoms=None if args.atoms is None else args.atoms == "free",
+        throughput=not args.no_throughput,
+        progress=True,
+    )
+    if args.json:
+        print(json.dumps(report.as_dict(comparison), indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(table.text() for table in report.tables(comparison)))
+        print()
+        print("\n".join([*report.verdicts(comparison), *([note] if note else [])]))
+    if args.out is not None:
+        written = report.write(comparison, args.out, with_plots=not args.no_plots)
+        print(f"wrote {', '.join(str(path) for path in written)}", file=sys.stderr)
+    return 0
+
+
+def _split(text: str) -> tuple[str | None, Path]:
+    """Label and path of ``[LABEL=]RUN``; a path that has an ``=`` of its own is a path."""
+    label, separator, path = text.partition("=")
+    if not separator or Path(text).exists() or "/" in label:
+        return None, Path(text)
+    if not label or not path:
+        raise UserError(f"'{text}' is no run: write LABEL=RUN, or RUN alone.")
+    return label, Path(path)
+
+
+def _teacher(args: argparse.Namespace, files: Sequence[Any]) -> tuple[Any, str]:
+    """The teacher's file, given or the runs' own, and what to say where there is none."""
+    from fairchem_kd.analysis.models import read_model
+
+    if args.teacher is not None:
+        return read_model(args.teacher, trust=args.trust), ""
+    named = {file.teacher: file for file in files if file.teacher is not None}
+    if len(named) > 1:
+        (one, first), (other, second), *_ = named.items()
+        raise UserError(
+            f"{first.path} was distilled from {one}, and {second.path} from {other}: compare with "
+            "one teacher at a time, or name the one that counts with --teacher."
+        )
+    for path in named:
+        if not Path(path).exists():
+            return (
+                None,
+                f"The teacher {path} is not there, so no gap is given: name it with --teacher.",
+            )
+        return read_model(path, trust=args.trust), ""
+    return None, ""
+
+
+def _splits(
+    given: Sequence[str], configs: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The splits named, or those that the runs' configs agree on."""
+    from fairchem_kd.analysis.splits import given_split, splits_of_run
+
+    if given:
+        pairs = [given_split(text, configs[0]) for text in given]
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"Two splits are called {twice}: write --split NAME=PATH.")
+        return dict(pairs)
+    found = [splits_of_run(config) for config in configs]
+    paths = [{name: Path(s["src"]) for name, s in one.items()} for one in found]
+    for other in paths:
+        if other != paths[0]:
+            here, there = (", ".join(map(str, p.values())) or "nothing" for p in (paths[0], other))
+            raise UserError(
+                f"The runs were evaluated on different data ({here}; {there}): say on which to "
+                "compare them with --split PATH."
+            )
+    if not found[0]:
+        raise UserError("The runs' configs name no test set: give one with --split PATH.")
+    return found[0]

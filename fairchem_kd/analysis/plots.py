@@ -1,0 +1,243 @@
+"""Plots of a Comparison, as PNG and SVG.
+
+Every model has a marker and a line style of its own beside its colour (Okabe and Ito's palette,
+ordered by lightness), so that plots can be read in grey and by colour-blind people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fairchem_kd.analysis.compare import TEACHER, Comparison
+from fairchem_kd.analysis.report import learning_curves
+from fairchem_kd.checkpoint import write_whole
+from fairchem_kd.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Okabe and Ito (2008), without the yellow that is too light for lines on white.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", ":")
+TARGETS = {
+    "energy_mae": ("energy MAE", "meV", 1000.0),
+    "forces_mae": ("force MAE", "meV/Å", 1000.0),
+}
+_INSTALL = "pip install 'fairchem-kd[plots]' (or: pip install matplotlib)"
+
+
+def check_matplotlib() -> None:
+    """Make sure that plots can be drawn, before long work is done for them.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"Plots need matplotlib, which is not installed ({error}): {_INSTALL}, or leave them "
+            "out with --no-plots."
+        ) from error
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches; drawn without a display."""
+    check_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Text stays text in SVG, and the same figure gives the same file.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fairchem-kd"})
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def style(number: int) -> dict[str, Any]:
+    """Colour, marker and line style of the model at this place."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number % len(LINES)],
+    }
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write ``path`` with the endings .png and .svg."""
+    formats: dict[str, dict[str, Any]] = {
+        "png": {"dpi": 200},
+        "svg": {"metadata": {"Date": None}},
+    }
+    return [
+        write_whole(
+            path.with_suffix(f".{ending}"),
+            lambda file, ending=ending, options=options: figure.savefig(  # type: ignore[misc]
+                file, format=ending, **options
+            ),
+        )
+        for ending, options in formats.items()
+    ]
+
+
+def write_all(comparison: Comparison, folder: Path) -> list[Path]:
+    """Every plot for which there is something to draw."""
+    drawn: dict[str, Figure | None] = {
+        "errors": plot_errors(comparison),
+        "pareto": plot_pareto(comparison),
+        "learning_curves": plot_learning_curves(comparison),
+    }
+    for split in comparison.splits:
+        drawn[f"parity_{split.name}"] = plot_parity(comparison, split.name)
+    return [
+        path
+        for name, figure in drawn.items()
+        if figure is not None
+        for path in save(figure, folder / name)
+    ]
+
+
+def plot_errors(comparison: Comparison) -> Figure:
+    """The errors of every model, a panel for each target and split; seeds as small marks."""
+    splits = comparison.splits
+    labels = [group.label for group in comparison.groups]
+    figure = new_figure(1.5 + 3.1 * len(TARGETS), 0.9 + (0.55 + 0.3 * len(labels)) * len(splits))
+    panels = figure.subplots(len(splits), len(TARGETS), squeeze=False, sharey=True)
+    for row, split in zip(panels, splits, strict=True):
+        for axes, (target, (name, unit, factor)) in zip(row, TARGETS.items(), strict=True):
+            for number, group in enumerate(comparison.groups):
+                values = [
+                    factor * e.metrics[target]
+                    for e in split.evaluations[group.label]
+                    if target in e.metrics
+                ]
+                if not values:
+                    continue
+                looks = style(number)
+                mean = float(np.mean(values))
+                axes.plot(mean, number, looks["marker"], color=looks["color"], markersize=8)
+                if len(values) > 1:
+                    axes.plot(values, [number] * len(values), "|", color=looks["color"], ms=11)
+                if group.role == TEACHER:
+                    axes.axvline(mean, color="0.6", linestyle=":", linewidth=1, zorder=0)
+            axes.set_xlim(0, 1.08 * axes.dataLim.x1)
+            axes.grid(axis="x", color="0.9")
+            axes.set_axisbelow(True)
+            axes.set_xlabel(f"{name} on {split.name} ({unit})")
+        row[0].set_yticks(range(len(labels)), labels)
+        row[0].set_ylim(len(labels) - 0.5, -0.5)
+    return figure
+
+
+def plot_pareto(comparison: Comparison) -> Figure | None:
+    """Error against throughput, the teacher among them; None where no speed was measured."""
+    if not comparison.throughputs:
+        return None
+    split = comparison.splits[0]
+    figure = new_figure(9.0, 3.6)
+    panels = figure.subplots(1, len(TARGETS))
+    for axes, (target, (name, unit, factor)) in zip(panels, TARGETS.items(), strict=True):
+        for number, group in enumerate(comparison.groups):
+            values = [
+                e.metrics[target] for e in split.evaluations[group.label] if target in e.metrics
+            ]
+            speed = comparison.throughputs.get(group.label)
+            if not values or speed is None:
+                continue
+            looks = {**style(number), "linestyle": "none"}
+            axes.plot(
+                speed.systems_per_second,
+                factor * float(np.mean(values)),
+                label=group.label,
+                markersize=8,
+                **looks,
+            )
+        _logarithmic(axes, "x")
+        axes.margins(x=0.1)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1)
+        axes.set_xlabel("throughput (systems/s)")
+        axes.set_ylabel(f"{name} on {split.name} ({unit})")
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    _legend(figure, panels[0])
+    return figure
+
+
+def plot_learning_curves(comparison: Comparison) -> Figure | None:
+    """Validation errors against steps and seconds, out of the runs' records; None without any."""
+    curves = learning_curves(comparison)
+    if not curves:
+        return None
+    figure = new_figure(9.0, 6.4)
+    panels = figure.subplots(2, len(TARGETS), squeeze=False)
+    numbers = {group.label: number for number, group in enumerate(comparison.groups)}
+    for row, x in zip(panels, ("step", "seconds"), strict=True):
+        for axes, (target, (name, unit, factor)) in zip(row, TARGETS.items(), strict=True):
+            for label, seeds in curves.items():
+                looks = style(numbers[label])
+                for number, points in enumerate(seeds):
+                    known = [p for p in points if p["metrics"].get(target) is not None]
+                    axes.plot(
+                        [p[x] for p in known],
+                        [factor * p["metrics"][target] for p in known],
+                        label=label if number == 0 else None,
+                        markersize=4,
+                        linewidth=1.2,
+                        **looks,
+                    )
+            _logarithmic(axes, "y")
+            axes.set_xlabel("optimiser steps" if x == "step" else "training time (s)")
+            axes.set_ylabel(f"validation {name} ({unit})")
+            axes.grid(which="both", color="0.92")
+            axes.set_axisbelow(True)
+    _legend(figure, panels[0][0])
+    return figure
+
+
+def plot_parity(comparison: Comparison, split_name: str) -> Figure:
+    """Predictions against labels on one split, a column for each model (its first seed)."""
+    split = next(split for split in comparison.splits if split.name == split_name)
+    labels = list(split.evaluations)
+    rows: list[tuple[str, str, Callable[[Any], bool]]] = [
+        ("energy", "energy (eV)", lambda parity: True),
+        ("forces", "force component (eV/Å)", lambda parity: "forces" in parity),
+    ]
+    figure = new_figure(1.0 + 2.4 * len(labels), 5.2)
+    panels = figure.subplots(len(rows), len(labels), squeeze=False, sharex="row", sharey="row")
+    for row, (key, title, known) in zip(panels, rows, strict=True):
+        for axes, label in zip(row, labels, strict=True):
+            parity = split.evaluations[label][0].parity
+            if not known(parity):
+                axes.set_axis_off()
+                continue
+            truth, predicted = parity[f"{key}_label"], parity[key]
+            axes.plot(truth, predicted, ".", color=COLOURS[1], markersize=2, rasterized=True)
+            low, high = float(truth.min()), float(truth.max())
+            axes.plot([low, high], [low, high], color="0.3", linewidth=0.8)
+            axes.set_aspect("equal", adjustable="box")
+            axes.set_title(label, fontsize=9)
+            axes.set_xlabel(f"label: {title}", fontsize=8)
+            axes.tick_params(labelsize=8)
+        row[0].set_ylabel(f"predicted {title}", fontsize=8)
+    return figure
+
+
+def _logarithmic(axes: Axes, which: str) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = min(4, len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
