@@ -33,6 +33,7 @@ COMMANDS = {
     "export": Command("fairchem_kd.export", "make a small, portable checkpoint of a run's best"),
     "fit-scales": Command("fairchem_kd.fit_scales", "fit the scale factors of GemNet-OC or PaiNN"),
     "inspect": Command("fairchem_kd.features.inspect", "list the features that a model offers"),
+    "sweep": Command("fairchem_kd.sweep.cli", "run a YAML's many configs, and tabulate them"),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from fairchem.core import _cli
 from fairchem.core.common import distutils
-from fairchem.core.common.utils import dict_set_recursively, parse_value
 from fairchem.core.trainers import base_trainer
 
 from fairchem_kd.checkpoint import write_checkpoint
-from fairchem_kd.errors import UserError
 
 
 def fresh_timestamp(
@@ -73,43 +69,31 @@ def checkpoints_written_with(extra: dict[str, Any]) -> Iterator[None]:
 
 
 def sweep_grid(base: dict[str, Any], sweep_yml: Path) -> list[dict[str, Any]]:
-    """Every combination of a sweep file's values, each in a copy of the config ``base``.
+    """Every point of a sweep file, with each of its seeds, in a copy of the config ``base``.
 
     Stock's ``create_grid`` needs ``collections.MutableMapping``, gone since Python 3.10. This one
-    reads the same files: nested keys (or dotted ones) whose leaves are lists of values. Values are
-    read as those of the command line are, so ``1e-4``, a string in YAML, is a number here.
+    reads the same files: nested keys (or dotted ones) whose leaves are lists of values; and those
+    of `fairchem-kd sweep` (:mod:`fairchem_kd.sweep.spec`), whose base config it leaves to the
+    command. Values are read as those of the command line are, so ``1e-4``, a string in YAML, is a
+    number here.
 
     Raises:
-        UserError: the file is missing, is not a mapping, or has a leaf that is not a list.
+        UserError: the file is missing, is no sweep, or has a key that no config has.
     """
+    # Only a sweep needs it, and this module is imported by every training.
+    from fairchem_kd.sweep.keys import with_values
+    from fairchem_kd.sweep.spec import read_sweep
 
-    def leaves(node: Any, key: str) -> Iterator[tuple[str, list[Any]]]:
-        if isinstance(node, dict) and node:
-            for name, child in node.items():
-                yield from leaves(child, f"{key}.{name}" if key else str(name))
-        elif isinstance(node, list) and node:
-            yield key, node
-        else:
-            raise UserError(
-                f"{sweep_yml}: {key or 'the file'} must hold a list of values to try, "
-                "or keys that do."
-            )
-
-    try:
-        sweep = yaml.safe_load(Path(sweep_yml).read_text())
-    except FileNotFoundError:
-        raise UserError(f"the file {sweep_yml}, given with --sweep-yml, does not exist.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{sweep_yml} is not valid YAML: {error}") from error
-    axes = list(leaves(sweep, ""))
-    grid = []
-    for number, values in enumerate(itertools.product(*(values for _, values in axes))):
-        config = copy.deepcopy(base)
-        for (key, _), value in zip(axes, values, strict=True):
-            value = parse_value(value) if isinstance(value, str) else copy.deepcopy(value)
-            dict_set_recursively(config, key.split("."), value)
-        config["identifier"] = f"{base.get('identifier') or ''}_run{number}"
-        grid.append(config)
+    sweep = read_sweep(sweep_yml, given_with="--sweep-yml")
+    grid: list[dict[str, Any]] = []
+    for point in sweep.points:
+        config = with_values(base, point.values, str(sweep_yml))
+        for seed in sweep.seeds if sweep.seeds is not None else [None]:
+            one = copy.deepcopy(config)
+            if seed is not None:
+                one["seed"] = seed
+            one["identifier"] = f"{base.get('identifier') or ''}_run{len(grid)}"
+            grid.append(one)
     return grid
 
 

@@ -1,0 +1,70 @@
+"""The picture of a sweep: each metric over the points, every seed as a dot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fairchem_kd.checkpoint import write_whole
+from fairchem_kd.errors import UserError
+from fairchem_kd.sweep.collect import Row
+from fairchem_kd.sweep.columns import short_keys, swept_keys
+
+
+def plot(path: Path, rows: Sequence[Row], metrics: Sequence[str], title: str) -> Path:
+    """Write the figure to ``path``: over the value of the one key that is swept where that is a
+    number (on a logarithmic axis where the values span a decade), else over the points' names.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "the plot needs matplotlib: pip install 'fairchem-kd[plots]', or give --no-plot."
+        ) from None
+    rows = [row for row in rows if row.metrics]
+    places, name = _numbers(rows)
+    figure = Figure(figsize=(1.5 + 3.5 * len(metrics), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for panel, metric in zip(panels, metrics, strict=True):
+        for place, row in zip(places, rows, strict=True):
+            found = row.metrics.get(metric)
+            if found is None:
+                continue
+            panel.plot([place] * len(found.values), found.values, ".", color="0.6", zorder=1)
+            panel.errorbar(place, found.mean, yerr=found.half or 0, fmt="o", color="C0", capsize=4)
+        panel.set_title(metric)
+        if name is None:
+            panel.set_xticks(places, [row.point for row in rows], rotation=30, ha="right")
+        else:
+            panel.set_xlabel(name)
+            _set_scale(panel, places)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=150)
+    return write_whole(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _set_scale(panel: Any, places: Sequence[float]) -> None:
+    """Logarithmic over a decade or more; with a 0 among the values, linear around it."""
+    positive = [place for place in places if place > 0]
+    if not positive or max(positive) < 10 * min(positive):
+        return
+    if min(places) > 0:
+        panel.set_xscale("log")
+    else:
+        panel.set_xscale("symlog", linthresh=min(positive))
+
+
+def _numbers(rows: Sequence[Row]) -> tuple[list[float], str | None]:
+    """The value of the one swept key at each row, and its name; else 0, 1, ... and None."""
+    keys = swept_keys([run for row in rows for run in row.runs])
+    if len(keys) == 1 and not any(run.label for row in rows for run in row.runs):
+        values = [row.values.get(keys[0]) for row in rows]
+        if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+            return [float(v) for v in values if v is not None], short_keys(keys)[keys[0]]
+    return [float(i) for i in range(len(rows))], None

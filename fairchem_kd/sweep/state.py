@@ -1,0 +1,163 @@
+"""How far a run of a sweep has come: one small file per run, written by whoever runs it.
+
+Files say what happened; whether a run that says "running" still does is looked up: on its own host
+by its process, elsewhere by the file's heartbeat, in a queue by asking the scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fairchem_kd.checkpoint import write_whole
+from fairchem_kd.records import RECORDS, read_records
+from fairchem_kd.sweep.manifest import Manifest, Run, check_config
+
+DONE, RUNNING, FAILED, PENDING = STATES = ("done", "running", "failed", "pending")
+#: Seconds between signs of life, and after how many without one a run counts as ended.
+HEARTBEAT, SILENCE = 15.0, 180.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """One of `STATES`, and why."""
+
+    state: str
+    reason: str = ""
+    job: str | None = None  # in the scheduler's hands
+
+
+def state_path(manifest: Manifest, run: Run) -> Path:
+    return manifest.folder / "status" / f"{run.name}.json"
+
+
+def write_state(manifest: Manifest, run: Run, state: str, **more: Any) -> None:
+    """Note what happens to a run; ``more`` explains it (``reason``, ``job``, ...)."""
+    contents = {"state": state, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **more}
+    text = json.dumps(contents) + "\n"
+    write_whole(state_path(manifest, run), lambda file: file.write(text.encode()))
+
+
+def read_state(manifest: Manifest, run: Run) -> dict[str, Any]:
+    """What was noted last; empty where nothing was."""
+    try:
+        contents = json.loads(state_path(manifest, run).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return contents if isinstance(contents, dict) else {}
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from every other, as far as that can be told."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in the kernel's ticks: a process id may be used again."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _is_alive(state: Mapping[str, Any], path: Path) -> bool:
+    """Whether the process that noted ``running`` still runs."""
+    if state.get("host") == socket.gethostname():
+        if Path("/proc/self/stat").exists():
+            return state.get("started") == _started(state["pid"]) is not None
+        try:
+            os.kill(state["pid"], 0)
+        except OSError:
+            return False
+        return True
+    try:
+        return time.time() - path.stat().st_mtime < SILENCE
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def heartbeat(manifest: Manifest, run: Run) -> Iterator[None]:
+    """Within the block, touch the run's state file, for hosts that cannot see the process."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT):
+            with suppress(OSError):
+                os.utime(state_path(manifest, run))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def status(manifest: Manifest, run: Run, queued: Mapping[str, str] | None = None) -> Status:
+    """Where a run is now.
+
+    Args:
+        queued: the scheduler's words for the jobs that it knows, by id; None where it was not
+            asked, and jobs are taken to be as they were noted.
+    """
+    noted = read_state(manifest, run)
+    state, job = noted.get("state"), noted.get("job")
+    if state == DONE:
+        return Status(DONE, noted.get("reason", ""))
+    if state == RUNNING and _is_alive(noted, state_path(manifest, run)):
+        return Status(RUNNING, f"{progress(manifest, run)}, {_place(noted)}")
+    if job is not None and state in (PENDING, RUNNING) and (queued is None or job in queued):
+        word = (queued or {}).get(job, "queued").lower()
+        return Status(RUNNING if word == "running" else PENDING, f"job {job} is {word}", job)
+    if state == FAILED:
+        return Status(FAILED, noted.get("reason", ""))
+    if state in (RUNNING, PENDING):
+        ended = f"job {job} is gone" if job else f"killed ({_place(noted)})"
+        return Status(FAILED, f"{ended}; goes on from {_kept(manifest, run)}")
+    started = (manifest.run_folder(run) / "checkpoint.pt").exists()
+    return Status(PENDING, f"goes on from {_kept(manifest, run)}" if started else "not started")
+
+
+def statuses(manifest: Manifest) -> dict[str, Status]:
+    """The status of every run of the manifest, by name; the scheduler is asked once, if at all."""
+    from fairchem_kd.sweep.scheduler import living_jobs
+
+    jobs = [job for run in manifest.runs if (job := read_state(manifest, run).get("job"))]
+    queued = living_jobs(jobs) if jobs else {}
+    found = {}
+    for run in manifest.runs:
+        found[run.name] = status(manifest, run, queued)
+    return found
+
+
+def _place(noted: Mapping[str, Any]) -> str:
+    job = f"job {noted['job']}, " if noted.get("job") else ""
+    return f"{job}process {noted.get('pid')} on {noted.get('host')}"
+
+
+def progress(manifest: Manifest, run: Run) -> str:
+    """``epoch 2.5 of 7``, from the run's records."""
+    folder = manifest.run_folder(run)
+    last = 0.0
+    if (folder / RECORDS).exists():
+        last = max((r["epoch"] for r in read_records(folder) if "epoch" in r), default=0.0)
+    epochs = (check_config(manifest, run).get("optim") or {}).get("max_epochs", "?")
+    return f"epoch {last:.3g} of {epochs}"
+
+
+def _kept(manifest: Manifest, run: Run) -> str:
+    if (manifest.run_folder(run) / "checkpoint.pt").exists():
+        return f"its last checkpoint ({progress(manifest, run)})"
+    return "the start"
