@@ -12,7 +12,7 @@ SETUP = setup.cfg pyproject.toml requirements/install.sh requirements/overrides.
 	compat/pyproject.toml compat/fairchem_kd_compat.pth \
 	$(shell find compat/src -name '*.py')
 
-.PHONY: help setup test train lint test-declared clean
+.PHONY: help setup test train demo lint test-declared clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -24,6 +24,9 @@ test: $(VENV)/.done ## run every test
 
 train: $(VENV)/.done ## distil a GemNet-OC teacher into a small PaiNN, on real data
 	$(RUN)/fairchem main --mode train --config-yml yaml_configs/kd/e2n.yml
+
+demo: $(VENV)/.done ## train a student with and without its teacher, and show what that gained
+	$(RUN)/fairchem-kd demo
 
 lint: $(VENV)/.done ## check style and types
 	$(RUN)/ruff check .

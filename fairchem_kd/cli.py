@@ -29,6 +29,9 @@ COMMANDS = {
     "compare": Command("fairchem_kd.analysis.cli_compare", "show what distillation gained"),
     "configs": Command("fairchem_kd.configs", "list or copy the shipped YAML configs", True),
     "data": Command("fairchem_kd.data.cli", "build datasets with real labels, without a download"),
+    "demo": Command(
+        "fairchem_kd.demo.cli", "train students with and without a teacher, and compare"
+    ),
     "doctor": Command("fairchem_kd.doctor", "check this installation and say what to mend", True),
     "export": Command("fairchem_kd.export", "make a small, portable checkpoint of a run's best"),
     "fit-scales": Command("fairchem_kd.fit_scales", "fit the scale factors of GemNet-OC or PaiNN"),

@@ -95,6 +95,19 @@ def open_split(settings: Mapping[str, Any], name: str = "") -> Iterator[Split]:
         _close(dataset.dataset)
 
 
+def count_structures(settings: Mapping[str, Any]) -> int:
+    """How many structures the data set of a config has, ``first_n`` and the like honoured."""
+    from fairchem.core.common.utils import setup_imports
+    from fairchem.core.datasets.base_dataset import create_dataset
+
+    setup_imports()
+    dataset = create_dataset(dict(settings), "train")
+    try:
+        return len(dataset)
+    finally:
+        _close(dataset.dataset)
+
+
 def _close(dataset: Any) -> None:
     """Close an LMDB now, not when the last reference goes, so that it can be opened again."""
     for environment in [*getattr(dataset, "envs", []), getattr(dataset, "env", None)]:

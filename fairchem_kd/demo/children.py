@@ -1,0 +1,241 @@
+"""Trainings side by side, each in a process of its own with one thread, with progress.
+
+What finished stays: a training whose folder has a ``done.json`` is not run again. One that was cut
+off starts afresh, so that its seconds are those of one undisturbed run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fairchem_kd.checkpoint import write_whole
+from fairchem_kd.demo.plan import Training
+from fairchem_kd.demo.progress import Progress
+from fairchem_kd.errors import UserError
+from fairchem_kd.records import RECORDS
+
+DONE, LOG, CONFIG = "done.json", "log.txt", "config.yml"
+POLL = 0.5  # seconds
+PATIENCE = 10.0  # seconds that a child has to end by itself
+TAIL = 15  # lines of a failed child's log
+PRINT_EVERY = 10  # steps between two records, from which progress is read
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_SECONDS = re.compile(r"Total time taken: ([\d.]+)")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A training that ended well."""
+
+    training: Training
+    seconds: float  #: of training, evaluations and the teacher's setting up included
+    checkpoint: Path
+
+
+@dataclass
+class _Child:
+    training: Training
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+
+class Interrupted(Exception):
+    """A signal asked the driver to end."""
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[int]:
+    """Hold ``out`` for this process and the trainings that it starts; yields the lock.
+
+    Raises:
+        UserError: another demo is at work there, or trainings that one left behind.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"Another demo, or a training that one left behind, is at work in {out}: wait for "
+                "it, or write somewhere else with --out."
+            ) from None
+        yield file.fileno()
+
+
+@contextmanager
+def signals_raised() -> Iterator[None]:
+    """Within the block, a request to end is an exception, so that children are stopped first."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(signal.Signals(number).name)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_all(
+    trainings: Sequence[Training],
+    out: Path,
+    *,
+    jobs: int,
+    lock: int,
+    then: Callable[[Finished, list[Finished]], Sequence[Training]] = lambda one, so_far: (),
+) -> list[Finished]:
+    """Run the trainings, ``jobs`` at a time, in the order given.
+
+    Args:
+        trainings: what to run.
+        out: each gets a folder of its own in here.
+        jobs: how many run at the same time.
+        lock: of :func:`claimed`.
+        then: asked after each that ended, with all that have; gives more to run.
+
+    Raises:
+        UserError: a training failed; the others are stopped, and the last lines are told.
+        Interrupted: by a signal; all are stopped.
+    """
+    waiting = list(trainings)
+    running: list[_Child] = []
+    finished: list[Finished] = []
+    with signals_raised(), Progress() as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    training = waiting.pop(0)
+                    done = read_done(training, out)
+                    if done is None:
+                        running.append(_start(training, out, lock))
+                        progress.start(training.title, training.steps)
+                    else:
+                        progress.say(f"{training.title}: done before, {done.seconds:.0f} s")
+                        finished.append(done)
+                        waiting += then(done, finished)
+                time.sleep(POLL if running else 0)
+                for child in list(running):
+                    progress.update(child.training.title, *_step(child.folder))
+                    if child.process.poll() is None:
+                        continue
+                    running.remove(child)
+                    done = _finish(child)
+                    progress.end(child.training.title, done.seconds)
+                    finished.append(done)
+                    waiting += then(done, finished)
+        finally:
+            _stop(running)
+    return finished
+
+
+def read_done(training: Training, out: Path) -> Finished | None:
+    """The result of a training that ended well before; None where there is none."""
+    folder = out / training.folder
+    try:
+        content = json.loads((folder / DONE).read_text())
+        checkpoint = folder / content["checkpoint"]
+        seconds = float(content["seconds"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return Finished(training, seconds, checkpoint) if checkpoint.is_file() else None
+
+
+def _start(training: Training, out: Path, lock: int) -> _Child:
+    folder = out / training.folder
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    text = yaml.safe_dump(dict(training.config), sort_keys=False)
+    write_whole(folder / CONFIG, lambda file: file.write(text.encode()))
+    command = [sys.executable, "-m", "fairchem_kd", "main", "--mode", "train"]
+    command += ["--config-yml", str(folder / CONFIG), "--run-dir", str(folder)]
+    command += ["--identifier", f"{training.name}-s{training.seed}", "--seed", str(training.seed)]
+    command += ["--print-every", str(PRINT_EVERY)]
+    with open(folder / LOG, "wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **dict.fromkeys(_THREADS, "1")},
+            start_new_session=True,  # Ctrl-C is for the driver, which then stops its children
+            pass_fds=(lock,),
+        )
+    return _Child(training, folder, process)
+
+
+def _step(folder: Path) -> tuple[int, float]:
+    """The last step on record and the seconds that it took to get there."""
+    for path in folder.glob(f"checkpoints/*/{RECORDS}"):
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 8192))
+            lines = file.read().splitlines()
+        for line in reversed(lines):
+            try:
+                record = json.loads(line)
+                return int(record["step"]), float(record["seconds"])
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off, at either end
+    return 0, 0.0
+
+
+def _finish(child: _Child) -> Finished:
+    """Note that a child ended well, or raise."""
+    path = child.folder / LOG
+    text = path.read_text(errors="replace")
+    best = sorted(child.folder.glob("checkpoints/*/best_checkpoint.pt"))
+    seconds = _SECONDS.findall(text)
+    if child.process.returncode != 0 or not best or not seconds:
+        code = child.process.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if code == 0:
+            how = "saved no best_checkpoint.pt (it was never evaluated)"
+        lines = "\n  ".join(text.splitlines()[-TAIL:])
+        raise UserError(
+            f"The training {child.training.title} {how}; the others were stopped. Mend it and "
+            f"start again: what finished is kept. The last lines of {path}:\n  {lines}"
+        )
+    taken = float(seconds[-1])
+    content = {
+        "seconds": taken,
+        "steps": child.training.steps,
+        "checkpoint": str(best[-1].relative_to(child.folder)),
+    }
+    text = json.dumps(content) + "\n"
+    write_whole(child.folder / DONE, lambda file: file.write(text.encode()))
+    return Finished(child.training, taken, best[-1])
+
+
+def _stop(children: Sequence[_Child]) -> None:
+    """End what still runs, politely first."""
+    for child in children:
+        _signal(child, signal.SIGTERM)
+    deadline = time.monotonic() + PATIENCE
+    for child in children:
+        try:
+            child.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _signal(child, signal.SIGKILL)
+            child.process.wait()
+
+
+def _signal(child: _Child, number: signal.Signals) -> None:
+    if child.process.poll() is None:
+        os.killpg(child.process.pid, number)  # a session's first process leads its group

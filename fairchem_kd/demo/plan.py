@@ -1,0 +1,173 @@
+"""What the demo trains: one config per student, and how long each runs.
+
+Every student has the same config apart from its teacher's part. The last one is the plain student
+again, given as many more steps as fill the wall time of the student that takes the longest.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fairchem_kd.config import parse_distillation
+from fairchem_kd.data.build import ensure_built
+from fairchem_kd.errors import UserError
+
+#: Config file (without .yml) -> what tables call it, in the order of the table.
+STUDENTS = {
+    "plain": "plain",
+    "e2n": "e2n",
+    "rattle_vanilla": "rattled + vanilla",
+    "all": "all together",
+}
+BASELINE = "plain"
+LONGEST = "all"  #: whose wall time the plain student gets in the last run
+LONG, LONG_LABEL = "plain_long", "plain, time of all"
+
+#: What counts steps in ``optim``, and is stretched with them.
+_IN_STEPS = ("T_max", "warmup_steps", "decay_steps")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of one student."""
+
+    name: str
+    label: str
+    seed: int
+    config: Mapping[str, Any]  #: resolved: no includes
+    steps: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Its name holds a digest of all that its result depends on."""
+        content = json.dumps([self.config, self.seed, _teacher_digest(self.config)], sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:10]
+        return f"{self.name}-s{self.seed}-{digest}"
+
+
+def _teacher_digest(config: Mapping[str, Any]) -> str:
+    distillation = (config.get("task") or {}).get("distillation") or {}
+    path = (distillation.get("teacher") or {}).get("checkpoint")
+    if not path or not Path(path).is_file():
+        return ""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """The students' configs in ``folder``, by name, checked, with their data built.
+
+    Raises:
+        UserError: one is missing or wrong, or they are not about one student.
+    """
+    from fairchem_kd.launch import make_parser, read_config
+
+    missing = [name for name in STUDENTS if not (folder / f"{name}.yml").is_file()]
+    if missing:
+        raise UserError(
+            f"The demo's config {folder / f'{missing[0]}.yml'} does not exist in {Path.cwd()}: run "
+            "the demo from the root of the repository, write the shipped configs there with "
+            "`fairchem-kd configs --copy .`, or name their folder with --configs."
+        )
+    parser = make_parser()
+    configs = {}
+    for name in STUDENTS:
+        path = folder / f"{name}.yml"
+        args = parser.parse_args(["--mode", "train", "--config-yml", str(path)])
+        config = read_config(args, [])
+        try:
+            parse_distillation(config.get("task"))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        ensure_built(config)
+        keys = ("trainer", "logger", "model", "task", "dataset", "outputs", "loss_functions",
+                "evaluation_metrics", "optim")  # fmt: skip
+        configs[name] = {key: config[key] for key in keys if key in config}
+    for name, config in configs.items():
+        for key in ("model", "outputs"):
+            if config.get(key) != configs[BASELINE].get(key):
+                raise UserError(
+                    f"{folder / name}.yml has another {key} than {BASELINE}.yml, but the demo "
+                    "compares one and the same student."
+                )
+    return configs
+
+
+def plan(
+    configs: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    structures: int,
+    steps: int | None = None,
+) -> list[Training]:
+    """Every training but the last ones, whose length the others decide (see :func:`longer`).
+
+    The two on which the last one waits come first.
+
+    Args:
+        configs: as :func:`read_configs` gives them.
+        seeds: each student is trained once with each.
+        structures: labelled ones in an epoch.
+        steps: in place of the configs' own, rounded to whole epochs.
+    """
+    first = (LONGEST, BASELINE)
+    names = [*first, *(name for name in STUDENTS if name not in first)]
+    made = []
+    for seed in seeds:
+        for name in names:
+            config = configs[name]
+            per_epoch = steps_per_epoch(config, structures)
+            epochs = int(config["optim"]["max_epochs"])
+            if steps is not None:
+                epochs = max(1, round(steps / per_epoch))
+            made.append(_training(name, STUDENTS[name], seed, config, epochs, per_epoch))
+    return made
+
+
+def longer(plain: Training, seconds: float, plain_seconds: float, structures: int) -> Training:
+    """The plain student for ``seconds`` instead of ``plain_seconds``, its schedule stretched."""
+    per_epoch = steps_per_epoch(plain.config, structures)
+    epochs = max(1, round(plain.steps / per_epoch * seconds / plain_seconds))
+    return _training(LONG, LONG_LABEL, plain.seed, plain.config, epochs, per_epoch)
+
+
+def steps_per_epoch(config: Mapping[str, Any], structures: int) -> int:
+    """Batches of an epoch; the last one may be smaller."""
+    return -(-structures // int(config["optim"]["batch_size"]))
+
+
+def _training(
+    name: str, label: str, seed: int, config: Mapping[str, Any], epochs: int, per_epoch: int
+) -> Training:
+    stretched = stretch(config, epochs, per_epoch)
+    # Test sets are for the end: fairchem would predict on one whenever the validation improves.
+    stretched["dataset"].pop("test", None)
+    return Training(name, label, seed, stretched, epochs * per_epoch)
+
+
+def stretch(config: Mapping[str, Any], epochs: int, per_epoch: int) -> dict[str, Any]:
+    """The config for so many epochs, its learning-rate schedule stretched or shrunk with them.
+
+    ``eval_every`` stays, but for what makes the last step one that is evaluated.
+    """
+    stretched = copy.deepcopy(dict(config))
+    optim = stretched["optim"]
+    before, now = int(optim["max_epochs"]) * per_epoch, epochs * per_epoch
+    optim["max_epochs"] = epochs
+    for key in _IN_STEPS:
+        if key in optim:
+            optim[key] = max(1, round(optim[key] * now / before))
+    if "lr_milestones" in optim:
+        optim["lr_milestones"] = [max(1, round(m * now / before)) for m in optim["lr_milestones"]]
+    wanted = int(optim.get("eval_every", per_epoch))
+    divisors = [n for n in range(1, now + 1) if now % n == 0]
+    optim["eval_every"] = min(divisors, key=lambda n: (abs(n - wanted), n))
+    return stretched
