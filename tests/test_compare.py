@@ -21,7 +21,7 @@ from fairchem_kd import cli
 from fairchem_kd.analysis.compare import assign_roles, group_by_recipe
 from fairchem_kd.analysis.evaluation import evaluate, within
 from fairchem_kd.analysis.gap import target_errors
-from fairchem_kd.analysis.models import load_model, read_model
+from fairchem_kd.analysis.models import find_checkpoint, load_model, read_model
 from fairchem_kd.analysis.splits import given_split, open_split, split_settings, splits_of_run
 from fairchem_kd.analysis.throughput import measure_throughput
 from fairchem_kd.errors import UserError
@@ -239,6 +239,18 @@ def test_groups_and_roles(home: Path) -> None:
         assign_roles(groups, teacher=None, baselines=["plian"])
     with pytest.raises(UserError, match="given twice"):
         group_by_recipe([(None, plain[0]), ("other", plain[0])])
+
+
+def test_a_runs_folder(home: Path, tmp_path: Path) -> None:
+    best = run_of("e2n-s1") / "best_checkpoint.pt"
+    assert find_checkpoint(best) == find_checkpoint(run_of("e2n-s1")) == best
+    one = tmp_path / "one" / "checkpoints" / "somewhen-e2n"
+    one.mkdir(parents=True)
+    for name in ("checkpoint.pt", "best_checkpoint.pt"):
+        (one / name).touch()
+    assert find_checkpoint(tmp_path / "one") == one / "best_checkpoint.pt"
+    with pytest.raises(UserError, match="has neither"):
+        find_checkpoint(Path())  # four runs
 
 
 def test_splits_are_found(home: Path) -> None:

@@ -55,7 +55,7 @@ class Group:
     @property
     def steps(self) -> int | None:
         """Optimiser steps that were taken, by the records of the first seed."""
-        return max((int(r["step"]) for r in self.files[0].records("train")), default=None)
+        return max((int(r["step"]) for r in self.files[0].records() if "step" in r), default=None)
 
 
 @dataclass

@@ -111,6 +111,8 @@ def _coefficient(term: Any) -> bool:
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that ``path`` names: itself, or the best one of a run's folder.
 
+    A folder that was given as --run-dir to one run alone will do, too.
+
     Raises:
         UserError: there is none.
     """
@@ -119,6 +121,9 @@ def find_checkpoint(path: Path) -> Path:
     for name in OF_A_RUN:
         if (path / name).is_file():
             return path / name
+    within = [p for name in OF_A_RUN for p in path.glob(f"checkpoints/*/{name}")]
+    if within and all(p.parent == within[0].parent for p in within):
+        return within[0]
     runs = sorted(p.parent.name for p in path.glob(f"*/{OF_A_RUN[0]}"))
     hint = f"; it holds the runs {', '.join(runs[:4])}" if runs else ""
     raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
     every = sorted((d.training for d in done), key=lambda t: (t.seed, order.index(t.label)))
     head = regime(every, teacher, comparison.parameters, jobs)
     tables = [table(comparison), gaps(comparison)]
-    print("\n".join(head), end="\n\n")
+    wrapped = (textwrap.fill(one, 100, subsequent_indent="  ") for one in head)
+    print("\n".join(wrapped), end="\n\n")
     print("\n\n".join(one.text() for one in tables), end="\n\n")
     print("\n".join(report.verdicts(comparison)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,11 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     for name in STUDENTS:
         path = folder / f"{name}.yml"
         args = parser.parse_args(["--mode", "train", "--config-yml", str(path)])
-        config = read_config(args, [])
+        logging.disable(logging.WARNING)  # fairchem names every key that a config overrides
+        try:
+            config = read_config(args, [])
+        finally:
+            logging.disable(logging.NOTSET)
         try:
             parse_distillation(config.get("task"))
         except UserError as error:
