@@ -261,6 +261,9 @@ def test_splits_are_found(home: Path) -> None:
     elsewhere = {"dataset": {"src": "x/train"}, "val_dataset": {"src": "data/val"}}
     assert [s["src"] for s in splits_of_run(elsewhere).values()] == ["data/val", "data/test_ood"]
     assert splits_of_run({}) == {}
+    some = {"src": "data/test", "format": "lmdb", "test_split_settings": {"first_n": 3}}
+    with open_split(splits_of_run({**settings, "test_dataset": some})["test"]) as split:
+        assert len(split) == 3
     quarter = {"dataset": {"format": "lmdb", "src": "a", "first_n": 3, "build": {"recipe": "b"}}}
     assert given_split("q=data/val", quarter) == ("q", {"format": "lmdb", "src": "data/val"})
     assert given_split("data/val", quarter)[0] == "val"

@@ -132,16 +132,21 @@ def splits_of_run(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     train = config.get("dataset") or {}
     found: dict[str, dict[str, Any]] = {}
     if isinstance(test.get("src"), str):
-        settings = {**split_settings(config, test["src"]), "build": test.get("build")}
-        found[Path(test["src"]).name] = settings
+        found[Path(test["src"]).name] = _settings_of(config, test, "test")
     elif isinstance(train.get("src"), str) and (Path(train["src"]).parent / "test").exists():
         path = Path(train["src"]).parent / "test"
         found["test"] = split_settings(config, path)
     elif isinstance(val.get("src"), str):
-        settings = {**split_settings(config, val["src"]), "build": val.get("build")}
-        found[Path(val["src"]).name] = settings
+        found[Path(val["src"]).name] = _settings_of(config, val, "val")
     for settings in list(found.values()):
         beside = Path(settings["src"]).parent / OOD
         if beside.exists() and OOD not in found:
             found[OOD] = split_settings(config, beside)
     return found
+
+
+def _settings_of(config: Mapping[str, Any], split: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A run's own test or validation set, with what its config chooses of it."""
+    own = {k: v for k, v in split.items() if k not in ("use_train_settings", "transforms")}
+    chosen = own.pop(f"{name}_split_settings", None) or {}
+    return {**split_settings(config, split["src"]), **own, **chosen}

@@ -72,8 +72,8 @@ COLLISIONS = Recipe(
     note=(
         "Pairs of small closed-shell molecules flying at each other, no fixed atoms. They sit in "
         f"a cell of {collisions.CELL:g} Å, so that use_pbc: true works and no image is in reach. "
-        "Every atom has tag 2, since GemNet-OC's quadruplets leave out tag 0. Each pair of test_ood "
-        "holds a molecule that no other split has."
+        "Every atom has tag 2, since GemNet-OC's quadruplets leave out tag 0. Each pair of "
+        "test_ood holds a molecule that no other split has."
     ),
     distributions=("ase", "numpy", "tblite"),
     facts={
