@@ -18,14 +18,15 @@ import pytest
 import yaml
 from models import model_config
 
-from fairchem_kd.cli import main
+from fairchem_kd.cli import fairchem, main
 from fairchem_kd.errors import UserError
 from fairchem_kd.records import Records
 from fairchem_kd.sweep.collect import collect, estimate, run_metrics
 from fairchem_kd.sweep.columns import short_keys
-from fairchem_kd.sweep.job import ATTEMPT, claim, last_words
+from fairchem_kd.sweep.job import claim, note_submitted
 from fairchem_kd.sweep.keys import with_values
 from fairchem_kd.sweep.manifest import expand, read_manifest, resolve, run_name
+from fairchem_kd.sweep.output import ATTEMPT, last_words
 from fairchem_kd.sweep.spec import read_sweep
 from fairchem_kd.sweep.state import Status, read_state, status, statuses, write_state
 from fairchem_kd.workarounds import sweep_grid
@@ -283,6 +284,20 @@ def test_bad_sweeps_are_a_sentence(place, capsys, contents, words):
     assert not Path("runs").exists()
 
 
+def test_the_fairchem_command_refuses_the_same(place, capsys):
+    argv = ["main", "--mode", "train", "--config-yml", "base.yml", "--sweep-yml"]
+    for contents, words in (
+        ({"optm": {"lr_initial": [1, 2]}}, "did you mean 'optim'"),
+        ({"base": "base.yml", "grid": {f"{E2N}.coeficient": [1]}}, "did you mean 'coefficient'"),
+        ({"grid": {}}, "is an empty sweep"),
+    ):
+        assert fairchem([*argv, str(write(contents))]) == 2
+        assert f"error: sweep.yml{'' if 'empty' in words else ':'} " in (
+            error := capsys.readouterr().err
+        )
+        assert words in error
+
+
 def test_missing_files_are_a_sentence(place, capsys):
     assert "nowhere.yml does not exist" in said(capsys, "expand", "nowhere.yml")
     assert "has no manifest.json" in said(capsys, "status", str(place))
@@ -407,9 +422,21 @@ def test_states(place):
     assert status(manifest, away, {"12_0": "running"}).state == "running"
     assert status(manifest, away, {}).state == "failed"
     write_state(manifest, away, "running", job="12_0", host="elsewhere", pid=1, started="1")
+    assert status(manifest, away, {"12_0": "running"}).state == "running"
+    assert status(manifest, away, {"12_0": "pending"}).state == "pending"  # queued again
+    found = status(manifest, away, {})  # however fresh the file
+    assert found.state == "failed"
+    assert "process 1 on elsewhere" in found.reason
+    folder = manifest.folder / "jobs/12_0"
+    folder.mkdir(parents=True)
+    ended = "slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026 DUE TO TIME LIMIT ***"
+    (folder / "12_0_0_log.err").write_text(ended + "\n")
+    assert "DUE TO TIME LIMIT" in status(manifest, away, {}).reason
     assert claim(manifest, away, "12_0")  # requeued
     assert not claim(manifest, away, "13_0")
     assert read_state(manifest, away)["job"] == "12_0"
+    note_submitted(manifest, away, "12_0")  # it was faster than the one who submitted it
+    assert read_state(manifest, away)["state"] == "running"
 
 
 def test_the_reason_is_the_last_attempts(tmp_path):

@@ -79,6 +79,28 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     here.add_argument(
         "--threads", type=_positive, help="of each rank (default: the cores, shared out)"
     )
+    cluster = parser.add_argument_group("on a cluster (without SLURM: submitit's local executor)")
+    cluster.add_argument("--submit", action="store_true", help="submit the runs as one job array")
+    cluster.add_argument(
+        "--array-parallelism",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="jobs that may run at a time (default: 16)",
+    )
+    cluster.add_argument("--num-nodes", type=_positive, default=1, help="nodes of each run")
+    cluster.add_argument("--slurm-partition", help="name of the partition")
+    cluster.add_argument("--slurm-account", help="name of the account")
+    cluster.add_argument("--slurm-qos", help="name of the quality of service")
+    cluster.add_argument(
+        "--slurm-mem", type=_positive, default=80, help="memory of a node, in GB (default: 80)"
+    )
+    cluster.add_argument(
+        "--slurm-timeout",
+        type=float,
+        default=72.0,
+        help="hours, after which a job is queued again (default: 72)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -116,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
     print(f"{manifest.folder}: {_counts(manifest, found)}; {len(todo)} to run", flush=True)
     if not todo:
         return 0
-    return _run_here(args, manifest, todo)
+    return (_submit if args.submit else _run_here)(args, manifest, todo)
 
 
 def _is_to_run(status: Status) -> bool:
@@ -136,6 +158,34 @@ def _run_here(args: argparse.Namespace, manifest: Manifest, todo: Sequence[Run])
         return 130
     print(f"{len(todo) - len(failed)} of {len(todo)} runs done", flush=True)
     return 1 if failed else 0
+
+
+def _submit(args: argparse.Namespace, manifest: Manifest, todo: Sequence[Run]) -> int:
+    from fairchem_kd.sweep.scheduler import has_slurm
+    from fairchem_kd.sweep.submit import Request, submit
+
+    request = Request(
+        gpus=args.num_gpus,
+        nodes=args.num_nodes,
+        cpu=args.cpu or not (has_slurm() or _has_gpu()),
+        parallel=args.array_parallelism,
+        partition=args.slurm_partition,
+        account=args.slurm_account,
+        qos=args.slurm_qos,
+        memory=args.slurm_mem,
+        hours=args.slurm_timeout,
+        print_every=args.print_every,
+    )
+    failed = submit(manifest, todo, request, lambda line: print(line, flush=True))
+    for run in failed:
+        print(f"{run.name} FAILED: see `fairchem-kd sweep status {_shown(manifest.folder)}`")
+    return 1 if failed else 0
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _status(args: argparse.Namespace) -> int:

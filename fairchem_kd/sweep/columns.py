@@ -42,5 +42,16 @@ def columns(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def titles(runs: Sequence[Run]) -> dict[str, str]:
+    """A few words on each run's point, by the run's name: its label, or what it alone has."""
+    short = short_keys(swept_keys(runs))
+    return {
+        run.name: run.label
+        or ", ".join(f"{name}={_cell(run, key)}" for key, name in short.items())
+        or "the base config"
+        for run in runs
+    }
+
+
 def _cell(run: Run, key: str) -> str:
     return str(run.values[key]) if key in run.values else "-"

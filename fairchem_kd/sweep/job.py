@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config, read_manifest
+from fairchem_kd.sweep.output import ATTEMPT, last_words
 from fairchem_kd.sweep.state import (
     DONE,
     FAILED,
+    PENDING,
     RUNNING,
     heartbeat,
     read_state,
@@ -31,8 +33,16 @@ from fairchem_kd.sweep.state import (
 
 #: The exit code of a job whose run another process has taken.
 TAKEN = 75
-#: What begins an attempt in a run's output.
-ATTEMPT = "=== fairchem-kd sweep:"
+
+
+@contextmanager
+def _locked(manifest: Manifest) -> Iterator[None]:
+    """Within the block, no other process notes what is to become of a run."""
+    lock = manifest.folder / "status" / ".lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def claim(manifest: Manifest, run: Run, job: str | None = None) -> bool:
@@ -41,33 +51,19 @@ def claim(manifest: Manifest, run: Run, job: str | None = None) -> bool:
     Args:
         job: the scheduler's id of this job; requeued, it takes over from itself.
     """
-    lock = manifest.folder / "status" / ".lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _locked(manifest):
         requeued = job is not None and read_state(manifest, run).get("job") == job
-        if not requeued and status(manifest, run, {}).state in (DONE, RUNNING):
+        if not requeued and status(manifest, run).state in (DONE, RUNNING):
             return False
         write_state(manifest, run, RUNNING, **this_process(), job=job)
     return True
 
 
-def last_words(log: Path, otherwise: str) -> str:
-    """Why a run ended, from the end of its output: its last sentence of ours, or its exception."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 20000))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return otherwise
-    for line in reversed(lines):
-        if line.startswith(ATTEMPT):
-            break
-        if line.startswith("error: "):
-            return line.removeprefix("error: ")
-        if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line):
-            return line[:300]
-    return otherwise
+def note_submitted(manifest: Manifest, run: Run, job: str) -> None:
+    """Note a run's job, unless that has started, and noted itself, before."""
+    with _locked(manifest):
+        if read_state(manifest, run).get("job") != job:
+            write_state(manifest, run, PENDING, job=job)
 
 
 def run_here(manifest: Manifest, run: Run, arguments: Sequence[str]) -> int:

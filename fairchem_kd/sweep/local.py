@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import IO
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.sweep.job import TAKEN, last_words
+from fairchem_kd.sweep.columns import titles
+from fairchem_kd.sweep.job import TAKEN
 from fairchem_kd.sweep.manifest import Manifest, Run
+from fairchem_kd.sweep.output import last_words
 from fairchem_kd.sweep.state import DONE, FAILED, read_state, write_state
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -85,6 +87,7 @@ def run_locally(
     Args:
         more: further arguments of the fairchem command, such as ``--print-every 50``.
     """
+    told = titles(manifest.runs)
     waiting = list(reversed(runs))
     free = list(reversed(range(machine.workers or 1)))
     going: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}
@@ -96,7 +99,8 @@ def run_locally(
                 run, slot = waiting.pop(), free.pop()
                 going[slot] = run, _start(manifest, run, machine, slot, more)
                 number = len(runs) - len(waiting)
-                say(f"{run.name} started ({number} of {len(runs)}): {run.point}, seed {run.seed}")
+                what = f"{told[run.name]}, seed {run.seed}"
+                say(f"{run.name} started ({number} of {len(runs)}): {what}")
             for slot, (run, process) in list(going.items()):
                 if process.poll() is None:
                     continue

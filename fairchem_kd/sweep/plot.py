@@ -10,7 +10,7 @@ from typing import Any
 from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.errors import UserError
 from fairchem_kd.sweep.collect import Row
-from fairchem_kd.sweep.columns import short_keys, swept_keys
+from fairchem_kd.sweep.columns import short_keys, swept_keys, titles
 
 
 def plot(path: Path, rows: Sequence[Row], metrics: Sequence[str], title: str) -> Path:
@@ -28,6 +28,7 @@ def plot(path: Path, rows: Sequence[Row], metrics: Sequence[str], title: str) ->
         ) from None
     rows = [row for row in rows if row.metrics]
     places, name = _numbers(rows)
+    told = titles([row.runs[0] for row in rows])
     figure = Figure(figsize=(1.5 + 3.5 * len(metrics), 3.6), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):
@@ -39,7 +40,7 @@ def plot(path: Path, rows: Sequence[Row], metrics: Sequence[str], title: str) ->
             panel.errorbar(place, found.mean, yerr=found.half or 0, fmt="o", color="C0", capsize=4)
         panel.set_title(metric)
         if name is None:
-            panel.set_xticks(places, [row.point for row in rows], rotation=30, ha="right")
+            panel.set_xticks(places, list(told.values()), rotation=30, ha="right")
         else:
             panel.set_xlabel(name)
             _set_scale(panel, places)

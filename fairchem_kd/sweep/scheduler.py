@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 
 #: Jobs of submitit's local executor are named after a process, those of SLURM are not.
 LOCAL = "local-"
@@ -43,8 +44,14 @@ def living_jobs(jobs: Iterable[str]) -> dict[str, str] | None:
 
 
 def _process_lives(job: str) -> bool:
+    pid = int(job.removeprefix(LOCAL))
     try:
-        os.kill(int(job.removeprefix(LOCAL)), 0)
+        # A process id may be used again, but hardly by another of submitit's.
+        return b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
     except OSError:
         return False
-    return True
+    return not Path("/proc/self").exists()

@@ -20,6 +20,8 @@ from typing import Any
 from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.records import RECORDS, read_records
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config
+from fairchem_kd.sweep.output import last_words
+from fairchem_kd.sweep.scheduler import LOCAL, living_jobs
 
 DONE, RUNNING, FAILED, PENDING = STATES = ("done", "running", "failed", "pending")
 #: Seconds between signs of life, and after how many without one a run counts as ended.
@@ -70,9 +72,13 @@ def _started(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def _is_here(state: Mapping[str, Any]) -> bool:
+    return state.get("host") == socket.gethostname()
+
+
 def _is_alive(state: Mapping[str, Any], path: Path) -> bool:
     """Whether the process that noted ``running`` still runs."""
-    if state.get("host") == socket.gethostname():
+    if _is_here(state):
         if Path("/proc/self/stat").exists():
             return state.get("started") == _started(state["pid"]) is not None
         try:
@@ -115,25 +121,49 @@ def status(manifest: Manifest, run: Run, queued: Mapping[str, str] | None = None
     noted = read_state(manifest, run)
     state, job = noted.get("state"), noted.get("job")
     if state == DONE:
-        return Status(DONE, noted.get("reason", ""))
-    if state == RUNNING and _is_alive(noted, state_path(manifest, run)):
-        return Status(RUNNING, f"{progress(manifest, run)}, {_place(noted)}")
-    if job is not None and state in (PENDING, RUNNING) and (queued is None or job in queued):
-        word = (queued or {}).get(job, "queued").lower()
-        return Status(RUNNING if word == "running" else PENDING, f"job {job} is {word}", job)
+        return Status(DONE)
     if state == FAILED:
         return Status(FAILED, noted.get("reason", ""))
+    if job is not None and queued is not None and (job in queued or state == PENDING):
+        return _of_job(manifest, run, noted, queued)
+    # Of a job on another host the scheduler knows more than a file that is still fresh.
+    heard = job is None or queued is None or _is_here(noted)
+    if state == RUNNING and heard and _is_alive(noted, state_path(manifest, run)):
+        return Status(RUNNING, f"{progress(manifest, run)}, {_place(noted)}", job)
+    if state == PENDING and job is not None:
+        return Status(PENDING, f"job {job} was queued", job)
     if state in (RUNNING, PENDING):
-        ended = f"job {job} is gone" if job else f"killed ({_place(noted)})"
-        return Status(FAILED, f"{ended}; goes on from {_kept(manifest, run)}")
+        why = _last_words(manifest, job) or f"killed ({_place(noted)})"
+        return Status(FAILED, f"{why}; goes on from {_kept(manifest, run)}")
     started = (manifest.run_folder(run) / "checkpoint.pt").exists()
     return Status(PENDING, f"goes on from {_kept(manifest, run)}" if started else "not started")
 
 
+def _of_job(
+    manifest: Manifest, run: Run, noted: Mapping[str, Any], queued: Mapping[str, str]
+) -> Status:
+    """The status of a run whose job waits or runs, or has left the queue without having run."""
+    job = noted["job"]
+    word = queued.get(job)
+    if word is None:
+        why = _last_words(manifest, job) or f"job {job} is gone"
+        return Status(FAILED, f"{why}; goes on from {_kept(manifest, run)}")
+    if noted["state"] == RUNNING and word == "running":
+        return Status(RUNNING, f"{progress(manifest, run)}, {_place(noted)}", job)
+    return Status(RUNNING if word == "running" else PENDING, f"job {job} is {word}", job)
+
+
+def _last_words(manifest: Manifest, job: str | None) -> str:
+    """Why a job ended that could not note it, from what it wrote last."""
+    if job is None:
+        return ""
+    name = job.removeprefix(LOCAL)
+    words = last_words(manifest.folder / "jobs" / name / f"{name}_0_log.err", "")
+    return f"job {job}: {words}" if words else ""
+
+
 def statuses(manifest: Manifest) -> dict[str, Status]:
     """The status of every run of the manifest, by name; the scheduler is asked once, if at all."""
-    from fairchem_kd.sweep.scheduler import living_jobs
-
     jobs = [job for run in manifest.runs if (job := read_state(manifest, run).get("job"))]
     queued = living_jobs(jobs) if jobs else {}
     found = {}
