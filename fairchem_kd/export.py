@@ -26,6 +26,7 @@ from fairchem_kd._version import __version__
 from fairchem_kd.checkpoint import read_checkpoint, write_checkpoint, write_whole
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import stock_model_config
+from fairchem_kd.legacy import modern
 from fairchem_kd.teacher import as_atomic_numbers, build_model
 
 CARD_FORMAT = 1
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"DEST has to end in .pt, and {dest} does not.")
     if not args.force and (dest.exists() or card.exists()):
         raise UserError(f"{dest} or its card {card.name} exists; give --force to overwrite them.")
-    checkpoint = read_checkpoint(args.checkpoint, trust=args.trust)
+    checkpoint = modern(read_checkpoint(args.checkpoint, trust=args.trust), str(args.checkpoint))
     data = _data_card(args.data, checkpoint["config"])
     elements = args.elements or (data or {}).get("elements")
     if elements is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +21,13 @@ import torch
 from ase.data import atomic_numbers as _numbers
 from ase.data import chemical_symbols as _symbols
 from fairchem.core.common.registry import registry
-from fairchem.core.common.utils import (
-    load_state_dict,
-    match_state_dict,
-    setup_imports,
-    update_config,
-)
+from fairchem.core.common.utils import load_state_dict, setup_imports
 from fairchem.core.modules.normalization.element_references import (
     LinearReferences,
     create_element_references,
 )
 from fairchem.core.modules.normalization.normalizer import Normalizer, create_normalizer
+from fairchem.core.modules.scaling import ScaleFactor
 from fairchem.core.modules.scaling.compat import load_scales_compat
 from fairchem.core.modules.scaling.util import ensure_fitted
 from torch import Tensor, nn
@@ -38,14 +35,12 @@ from torch import Tensor, nn
 from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.features import Captured, FeatureExtractor, architecture_of, stock_model_config
+from fairchem_kd.legacy import modern, modern_config, predicts_relaxed_energy, scale_file
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.units import Units
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
-
-#: Names of the two targets in checkpoints older than fairchem-core 1.0.
-_LEGACY_TARGETS = {"target": "energy", "grad_target": "forces"}
 
 
 @dataclass
@@ -102,7 +97,7 @@ class Teacher:
         device: torch.device | str = "cpu",
         where: str = "task.distillation.teacher.checkpoint",
     ) -> Teacher:
-        """The teacher in the fairchem 1.x checkpoint at ``path``.
+        """The teacher in the checkpoint at ``path``, of fairchem 1.x or of OCP before it.
 
         Args:
             path: a training checkpoint (its EMA weights are taken where it has any), a
@@ -224,20 +219,37 @@ def _build(
     device: torch.device,
 ) -> Teacher:
     model = build_model(checkpoint, name).to(device)
+    config = modern_config(checkpoint["config"])
     try:
         ensure_fitted(model)
     except ValueError as error:
-        raise UserError(
-            f"{name} has unfitted scale factors, so it was not trained properly "
-            f"({str(error).split(' is not fitted', 1)[0]}); fit them (`fairchem-kd fit-scales`), "
-            "set model.scale_file and train it again."
-        ) from error
+        raise UserError(_unfitted(config, name, str(error))) from error
+    if predicts_relaxed_energy(config):
+        logging.warning(
+            f"The teacher {name} was trained on energies of relaxed structures (IS2RE): as a "
+            "target, its energy fits a student of the same task only. Its features fit any."
+        )
     return cls(
         model,
         Units(*read_units(checkpoint, device)),
-        update_config(checkpoint["config"]).get("outputs") or {"energy": {}, "forces": _FORCES},
+        config["outputs"],
         elements=elements,
         name=name,
+    )
+
+
+def _unfitted(config: Mapping[str, Any], name: str, error: str) -> str:
+    which = error.split(" is not fitted", 1)[0]
+    path = scale_file(config)
+    if path is not None and not Path(path).exists():
+        return (
+            f"{name} has unfitted scale factors ({which}): it was trained with those of the file "
+            f"{path} (model.scale_file in its config), which is not here; put that file there, "
+            "relative to the current directory, or take a checkpoint that holds them."
+        )
+    return (
+        f"{name} has unfitted scale factors, so it was not trained properly ({which}); fit them "
+        "(`fairchem-kd fit-scales`), set model.scale_file and train it again."
     )
 
 
@@ -247,23 +259,33 @@ def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
     Raises:
         UserError: it cannot be built, or the weights do not fit.
     """
+    checkpoint = modern(checkpoint, name)
     config = model_config(checkpoint["config"])
     setup_imports()
     try:
-        model = registry.get_model_class(config["name"])(
-            **{key: value for key, value in config.items() if key != "name"}
-        )
+        model_class = registry.get_model_class(config["name"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{name} cannot be built from its own config: this fairchem-core has no model "
+            f"'{config['name']}' (it has {', '.join(_models())}); import the package that defines "
+            "the model first, or take a checkpoint of one of these."
+        ) from error
+    try:
+        model = model_class(**{key: value for key, value in config.items() if key != "name"})
     except Exception as error:  # whatever an architecture makes of arguments that it does not have
         raise UserError(
             f"{name} cannot be built from its own config, model '{config.get('name')}' "
-            f"({type(error).__name__}: {error}); import the package that defines this model first, "
-            "or use a checkpoint of a model that this fairchem-core has."
+            f"({type(error).__name__}: {error}); it was written by another version of "
+            "fairchem-core: use a checkpoint of a model that this one has."
         ) from error
     load_weights(model, checkpoint, name)
     return model
 
 
-_FORCES = {"level": "atom"}
+def _models() -> list[str]:
+    """The models that fairchem knows by name, without the parts of hydras."""
+    names = registry.mapping["model_name_mapping"]
+    return sorted(name for name in names if "backbone" not in name and "head" not in name)
 
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,10 +294,7 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Wrappers become the stock model inside, graphs are made on the fly, and ``scale_file``, a path
     on the machine that trained it, goes: the state_dict holds the factors.
     """
-    model = config["model"]
-    if "model_attributes" in config:  # before fairchem-core 1.0
-        model = {**config["model_attributes"], "name": model}
-    model = stock_model_config(dict(model))
+    model = stock_model_config(modern_config(config)["model"])
     model.pop("scale_file", None)
     model["otf_graph"] = True
     if isinstance(model.get("backbone"), dict):
@@ -288,16 +307,17 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], name: str) -> None:
-    """Load a checkpoint's weights into the bare ``model``: EMA's where it has any.
+    """Load the weights of a checkpoint in today's layout into the bare ``model``: EMA's if any.
 
     Raises:
         UserError: they do not fit.
     """
+    state = checkpoint["state_dict"]
     try:
-        state = match_state_dict(model.state_dict(), checkpoint["state_dict"])
         load_state_dict(model, state, strict=True)
-        if checkpoint.get("scale_dict"):
-            load_scales_compat(model, checkpoint["scale_dict"])
+        scales = checkpoint.get("scale_dict") or _scales_on_disk(model, checkpoint["config"])
+        if scales:
+            load_scales_compat(model, {k: v for k, v in scales.items() if k != "comment"})
     except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
@@ -308,7 +328,10 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], name: str) -> 
     ema = checkpoint.get("ema")
     if not ema:
         return
-    averaged = [p for p in model.parameters() if p.requires_grad]  # as fairchem's EMA sees them
+    # fairchem's EMA keeps a list without names. Its order is that of the model that was trained,
+    # which the names of its own weights tell; another release may have another.
+    trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    averaged = [trained[key] for key in state if key in trained]
     shadow = ema["shadow_params"]
     if [p.shape for p in averaged] != [s.shape for s in shadow]:
         raise UserError(
@@ -319,13 +342,27 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], name: str) -> 
         parameter.copy_(value)
 
 
+def _scales_on_disk(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The factors of the config's ``scale_file``, if the weights have none and the file is here."""
+    path = scale_file(config)
+    factors = [module for module in model.modules() if isinstance(module, ScaleFactor)]
+    if path is None or not Path(path).is_file() or all(factor.fitted for factor in factors):
+        return {}
+    try:
+        if path.endswith(".json"):
+            return json.loads(Path(path).read_text())
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"its scale_file {path} cannot be read: {error}") from error
+
+
 def read_units(
     checkpoint: Mapping[str, Any], device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Normalizer], dict[str, LinearReferences]]:
     """A checkpoint's normalisers and element references, by output."""
     normalizers = {
-        _LEGACY_TARGETS.get(key, key): create_normalizer(state_dict=state).to(device)
-        for key, state in (checkpoint.get("normalizers") or {}).items()
+        key: create_normalizer(state_dict=state).to(device)
+        for key, state in modern(checkpoint)["normalizers"].items()
     }
     references = {
         key: create_element_references(state_dict=state).to(device)

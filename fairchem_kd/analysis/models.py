@@ -16,6 +16,7 @@ import torch
 
 from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.legacy import modern_config
 from fairchem_kd.records import RECORDS, read_records
 from fairchem_kd.schema import is_null
 
@@ -138,8 +139,6 @@ def read_model(path: str | Path, *, trust: bool = False) -> ModelFile:
     Raises:
         UserError: it is missing or no fairchem 1.x checkpoint.
     """
-    from fairchem.core.common.utils import update_config
-
     path = Path(path)
     if not path.exists() and path.parent.is_dir():
         known = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")]
@@ -148,7 +147,7 @@ def read_model(path: str | Path, *, trust: bool = False) -> ModelFile:
         raise UserError(f"{path} does not exist in {Path.cwd()}{near}; name a run or a checkpoint.")
     found = find_checkpoint(path)
     config = read_checkpoint(found, trust=trust, hint=TRUST)["config"]
-    return ModelFile(found, update_config(dict(config)), trust)
+    return ModelFile(found, modern_config(config), trust)
 
 
 def load_model(file: ModelFile, device: torch.device | str = "cpu") -> Any:
@@ -168,5 +167,4 @@ def load_model(file: ModelFile, device: torch.device | str = "cpu") -> Any:
     with isolated_random_state():
         model = build_model(contents, str(file.path)).to(device)
     units = Units(*read_units(contents, device))
-    outputs = file.config.get("outputs") or {"energy": {}, "forces": {"level": "atom"}}
-    return Teacher(model, units, outputs, name=str(file.path))
+    return Teacher(model, units, file.config["outputs"], name=str(file.path))

@@ -21,6 +21,7 @@ from torch_geometric.data import Data
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import wrappers  # noqa: F401  (registers the wrappers)
 from fairchem_kd.features.architecture import Architecture, architecture_of
+from fairchem_kd.legacy import modern_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +64,8 @@ def read_model_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
     else:
         from fairchem_kd.checkpoint import read_checkpoint
 
-        config = read_checkpoint(path, trust=trust).get("config") or {}
+        config = modern_config(read_checkpoint(path, trust=trust)["config"])
     model = config.get("model")
-    if isinstance(model, str):  # written by older versions of fairchem
-        model = {"name": model, **config.get("model_attributes", {})}
     if not isinstance(model, dict) or "name" not in model:
         raise UserError(f"{path}: there is no model block with a name in it, so nothing to inspect")
     return model
