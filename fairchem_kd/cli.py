@@ -28,7 +28,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "compare": Command("fairchem_kd.analysis.cli_compare", "show what distillation gained"),
     "configs": Command("fairchem_kd.configs", "list or copy the shipped YAML configs", True),
-    "data": Command("fairchem_kd.data.cli", "build datasets with real labels, without a download"),
+    "data": Command("fairchem_kd.data.cli", "make datasets with real labels, or convert your own"),
     "demo": Command(
         "fairchem_kd.demo.cli", "train students with and without a teacher, and compare"
     ),

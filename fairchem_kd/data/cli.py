@@ -1,4 +1,4 @@
-"""``fairchem-kd data slabs|collisions``: make a data set now, with sizes of one's own if wanted."""
+"""``fairchem-kd data``: make a data set now, with sizes of one's own, or convert one's files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from ase.data import chemical_symbols
 
+from fairchem_kd.data import cli_convert
 from fairchem_kd.data.create import create, default_processes
 from fairchem_kd.data.recipes import RECIPES, Recipe, least_sizes, parse_options
 
@@ -57,17 +58,22 @@ def _at_least(low: int) -> Callable[[str], int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a subcommand for every recipe."""
+    """Add a subcommand for every recipe, and `convert`."""
     subparsers = parser.add_subparsers(dest="recipe", metavar="RECIPE", required=True)
     for name, recipe in RECIPES.items():
         _add_recipe(
             subparsers.add_parser(name, help=_HELP[name], description=f"Make {_HELP[name]}."),
             recipe,
         )
+    cli_convert.add_arguments(
+        subparsers.add_parser("convert", help=cli_convert.HELP, description=cli_convert.DESCRIPTION)
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the data set and print what is in it; 0 is returned, a UserError raised otherwise."""
+    if args.recipe == "convert":
+        return cli_convert.run(args)
     recipe = RECIPES[args.recipe]
     given: dict[str, Any] = {split: getattr(args, split) for split in recipe.sizes}
     options = parse_options({"recipe": recipe.name, "seed": args.seed, **given}, "--")

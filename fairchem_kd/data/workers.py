@@ -86,10 +86,12 @@ def trajectories(pool: ProcessPoolExecutor, make: Make, ahead: int) -> Iterator[
 class Progress:
     """A bar on a terminal; elsewhere a plain line at most every ten seconds and at the end."""
 
-    def __init__(self, title: str, total: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, title: str, total: int, stream: TextIO | None = None, unit: str = "frame"
+    ) -> None:
         self.stream = stream or sys.stderr
-        self.title, self.total, self.done = title, total, 0
-        self.bar = tqdm(total=total, desc=title, unit="frame", file=self.stream) \
+        self.title, self.total, self.done, self.unit = title, total, 0, unit
+        self.bar = tqdm(total=total, desc=title, unit=unit, file=self.stream) \
             if self.stream.isatty() else None  # fmt: skip
         self.start = self.last = time.monotonic()
 
@@ -103,7 +105,10 @@ class Progress:
         if now - self.last > 10 or (frames and self.done == self.total):
             self.last = now
             took = now - self.start
-            print(f"{self.title}: {self.done}/{self.total} frames, {took:.0f} s", file=self.stream)
+            print(
+                f"{self.title}: {self.done}/{self.total} {self.unit}s, {took:.0f} s",
+                file=self.stream,
+            )
             self.stream.flush()
 
     def close(self) -> None:
