@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -89,15 +90,30 @@ def read_checkpoint(
     return contents
 
 
-def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> Path:
+def write_checkpoint(
+    state: Mapping[str, Any], path: str | Path, *, previous: str | Path | None = None
+) -> Path:
     """Write ``state`` to ``path``, whole or not at all (see :func:`write_whole`)."""
-    return write_whole(path, lambda file: torch.save(dict(state), file))
+
+    def save(file: BinaryIO) -> None:
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:
+            # torch ends its archive even where writing failed, and that error hides the reason
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    return write_whole(path, save, previous=previous)
 
 
-def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
+def write_whole(
+    path: str | Path, write: Callable[[BinaryIO], Any], *, previous: str | Path | None = None
+) -> Path:
     """Let ``write`` fill ``path`` so that a crash leaves the old file or the new one, never half.
 
-    The file is written aside in the same folder, flushed to disk and renamed over ``path``.
+    The file is written aside in the same folder, flushed to disk and renamed over ``path``; what
+    was there before is kept as ``previous`` where that is given.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +124,8 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o666 & ~_umask())
+        if previous is not None:
+            _keep(path, Path(previous))
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
@@ -118,6 +136,19 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
     finally:
         os.close(folder)
     return path
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give the file at ``path``, if there is one, the second name ``previous``."""
+    aside = previous.with_name(f".{previous.name}.{os.getpid()}.part")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(path, aside)
+    except FileNotFoundError:
+        return
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, aside)
+    os.replace(aside, previous)
 
 
 def _umask() -> int:

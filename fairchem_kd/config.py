@@ -129,3 +129,9 @@ def _term(name: str, given: Any) -> Loss:
     options = dict(given)
     kind = options.pop("kind", name)
     return loss_class(str(kind), where).from_options(options, where)
+
+
+def refuse_graph_parallel(gp_gpus: int | None) -> None:
+    """Refuse fairchem's splitting of one graph over several GPUs: features live on whole graphs."""
+    if gp_gpus is not None:
+        raise UserError("--gp-gpus: distillation does not run graph-parallel; remove the flag.")

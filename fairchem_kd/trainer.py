@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,16 +26,28 @@ from fairchem.core.trainers import OCPTrainer
 from fairchem_kd import workarounds
 from fairchem_kd.augment import Companions, Rattler, UnlabelledLoader
 from fairchem_kd.augment.companions import labelled_part
-from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.checks import check_finite
-from fairchem_kd.config import parse_distillation
+from fairchem_kd.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.denormals import flush_denormals, flush_in_workers
 from fairchem_kd.distillation import Distillation
+from fairchem_kd.distributed import check_same_on_ranks, seen_by_rank
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.wrappers import stock_model_config
+from fairchem_kd.interruption import Ask, Interruption
 from fairchem_kd.random_state import isolated_random_state, random_state, set_random_state
 from fairchem_kd.records import Records
+from fairchem_kd.resume import (
+    STATE_FORMAT,
+    STATE_KEY,
+    check_format,
+    check_same_run,
+    has_checkpoint,
+    random_state_for,
+    random_states,
+    read_student,
+    remove_leftovers,
+)
 from fairchem_kd.teacher import Teacher
 from fairchem_kd.units import Units
 
@@ -43,10 +56,6 @@ if TYPE_CHECKING:
     from torch_geometric.data import Batch
 
     from fairchem_kd.features import Captured
-
-#: The key under which a checkpoint holds everything that only distillation needs, and its version.
-STATE_KEY = "fairchem_kd"
-STATE_FORMAT = 1
 
 
 @registry.register_trainer("distillation")
@@ -65,8 +74,7 @@ class DistillationTrainer(OCPTrainer):
 
     def __init__(self, task: dict[str, Any], model: dict[str, Any], **stock: Any) -> None:
         self.distillation_config = parse_distillation(task)
-        if stock.get("gp_gpus") is not None:
-            raise UserError("--gp-gpus: distillation does not run graph-parallel; remove the flag.")
+        refuse_graph_parallel(stock.get("gp_gpus"))
         ensure_built({"dataset": stock.get("dataset") or {}, "task": task})
         self.distillation: Distillation | None = None
         self.records: Records | None = None
@@ -78,11 +86,13 @@ class DistillationTrainer(OCPTrainer):
         self._distilled: tuple[Batch, dict[str, torch.Tensor], Captured] | None = None
         self._resumed: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
-        self._scheduled_step = 0
+        self._scheduled_step = self._saved_step = 0
         self._validated: dict[str, Any] | None = None
+        self._training = self._evaluating = False
         if self.distillation_config.flush_denormal and not _runs_on_cuda(stock):
             flush_denormals()
         super().__init__(task=task, model=stock_model_config(model), **stock)
+        self.interruption = Interruption(self.device)
 
     # -- setting up -------------------------------------------------------------------------------
 
@@ -180,21 +190,27 @@ class DistillationTrainer(OCPTrainer):
                 "optim.scheduler is ReduceLROnPlateau, which needs a dataset.val; give one, or "
                 "choose another scheduler."
             )
-        resume = self._asked_to_resume and os.path.isfile(self._own_checkpoint)
-        if resume and not self._continues_run:
-            # It goes before the one that --checkpoint names: a requeued run goes on.
-            self.load_checkpoint(self._own_checkpoint)
-        self._set_up_distillation()
-        if distutils.is_master() and not self.is_debug:
-            self.records = Records(self.config["cmd"]["checkpoint_dir"])
-            self.records.write("config", step=self.step, config=self.config)
-        if self._resumed is not None:
-            self._finish_resumed_step(disable_eval_tqdm)
-        super().train(disable_eval_tqdm=disable_eval_tqdm)
+        self._training = True
+        with self.interruption:
+            self._resume_own_run()
+            loaders = (self.train_loader, self.val_loader, self.test_loader)
+            check_same_on_ranks(seen_by_rank(self.config, [it and it.dataset for it in loaders]))
+            self._set_up_distillation()
+            if self.distillation:
+                check_same_on_ranks({"the teacher": self.distillation.identity["teacher"]})
+            if distutils.is_master() and not self.is_debug:
+                self.records = Records(self.config["cmd"]["checkpoint_dir"])
+                self.records.write("config", step=self.step, config=self.config)
+            if self._resumed is not None:
+                self._finish_resumed_step(disable_eval_tqdm)
+            super().train(disable_eval_tqdm=disable_eval_tqdm)
+        self._training = False
 
     def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         check_finite(batch, tuple(self.output_targets))
         distillation = self.distillation
+        if self._evaluating and self.interruption.asked() is Ask.LEAVE:
+            self.interruption.leave()  # this step has been saved; its evaluation will be run again
         if self.model.training and self._random_state is not None:
             set_random_state(self._random_state)  # as it was at this step of the interrupted run
             self._random_state = None
@@ -239,6 +255,11 @@ class DistillationTrainer(OCPTrainer):
             metrics = {name: metric["metric"] for name, metric in self.metrics.items()}
             rate = self.scheduler.get_lr()
             self.records.write("train", step=self.step, epoch=self.epoch, lr=rate, metrics=metrics)
+        asked = self.interruption.asked()
+        if asked is not Ask.NOTHING:
+            self.save()
+        if asked is Ask.LEAVE:
+            self.interruption.leave()
 
     def _step_projections(self, *_: Any) -> None:
         """Runs after every step of the student's optimiser, and so only where that took one."""
@@ -250,7 +271,10 @@ class DistillationTrainer(OCPTrainer):
 
     def validate(self, split: str = "val", disable_tqdm: bool = False) -> dict[str, Any]:
         distilled: dict[str, float] = {}
-        with self.distillation.values_apart() if self.distillation else nullcontext():
+        with (
+            self.distillation.values_apart() if self.distillation else nullcontext(),
+            self._in_evaluation(),
+        ):
             self._validating = True
             try:
                 metrics = super().validate(split=split, disable_tqdm=disable_tqdm)
@@ -268,9 +292,24 @@ class DistillationTrainer(OCPTrainer):
     def update_best(
         self, primary_metric: str, val_metrics: dict[str, Any], disable_eval_tqdm: bool = True
     ) -> None:
-        super().update_best(primary_metric, val_metrics, disable_eval_tqdm=disable_eval_tqdm)
+        with self._in_evaluation():  # a new best one predicts the test set
+            super().update_best(primary_metric, val_metrics, disable_eval_tqdm=disable_eval_tqdm)
         metric = float(val_metrics[primary_metric]["metric"])
         self._validated = {"step": self.step, "metric": metric}
+
+    @contextmanager
+    def _in_evaluation(self) -> Iterator[None]:
+        """Within the block a training can leave at any batch, since its step has been saved."""
+        if not self._training or not self.interruption.held:
+            yield
+            return
+        if self._saved_step != self.step:
+            self.save()
+        self._evaluating = True
+        try:
+            yield
+        finally:
+            self._evaluating = False
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -280,16 +319,33 @@ class DistillationTrainer(OCPTrainer):
         checkpoint_file: str = "checkpoint.pt",
         training_state: bool = True,
     ) -> str | None:
-        """Stock's checkpoint, written aside and renamed, with our state under one more key."""
+        """Stock's checkpoint, written aside and renamed, with our state under one more key.
+
+        Raises:
+            UserError: it cannot be written, e.g. for a full disk; the one before is whole then.
+        """
+        if self.interruption.answering:  # every rank has just saved; stock asks the first one again
+            return self._own_checkpoint
         extra = {STATE_KEY: self._state()} if training_state else {}
-        with workarounds.checkpoints_written_with(extra):
-            return super().save(metrics, checkpoint_file, training_state)
+        try:
+            with workarounds.checkpoints_written_with(extra):
+                path = super().save(metrics, checkpoint_file, training_state)
+        except OSError as error:
+            run = self.config["cmd"]["timestamp_id"]
+            raise UserError(
+                f"{checkpoint_file} of step {self.step} could not be written ({error}), and the "
+                "one before it is kept: make room, then start the same command again with "
+                f"--timestamp-id {run}."
+            ) from error
+        if training_state:
+            self._saved_step = self.step
+        return path
 
     def _state(self) -> dict[str, Any]:
         return {
             "format": STATE_FORMAT,
             "distillation": self.distillation.state_dict() if self.distillation else None,
-            "random_state": random_state(),
+            "random_states": random_states(gather=self._training),
             "scheduler_stepped": self._scheduled_step >= self.step,
             "validated": self._validated,
         }
@@ -301,12 +357,12 @@ class DistillationTrainer(OCPTrainer):
         inference_only: bool = False,
     ) -> None:
         """Stock's, from a file read without executing code."""
+        own = self._asked_to_resume and self._is_own(checkpoint_path)
         if checkpoint is None:
             logging.info(f"Loading checkpoint from: {checkpoint_path}")
-            hint = (
-                "the student's checkpoint (--checkpoint) has to be one that fairchem itself wrote"
-            )
-            checkpoint = read_checkpoint(checkpoint_path, hint=hint)
+            checkpoint = read_student(checkpoint_path, own=own)
+        if own:
+            check_same_run(checkpoint["config"], self.config, self.timestamp_id)
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         if inference_only:
             return
@@ -315,7 +371,8 @@ class DistillationTrainer(OCPTrainer):
             self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
         self._loaded_from = checkpoint_path
         self._resumed = checkpoint.get(STATE_KEY)
-        _check_format(self._resumed, checkpoint_path)
+        self._saved_step = self.step if own else 0
+        check_format(self._resumed, checkpoint_path)
 
     @property
     def _own_checkpoint(self) -> str:
@@ -324,14 +381,30 @@ class DistillationTrainer(OCPTrainer):
     @property
     def _continues_run(self) -> bool:
         """Whether what was loaded is this run's own, rather than a start for a new one."""
-        own = os.path.abspath(self._own_checkpoint)
-        return self._loaded_from != "" and os.path.abspath(self._loaded_from) == own
+        return self._loaded_from != "" and self._is_own(self._loaded_from)
+
+    def _is_own(self, path: str) -> bool:
+        return os.path.abspath(path) == os.path.abspath(self._own_checkpoint)
+
+    def _resume_own_run(self) -> None:
+        """Go on from this run's own checkpoint, if it was asked for by name and there is one."""
+        if not self._asked_to_resume:
+            return
+        if distutils.is_master():
+            remove_leftovers(self._own_checkpoint)
+        if self._continues_run:
+            return
+        if has_checkpoint(self._own_checkpoint):
+            # It goes before the one that --checkpoint names: a requeued run goes on.
+            self.load_checkpoint(self._own_checkpoint)
+        else:
+            logging.info(f"{self.timestamp_id} has no checkpoint: starting from the beginning")
 
     def _finish_resumed_step(self, disable_eval_tqdm: bool) -> None:
         """What the interrupted run had still to do after its save, in stock's order."""
         state, optim = self._resumed, self.config["optim"]
         assert state is not None
-        set_random_state(state["random_state"])
+        set_random_state(random_state_for(state, distutils.get_rank()))
         eval_due = self.step % optim.get("eval_every", len(self.train_loader)) == 0
         self._validated = state["validated"]
         validated = self._validated is not None and self._validated["step"] == self.step
@@ -357,11 +430,3 @@ class DistillationTrainer(OCPTrainer):
 
 def _runs_on_cuda(stock: dict[str, Any]) -> bool:
     return torch.cuda.is_available() and not stock.get("cpu", False)
-
-
-def _check_format(state: dict[str, Any] | None, path: str) -> None:
-    if state is not None and state.get("format", 0) > STATE_FORMAT:
-        raise UserError(
-            f"{path} was written by a newer fairchem-kd (format {state['format']}, this one reads "
-            f"up to {STATE_FORMAT}): upgrade fairchem-kd, or start from best_checkpoint.pt."
-        )

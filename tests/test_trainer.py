@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from fairchem.core.trainers import OCPTrainer
-from trainings import assert_equal, config, trainer, weights, write_lmdb, write_teacher
+from trainings import (
+    assert_equal,
+    assert_same,
+    config,
+    trainer,
+    weights,
+    write_lmdb,
+    write_teacher,
+)
 
 from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.errors import UserError
@@ -326,22 +334,6 @@ def test_a_resumed_run_ends_like_one_that_was_never_interrupted(
             assert_same(ended[key], expected[key], f"step {step}: {key}")
         ended = read_checkpoint(run / "best_checkpoint.pt")
         assert_same(ended["state_dict"], best["state_dict"], f"step {step}: best")
-
-
-def assert_same(left: Any, right: Any, where: str) -> None:
-    """Equal through and through, tensors bit for bit."""
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), where
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_same(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right), where
-        for index, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_same(a, b, f"{where}[{index}]")
-    else:
-        assert left == right, where
 
 
 def test_the_runs_own_checkpoint_goes_before_the_one_given(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import multiprocessing
 import pickle
 import random
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import lmdb
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import yaml
 from fairchem.core.common.utils import setup_imports
 from fairchem.core.trainers import OCPTrainer
@@ -22,6 +26,8 @@ from models import fit_scales, model_config, structures, to_data
 
 from fairchem_kd.trainer import DistillationTrainer
 
+#: What a process has imported from which those of tests are forked: it takes seconds.
+PRELOAD = ["fairchem_kd.launch", "fairchem_kd.trainer"]
 NORMALIZER = {"energy": {"mean": 10.0, "rmsd": 2.0}, "forces": {"mean": 0.0, "rmsd": 1.5}}
 
 
@@ -155,6 +161,37 @@ def write_teacher(root: Path, data: Path, model: str = "gemnet_oc", seed: int = 
 def weights(built: OCPTrainer) -> dict[str, torch.Tensor]:
     """A copy of the student's weights."""
     return {name: value.clone() for name, value in built._unwrapped_model.state_dict().items()}
+
+
+def start_ranks(function: Callable[..., None], world: int, root: Path, *more: Any) -> None:
+    """Run ``function(rank, world, root, ...)`` in one process per rank, joined by gloo."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    store = tempfile.mktemp(prefix="store", dir=root)
+    arguments = (function, world, store, root, *more)
+    mp.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
+
+
+def _rank(rank: int, function: Callable[..., None], world: int, store: str, *more: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    function(rank, world, *more)
+    dist.destroy_process_group()
+
+
+def assert_same(left: Any, right: Any, where: str) -> None:
+    """Equal through and through, tensors bit for bit."""
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), where
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    else:
+        assert left == right, where
 
 
 def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
