@@ -26,12 +26,14 @@ from fairchem.core import _cli
 from fairchem.core.common import distutils
 from fairchem.core.common.flags import flags
 from fairchem.core.common.utils import build_config, setup_logging
+from submitit import AutoExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from fairchem_kd import workarounds
 from fairchem_kd.cli import report
-from fairchem_kd.config import parse_distillation
+from fairchem_kd.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.denormals import flush_denormals
 from fairchem_kd.errors import UserError, did_you_mean
@@ -53,12 +55,21 @@ class KDRunner(_cli.Runner):
         if config.get("submit"):
             # Built by the job, not on the login node; ranks and jobs wait for each other.
             ensure_built(config)
+            config = workarounds.join_submitted_ranks(config)
         super().__call__(config)
 
-    def checkpoint(self, *args: Any, **kwargs: Any) -> DelayedSubmission:
-        """Save and requeue, with this class again where stock would take its own."""
-        stock = super().checkpoint(*args, **kwargs)
-        return DelayedSubmission(KDRunner(), *stock.args, **stock.kwargs)
+    def checkpoint(self, config: dict[str, Any]) -> DelayedSubmission:
+        """What submitit is to run when the job starts again: this run, from where it has come."""
+        trainer = getattr(self, "trainer", None)
+        if trainer is None:  # it was still being set up
+            return DelayedSubmission(KDRunner(), config)
+        if not hasattr(trainer, "interruption"):
+            config = super().checkpoint(config).args[0]  # a stock trainer: saved here and now
+            return DelayedSubmission(KDRunner(), {**config, "submit": True})
+        # Ours has saved, where that made sense; its own checkpoint goes before --checkpoint.
+        if trainer.logger is not None:
+            trainer.logger.mark_preempting()
+        return DelayedSubmission(KDRunner(), {**config, "timestamp_id": trainer.timestamp_id})
 
 
 def run_rank(config: dict[str, Any]) -> None:
@@ -105,6 +116,25 @@ def _sentence_of_ranks() -> Iterator[None]:
             del os.environ[_SENTENCE]
             for logger in loggers:
                 logger.removeFilter(unspoken)
+
+
+@contextmanager
+def _sentence_of_scheduler(args: argparse.Namespace) -> Iterator[None]:
+    """Raise what a scheduler has against a job as a UserError."""
+    if args.submit and args.num_nodes > 1 and AutoExecutor.which() == "local":
+        raise UserError(
+            f"--num-nodes {args.num_nodes}: there is no scheduler here, and without one --submit "
+            "runs jobs on this machine alone; leave out --num-nodes, or submit where sbatch is."
+        )
+    try:
+        yield
+    except (FailedJobError, FailedSubmissionError) as error:
+        lines = [line.removeprefix("sbatch: ") for line in str(error).splitlines()]
+        reason = "; ".join(line.removeprefix("error: ") for line in lines if line.strip())
+        raise UserError(
+            f"the scheduler refused the job: {reason or 'it gave no reason'} (what was asked for "
+            "comes from --num-gpus, --num-nodes, the --slurm-* flags and the config's slurm block)."
+        ) from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -154,12 +184,18 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
 def run_config(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Build the data that is missing, then launch the config as stock would."""
     parse_distillation(config.get("task"))  # before minutes are spent on data
+    if str(config.get("trainer")).rpartition(".")[2] in ("distillation", "DistillationTrainer"):
+        refuse_graph_parallel(args.gp_gpus)
     if not args.submit:
         ensure_built(config)
     rank = run_rank if args.num_gpus == 1 else run_launched_rank
+    executor = workarounds.CPUExecutor if args.cpu else AutoExecutor
     with (
-        workarounds.stock_command_with(config=config, runner=KDRunner, rank=rank),
+        workarounds.stock_command_with(
+            config=config, runner=KDRunner, rank=rank, executor=executor
+        ),
         _sentence_of_ranks(),
+        _sentence_of_scheduler(args),
     ):
         _cli.main(args, [])
 
@@ -217,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = argv[1:]
     args, overrides = make_parser().parse_known_args(argv)
     setup_logging()
-    if not (args.cpu or args.submit or torch.cuda.is_available()):
+    elsewhere = args.submit and AutoExecutor.which() != "local"
+    if not (args.cpu or elsewhere or torch.cuda.is_available()):
         logging.info("No CUDA device here: running on the CPU, as with --cpu")
         args.cpu = True
     try:

@@ -14,8 +14,10 @@ import torch
 from fairchem.core import _cli
 from fairchem.core.common import distutils
 from fairchem.core.trainers import base_trainer
+from submitit import AutoExecutor, JobEnvironment
 
 from fairchem_kd.checkpoint import write_checkpoint
+from fairchem_kd.resume import previous_of
 
 
 def fresh_timestamp(
@@ -50,14 +52,15 @@ def checkpoints_written_with(extra: dict[str, Any]) -> Iterator[None]:
 
     ``BaseTrainer.save`` builds its dictionary and writes it in place: there is no hook for another
     key, and a crash while it writes leaves a truncated file. Its only way out is the function
-    ``save_checkpoint`` of its module, which is replaced for the time of the call.
+    ``save_checkpoint`` of its module, which is replaced for the time of the call. Of a file from
+    which a run goes on, one with ``extra``, the one before is kept.
     """
 
     def save_checkpoint(
         state: dict[str, Any], checkpoint_dir: str = "checkpoints/", checkpoint_file: str = ""
     ) -> str:
         path = os.path.join(checkpoint_dir, checkpoint_file)
-        write_checkpoint({**state, **extra}, path)
+        write_checkpoint({**state, **extra}, path, previous=previous_of(path) if extra else None)
         return path
 
     original = base_trainer.save_checkpoint
@@ -97,21 +100,66 @@ def sweep_grid(base: dict[str, Any], sweep_yml: Path) -> list[dict[str, Any]]:
     return grid
 
 
+class CPUExecutor(AutoExecutor):
+    """submitit's executor for jobs without GPUs.
+
+    Stock's ``main`` asks for as many GPUs as ranks whatever ``--cpu`` says, which a scheduler
+    refuses where there are none.
+    """
+
+    def update_parameters(self, **parameters: Any) -> None:
+        super().update_parameters(**{**parameters, "gpus_per_node": 0 if self.is_local else None})
+
+    @property
+    def is_local(self) -> bool:
+        return self.cluster == "local"
+
+
+def join_submitted_ranks(config: dict[str, Any]) -> dict[str, Any]:
+    """Prepare this rank of a submitted job, and return the config with which it finds the others.
+
+    For submitted jobs stock's ``distutils.setup`` knows nccl and GPUs alone, one port for all
+    jobs of a node, and no scheduler but SLURM. Without ``submit`` it takes what torch's own
+    launchers set, and the backend that the config names; that is set here from submitit's
+    environment.
+    """
+    job = JobEnvironment()
+    address = "localhost" if job.num_nodes == 1 else job.hostnames[0]
+    # One port for a job's ranks, which cannot agree on one before they have met.
+    number = int("".join(filter(str.isdigit, job.raw_job_id)))
+    os.environ.update(
+        MASTER_ADDR=address,
+        MASTER_PORT=str(10000 + number % 20000),
+        RANK=str(job.global_rank),
+        LOCAL_RANK=str(job.local_rank),
+        WORLD_SIZE=str(job.num_tasks),
+    )
+    if config["cpu"]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # stock would give each rank one that it sees
+    return {**config, "submit": False, "world_size": job.num_tasks}
+
+
 @contextmanager
 def stock_command_with(
-    *, config: dict[str, Any], runner: type, rank: Callable[[dict[str, Any]], None]
+    *,
+    config: dict[str, Any],
+    runner: type,
+    rank: Callable[[dict[str, Any]], None],
+    executor: type[AutoExecutor],
 ) -> Iterator[None]:
-    """Within the block, stock's ``_cli.main`` takes this config, this Runner, this rank function.
+    """Within the block, stock's ``_cli.main`` takes this config, Runner, rank function, executor.
 
     It builds its config inside and launches functions of its own module: there is no hook for data
-    to be built first, for a plugin in launched processes, or for an error without a traceback. Both
-    replacements must be importable, since launched processes and SLURM jobs unpickle them.
+    to be built first, for a plugin in launched processes, or for an error without a traceback. The
+    Runner and the rank function must be importable, since launched processes and SLURM jobs
+    unpickle them.
     """
     replacements = {
         "build_config": lambda args, overrides: config,
         "create_grid": sweep_grid,
         "Runner": runner,
         "runner_wrapper": rank,
+        "AutoExecutor": executor,
     }
     originals = {name: getattr(_cli, name) for name in replacements}
     for name, replacement in replacements.items():

@@ -202,3 +202,14 @@ def test_from_the_command_line(
     arguments = config(tmp_path, data, teacher=teachers["gemnet_oc"], losses={"n2n": {}})
     override = "--task.distillation.losses.n2n.coefficient=-1e-3"
     assert "losses.n2n.coefficient" in refusal(tmp_path, arguments, capsys, override)
+
+
+def test_graph_parallel_is_refused(
+    tmp_path: Path,
+    data: Path,
+    teachers: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = config(tmp_path, data, teacher=teachers["gemnet_oc"], losses={"n2n": {}})
+    said = refusal(tmp_path, arguments, capsys, "--gp-gpus", "2")
+    assert said == "error: --gp-gpus: distillation does not run graph-parallel; remove the flag."

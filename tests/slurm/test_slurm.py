@@ -1,0 +1,221 @@
+"""``fairchem main --submit`` on a real SLURM: one at hand, or one of two nodes started for this."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import (
+    LAST_STEP,
+    Command,
+    assert_same_end,
+    run_argv,
+    steps,
+    wait_until,
+    write_run,
+)
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+CLUSTER = Path(__file__).with_name("cluster.sh")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    """The environment in which SLURM's commands find a cluster."""
+    if answers("sinfo", {}):
+        yield {}
+        return
+    if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
+        pytest.skip(f"no SLURM here; as root on Debian, `{CLUSTER} install` gives the tests one")
+    folder = tempfile.mkdtemp(prefix="slurm")  # a short path: munge's socket is in it
+    started = subprocess.run([CLUSTER, "start", folder], capture_output=True, text=True)
+    if started.returncode != 0:
+        pytest.skip(f"SLURM does not start here: {started.stderr.strip()[-500:]}")
+    try:
+        yield {"SLURM_CONF": f"{folder}/slurm.conf"}
+    finally:
+        subprocess.run([CLUSTER, "stop", folder], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(command: str, env: dict[str, str]) -> bool:
+    if shutil.which(command) is None:
+        return False
+    done = subprocess.run(
+        [command, "-h"], env={**os.environ, **env}, capture_output=True, timeout=60
+    )
+    return done.returncode == 0
+
+
+class Cluster:
+    """Submits runs of one config from a folder, and asks SLURM about them."""
+
+    def __init__(self, root: Path, env: dict[str, str]) -> None:
+        self.root, self.env = root, env
+
+    def submit(self, name: str, *more: str, ranks: int = 1) -> Command:
+        """The command that submits it."""
+        argv = [
+            *("--identifier", name, "--run-dir", str(self.root), "--logdir", f"logs/{name}"),
+            *("--submit", "--slurm-mem", "2", "--slurm-timeout", "1", *more),
+        ]
+        return Command(run_argv(ranks, *argv), self.root, self.root / f"{name}.log", **self.env)
+
+    def jobs(self, name: str, command: Command) -> list[str]:
+        command.finish()
+        said = re.search(r"Submitted jobs: ([\d_, ]+)", (self.root / f"{name}.log").read_text())
+        assert said is not None
+        return said.group(1).strip().split(", ")
+
+    def ask(self, *argv: str) -> str:
+        env = {**os.environ, **self.env}
+        return subprocess.run(argv, env=env, check=True, capture_output=True, text=True).stdout
+
+    def show(self, job: str) -> dict[str, str]:
+        said = self.ask("scontrol", "show", "job", "-o", job)
+        return dict(word.split("=", 1) for word in said.split() if "=" in word)
+
+    def wait_for_end(self, job: str) -> dict[str, str]:
+        return wait_until(
+            lambda: (shown := self.show(job))["JobState"] in ENDED and shown, f"job {job}", 0.5
+        )
+
+    def folder(self, name: str) -> Path:
+        """A run's only folder."""
+        (found,) = self.root.glob(f"checkpoints/*-{name}")
+        return found
+
+    def last_step(self, name: str) -> int:
+        """How far a run has come."""
+        folders = list(self.root.glob(f"checkpoints/*-{name}"))
+        return max(steps(folders[0]), default=0) if folders else 0
+
+    def said(self, name: str) -> str:
+        return "".join(path.read_text() for path in self.root.glob(f"logs/{name}/*/*_log.*"))
+
+
+@pytest.fixture(scope="module")
+def cluster(slurm: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    """Where the config and its data are."""
+    root = tmp_path_factory.mktemp("slurm")
+    yml = write_run(root)
+    contents = yaml.safe_load(yml.read_text())
+    yml.write_text(yaml.safe_dump({**contents, "slurm": {"comment": "from-the-config"}}))
+    return Cluster(root, slurm)
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster) -> dict[str, list[str]]:
+    """All jobs, at work side by side, two of them interrupted in mid-run."""
+    grid = {"optim": {"lr_initial": [1e-3, 2e-3]}}
+    (cluster.root / "grid.yml").write_text(yaml.safe_dump(grid))
+    missing = "--task.distillation.teacher.checkpoint=missing.pt"
+    commands = {
+        "interrupted": cluster.submit("interrupted", "--num-gpus", "2", ranks=2),
+        "killed": cluster.submit("killed"),
+        "one": cluster.submit("one"),
+        "two": cluster.submit("two", "--num-gpus", "2", ranks=2),
+        "failing": cluster.submit("failing", missing),
+        "array": cluster.submit("array", "--sweep-yml", "grid.yml"),
+    }
+    if len(set(cluster.ask("sinfo", "-h", "-N", "-o", "%N").split())) > 1:
+        commands["nodes"] = cluster.submit("nodes", "--num-nodes", "2", ranks=2)
+    submitted = {name: cluster.jobs(name, command) for name, command in commands.items()}
+    to_be_sent = {"interrupted": "USR2", "killed": "KILL"}
+
+    def all_sent() -> bool:
+        for name, number in list(to_be_sent.items()):
+            if cluster.last_step(name) >= 4:
+                cluster.ask("scancel", f"--signal={number}", *submitted[name])
+                del to_be_sent[name]
+        return not to_be_sent
+
+    wait_until(all_sent, f"the fourth steps of {to_be_sent}")
+    return submitted
+
+
+def test_told_to_leave_ahead_of_a_time_out(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
+    """Two ranks save at the same step, the job requeues itself, and no step is taken twice."""
+    (job,) = jobs["interrupted"]
+    ended = cluster.wait_for_end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    assert "Requeued job" in cluster.said("interrupted")
+    assert "Traceback" not in cluster.said("interrupted")
+    assert steps(cluster.folder("interrupted")) == list(range(1, LAST_STEP + 1))
+    cluster.wait_for_end(jobs["two"][0])
+    assert_same_end(cluster.folder("interrupted"), cluster.folder("two"))
+
+
+def test_killed_and_requeued(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
+    """As after a node's failure: it starts again, and goes on in its own folder."""
+    (job,) = jobs["killed"]
+    ended = cluster.wait_for_end(job)
+    assert ended["JobState"] == "FAILED"
+    assert max(steps(cluster.folder("killed"))) < LAST_STEP
+    cluster.ask("scontrol", "requeue", job)
+    wait_until(lambda: cluster.show(job)["JobState"] not in ENDED, "the requeue")
+    ended = cluster.wait_for_end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    cluster.wait_for_end(jobs["one"][0])
+    assert_same_end(cluster.folder("killed"), cluster.folder("one"))
+
+
+def test_one_job(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
+    ended = cluster.wait_for_end(jobs["one"][0])
+    assert ended["JobState"] == "COMPLETED", cluster.said("one")
+    assert ended["Comment"] == "from-the-config"
+    assert "gpu" not in ended["TRES"]
+    assert steps(cluster.folder("one")) == list(range(1, LAST_STEP + 1))
+
+
+def test_two_ranks(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
+    ended = cluster.wait_for_end(jobs["two"][0])
+    assert ended["JobState"] == "COMPLETED", cluster.said("two")
+    assert "node=1" in ended["TRES"]
+    assert steps(cluster.folder("two")) == list(range(1, LAST_STEP + 1))
+
+
+def test_two_nodes(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
+    """The same ranks, one on each of two nodes."""
+    if "nodes" not in jobs:
+        pytest.skip("this SLURM has one node")
+    ended = cluster.wait_for_end(jobs["nodes"][0])
+    assert ended["JobState"] == "COMPLETED", cluster.said("nodes")
+    assert "node=2" in ended["TRES"]
+    cluster.wait_for_end(jobs["two"][0])
+    assert_same_end(cluster.folder("nodes"), cluster.folder("two"))
+
+
+def test_a_failing_job_is_reported_as_failed(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
+    ended = cluster.wait_for_end(jobs["failing"][0])
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0")
+    assert "missing.pt does not exist" in cluster.said("failing")
+    assert not list(cluster.folder("failing").glob("*checkpoint.pt"))
+
+
+def test_a_sweep_is_an_array(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
+    first, second = jobs["array"]
+    assert first.removesuffix("_0") == second.removesuffix("_1")
+    for number, job in enumerate((first, second)):
+        ended = cluster.wait_for_end(job)
+        assert ended["JobState"] == "COMPLETED", cluster.said("array")
+        folder = cluster.folder(f"array_run{number}")
+        assert steps(folder) == list(range(1, LAST_STEP + 1))
+
+
+def test_a_refused_job_is_a_sentence(cluster: Cluster) -> None:
+    command = cluster.submit("refused", "--slurm.no_such_option=1")
+    assert command.wait() == 2
+    said = (cluster.root / "refused.log").read_text().splitlines()
+    assert "error: the scheduler refused the job: " in said[-1]
+    assert "no-such-option" in said[-1]
+    assert "Traceback" not in said
