@@ -26,6 +26,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "cka": Command("fairchem_kd.analysis.cli_cka", "show how similar the layers of two models are"),
     "compare": Command("fairchem_kd.analysis.cli_compare", "show what distillation gained"),
     "configs": Command("fairchem_kd.configs", "list or copy the shipped YAML configs", True),
     "data": Command("fairchem_kd.data.cli", "make datasets with real labels, or convert your own"),

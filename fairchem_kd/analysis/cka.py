@@ -1,0 +1,357 @@
+"""Whether distillation made the student's layers more like the teacher's: a study, and its report.
+
+    models, structures -> study -> Study -> tables, as_dict, figures, write
+
+``fairchem-kd cka`` is these functions on the command line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fairchem_kd.analysis.layers import (
+    FORMS,
+    Compared,
+    Layers,
+    Map,
+    Mark,
+    compare_layers,
+    settle,
+)
+from fairchem_kd.analysis.similarity import Estimate
+from fairchem_kd.analysis.tables import Table
+from fairchem_kd.checkpoint import write_whole
+from fairchem_kd.errors import UserError
+from fairchem_kd.features import FeatureExtractor, Request
+from fairchem_kd.records import plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fairchem_kd.analysis.structures import Structures
+    from fairchem_kd.teacher import Teacher
+
+FORMAT = 1
+TEACHER, BEFORE, STUDENT = "teacher", "before", "student"
+_FORM_NAMES = {
+    "node": "node features, and edge features summed onto their target atoms",
+    "vector": "node vectors, and edge features summed with the edges' unit vectors",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What :func:`study` found: maps of teacher and student, and of the student before and after.
+
+    ``names`` and ``paths`` are by role: ``teacher``, ``student`` and, where one was given,
+    ``before``.
+    """
+
+    compared: Compared
+    names: dict[str, str]
+    paths: dict[str, str]
+    marks: list[Mark]
+    data: str
+
+    @property
+    def has_before(self) -> bool:
+        return BEFORE in self.names
+
+
+def study(
+    models: dict[str, Teacher],
+    structures: Structures,
+    layers: dict[str, Layers],
+    *,
+    names: dict[str, str],
+    marks: Sequence[Mark] = (),
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Study:
+    """Compare a student's layers with its teacher's, and with those it had before.
+
+    Args:
+        models: by role: ``teacher``, ``student`` and, if there is one, ``before``: the same
+            architecture as the student, trained without distillation or not at all.
+        structures: on which they are compared; every atom is a sample.
+        layers: of teacher and student, as :func:`fairchem_kd.analysis.layers.layers_of` gives them.
+        names: what to call each.
+        marks: the pairs of layers that were distilled; layers of theirs are compared in any case.
+        batch_size: structures at a time.
+        progress: show a bar on a terminal.
+
+    Raises:
+        UserError: layers that are missing, structures that a model cannot take, or fewer than four
+            atoms.
+    """
+    layers = {role: {form: list(own[form]) for form in FORMS} for role, own in layers.items()}
+    student, teacher = models[STUDENT].model, models[TEACHER].model
+    settled = [settle(mark, student, teacher, (layers[STUDENT], layers[TEACHER])) for mark in marks]
+    pairs = [(TEACHER, STUDENT)]
+    if BEFORE in models:
+        layers[BEFORE] = layers[STUDENT]
+        wanted = [Request(address, form) for form in FORMS for address in layers[STUDENT][form]]
+        try:
+            FeatureExtractor(models[BEFORE].model, wanted)
+        except UserError as error:
+            raise UserError(
+                f"{models[BEFORE].name} has not the layers of {models[STUDENT].name}, whose "
+                f"architecture it should be of to be what that was before: {error}"
+            ) from error
+        pairs += [(TEACHER, BEFORE), (BEFORE, STUDENT)]
+    compared = compare_layers(
+        models, pairs, structures, layers, batch_size=batch_size, progress=progress
+    )
+    if compared.atoms < 4:
+        raise UserError(
+            f"{structures.path} gives {compared.atoms} atoms, and unbiased CKA needs four at the "
+            "very least (hundreds, to say anything): take more structures."
+        )
+    paths = {role: model.name for role, model in models.items()}
+    return Study(compared, names, paths, settled, structures.path)
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def tables(found: Study) -> list[Table]:
+    """The distilled layers first, then every map."""
+    made = [table for table in [marks_table(found)] if table.rows]
+    for form in FORMS:
+        after = found.compared.map(form, TEACHER, STUDENT)
+        if after is None:
+            continue
+        marked = [(m.teacher, m.student) for m in found.marks if m.form == form]
+        before = found.compared.map(form, TEACHER, BEFORE)
+        if before is not None:
+            made.append(map_table(found, before, marked))
+        made.append(map_table(found, after, marked))
+        if before is not None:
+            made.append(map_table(found, after - before, marked, signed=True))
+            own = found.compared.map(form, BEFORE, STUDENT)
+            assert own is not None
+            made.append(map_table(found, own, []))
+    return made
+
+
+def map_table(
+    found: Study, shown: Map, marked: Sequence[tuple[str, str]], *, signed: bool = False
+) -> Table:
+    """One map; the distilled pair has an asterisk."""
+    first = found.names[shown.first]
+    if signed:
+        title = f"CKA with {first}: {found.names[STUDENT]} minus {found.names[BEFORE]}"
+    else:
+        title = f"CKA of {first} (rows) and {found.names[shown.second]} (columns)"
+    table = Table(f"{title}, {shown.form} form", [shown.first, *shown.columns])
+    for layer, row in zip(shown.rows, shown.values, strict=True):
+        cells = [
+            _number(value, signed) + ("*" if (layer, column) in marked else "")
+            for column, value in zip(shown.columns, row, strict=True)
+        ]
+        table.add(layer, *cells)
+    table.notes.append(
+        f"{found.compared.atoms} atoms of {found.compared.structures} structures of {found.data}; "
+        f"{_FORM_NAMES[shown.form]}. Unbiased: 1 for the same up to rotation and scale, about 0 "
+        "for unrelated features."
+    )
+    errors = shown.errors[np.isfinite(shown.errors)]
+    if len(errors):
+        table.notes.append(f"Standard errors (jackknife over structures) up to {errors.max():.3f}.")
+    if marked:
+        table.notes.append("* brought together by distillation.")
+    return table
+
+
+def _number(value: float, signed: bool = False) -> str:
+    if not np.isfinite(value):
+        return "-"
+    return f"{value:+.3f}" if signed else f"{value:.3f}"
+
+
+@dataclass(frozen=True)
+class Rise:
+    """The similarity of the teacher's distilled layer with one layer of the student."""
+
+    mark: Mark
+    layer: str  #: the student's
+    before: Estimate | None
+    after: Estimate
+
+    @property
+    def difference(self) -> Estimate | None:
+        return None if self.before is None else self.after - self.before
+
+    @property
+    def verdict(self) -> str:
+        """``rose``, ``fell`` or ``no evidence``, by the 95 % interval of the difference."""
+        change = self.difference
+        if change is None or change.half_width is None or not np.isfinite(change.value):
+            return "-"
+        if abs(change.value) <= change.half_width:
+            return "no evidence"
+        return "rose" if change.value > 0 else "fell"
+
+
+def rises(found: Study) -> list[Rise]:
+    """For every distilled pair, the student's layers from the distilled one on.
+
+    The paper's claim (arXiv 2306.14818, section 5) is that similarity rises at the distilled layer
+    and on through the student.
+    """
+    made = []
+    for mark in found.marks:
+        after = found.compared.map(mark.form, TEACHER, STUDENT)
+        before = found.compared.map(mark.form, TEACHER, BEFORE)
+        assert after is not None
+        name = mark.student.partition("@")[0]
+        start = after.columns.index(mark.student)
+        for layer in after.columns[start:]:
+            if layer.partition("@")[0] != name:
+                continue
+            earlier = None if before is None else before.at(mark.teacher, layer)
+            made.append(Rise(mark, layer, earlier, after.at(mark.teacher, layer)))
+    return made
+
+
+def marks_table(found: Study) -> Table:
+    """The distilled pairs, and the student's layers behind them."""
+    header = ["loss", "teacher's layer", "student's layer"]
+    header += ["before", "after", "difference", "verdict"] if found.has_before else ["CKA"]
+    table = Table(f"CKA at the distilled layers ({found.names[STUDENT]})", header)
+    for rise in rises(found):
+        layer = rise.layer + ("*" if rise.layer == rise.mark.student else "")
+        cells = [rise.mark.term, rise.mark.teacher, layer]
+        if rise.before is not None and rise.difference is not None:
+            cells += [_with_error(rise.before), _with_error(rise.after)]
+            cells += [_with_error(rise.difference, signed=True), rise.verdict]
+        else:
+            cells.append(_with_error(rise.after))
+        table.add(*cells)
+    table.notes.append("± standard error. * distilled; the layers after it follow.")
+    if found.has_before:
+        table.notes.append(
+            f"Before: {found.names[BEFORE]}. The verdict asks the 95 % interval of the difference, "
+            "which knows the sampling of structures, not what another seed would give."
+        )
+    return table
+
+
+def _with_error(estimate: Estimate, signed: bool = False) -> str:
+    error = estimate.error
+    text = _number(estimate.value, signed)
+    return text if error is None or text == "-" else f"{text} ± {error:.3f}"
+
+
+# -- machines and files ----------------------------------------------------------------------------
+
+
+def as_dict(found: Study) -> dict[str, Any]:
+    """Everything in the tables and more, of plain values."""
+
+    def one(shown: Map) -> dict[str, Any]:
+        return {
+            "form": shown.form,
+            "rows_of": shown.first,
+            "columns_of": shown.second,
+            "rows": shown.rows,
+            "columns": shown.columns,
+            "cka": _or_none(shown.values),
+            "standard_error": _or_none(shown.errors),
+        }
+
+    return plain(
+        {
+            "format": FORMAT,
+            "models": {
+                role: {"name": name, "checkpoint": found.paths[role]}
+                for role, name in found.names.items()
+            },
+            "data": found.data,
+            "structures": found.compared.structures,
+            "atoms": found.compared.atoms,
+            "maps": [one(shown) for shown in found.compared.maps],
+            "distilled": [
+                {
+                    "loss": rise.mark.term,
+                    "form": rise.mark.form,
+                    "teacher": rise.mark.teacher,
+                    "student": rise.layer,
+                    "is_distilled": rise.layer == rise.mark.student,
+                    "before": _estimate(rise.before),
+                    "after": _estimate(rise.after),
+                    "difference": _estimate(rise.difference),
+                    "verdict": rise.verdict,
+                }
+                for rise in rises(found)
+            ],
+        }
+    )
+
+
+def _or_none(values: Any) -> list[list[float | None]]:
+    return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
+
+
+def _estimate(estimate: Estimate | None) -> dict[str, float | None] | None:
+    if estimate is None:
+        return None
+    value = estimate.value if np.isfinite(estimate.value) else None
+    error = estimate.error
+    known = error is not None and np.isfinite(error)
+    return {"value": value, "standard_error": error if known else None}
+
+
+def write(found: Study, folder: Path, *, with_plots: bool = True) -> list[Path]:
+    """Write cka.md, cka.json and, if asked for, the heat maps into ``folder``; returns the files.
+
+    Raises:
+        UserError: plots are asked for and matplotlib is missing.
+    """
+    text = "\n\n".join(table.markdown() for table in tables(found)) + "\n"
+    content = json.dumps(as_dict(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    written = [
+        write_whole(folder / "cka.md", lambda file: file.write(text.encode())),
+        write_whole(folder / "cka.json", lambda file: file.write(content.encode())),
+    ]
+    if with_plots:
+        from fairchem_kd.analysis.plots import save
+
+        for name, figure in figures(found).items():
+            written += save(figure, folder / name)
+    return written
+
+
+def figures(found: Study) -> dict[str, Figure]:
+    """By file name: teacher and student (before, after, difference), and student before-after."""
+    from fairchem_kd.analysis.plots_cka import heat_maps
+
+    drawn = {}
+    for form in FORMS:
+        after = found.compared.map(form, TEACHER, STUDENT)
+        if after is None:
+            continue
+        marked = [(m.teacher, m.student) for m in found.marks if m.form == form]
+        before = found.compared.map(form, TEACHER, BEFORE)
+        shown = [after] if before is None else [before, after, after - before]
+        titles = [found.names[STUDENT]]
+        if before is not None:
+            titles = [found.names[BEFORE], found.names[STUDENT], "difference"]
+        drawn[f"cka_{form}"] = heat_maps(
+            shown, titles, f"layer of {found.names[TEACHER]}", "student's layer", marked
+        )
+        own = found.compared.map(form, BEFORE, STUDENT)
+        if own is not None:
+            drawn[f"cka_{form}_student"] = heat_maps(
+                [own],
+                ["student before and after"],
+                f"layer of {found.names[BEFORE]}",
+                f"layer of {found.names[STUDENT]}",
+            )
+    return drawn
