@@ -35,6 +35,9 @@ COMMANDS = {
     ),
     "doctor": Command("fairchem_kd.doctor", "check this installation and say what to mend", True),
     "export": Command("fairchem_kd.export", "make a small, portable checkpoint of a run's best"),
+    "features": Command(
+        "fairchem_kd.analysis.cli_features", "write a model's embeddings of structures to a file"
+    ),
     "fit-scales": Command("fairchem_kd.fit_scales", "fit the scale factors of GemNet-OC or PaiNN"),
     "inspect": Command("fairchem_kd.features.inspect", "list the features that a model offers"),
     "sweep": Command("fairchem_kd.sweep.cli", "run a YAML's many configs, and tabulate them"),
