@@ -44,8 +44,8 @@ def check_format(path: Path) -> None:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
             raise UserError(
-                f"{path}: parquet needs pyarrow, which is not installed ({error}): pip install "
-                "'fairchem-kd[parquet]' (or: pip install pyarrow), or write .npz."
+                f"{path}: parquet needs pyarrow, which is not there ({error}): pip install "
+                "'fairchem-kd[parquet]' (or: pip install 'pyarrow<21'), or write .npz."
             ) from error
 
 
