@@ -29,6 +29,7 @@ COMMANDS = {
     "cka": Command("fairchem_kd.analysis.cli_cka", "show how similar the layers of two models are"),
     "compare": Command("fairchem_kd.analysis.cli_compare", "show what distillation gained"),
     "configs": Command("fairchem_kd.configs", "list or copy the shipped YAML configs", True),
+    "cost": Command("fairchem_kd.analysis.cli_cost", "time models, and what distilling costs"),
     "data": Command("fairchem_kd.data.cli", "make datasets with real labels, or convert your own"),
     "demo": Command(
         "fairchem_kd.demo.cli", "train students with and without a teacher, and compare"

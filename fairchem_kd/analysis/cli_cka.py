@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from fairchem_kd.analysis.devices import choose_device
     from fairchem_kd.analysis.layers import distilled_pairs, layers_of
     from fairchem_kd.analysis.models import find_checkpoint, load_model, read_model
-    from fairchem_kd.analysis.structures import open_structures
+    from fairchem_kd.analysis.structures import data_of, open_structures
 
     files = {cka.STUDENT: read_model(args.student, trust=args.trust)}
     own_teacher = files[cka.STUDENT].teacher
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         files[cka.BEFORE] = read_model(args.before, trust=args.trust)
     is_own = own_teacher is not None and find_checkpoint(Path(teacher)) == Path(own_teacher)
     marks = distilled_pairs(files[cka.STUDENT]) if is_own else []
-    source = args.data or _data_of(files[cka.STUDENT])
+    source = args.data or data_of(files[cka.STUDENT])
     device = choose_device(cpu=args.cpu)
     models = {role: load_model(file, device) for role, file in files.items()}
     layers = {
@@ -128,16 +128,6 @@ def run(args: argparse.Namespace) -> int:
         written = cka.write(found, args.out, with_plots=not args.no_plots)
         print(f"wrote {', '.join(str(path) for path in written)}", file=sys.stderr)
     return 0
-
-
-def _data_of(file: Any) -> Any:
-    """The first of the splits that the student is judged by."""
-    from fairchem_kd.analysis.splits import splits_of_run
-
-    found = list(splits_of_run(file.config).values())
-    if not found:
-        raise UserError(f"The config in {file.path} names no test set: give one with --data PATH.")
-    return found[0]
 
 
 def _names(files: dict[str, Any]) -> dict[str, str]:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fairchem_kd.analysis.splits import _close
+from fairchem_kd.analysis.splits import _close, splits_of_run
 from fairchem_kd.data.build import LMDB_FORMATS, check_dataset, ensure_built
 from fairchem_kd.errors import UserError
 
 if TYPE_CHECKING:
     import ase
     from torch_geometric.data import Batch, Data
+
+    from fairchem_kd.analysis.models import ModelFile
 
 #: Å of room that a structure gets along an axis that is not periodic: more than any model looks.
 ROOM = 40.0
@@ -31,6 +33,10 @@ class Structures:
     path: str
     count: int | None  #: None where only reading to the end tells
     _read: Callable[[], Iterator[Data]] = field(repr=False)
+
+    def samples(self) -> Iterator[Data]:
+        """One structure after the other, as fairchem's collater takes them."""
+        return self._read()
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches in the order of the file.
@@ -47,6 +53,18 @@ class Structures:
             yield data_list_collater(chunk, otf_graph=True)
         if empty:
             raise UserError(f"{self.path} holds no structure; name a file that does.")
+
+
+def data_of(file: ModelFile) -> dict[str, Any]:
+    """The config of the first of the splits that a run is judged by.
+
+    Raises:
+        UserError: its config names none.
+    """
+    found = list(splits_of_run(file.config).values())
+    if not found:
+        raise UserError(f"The config in {file.path} names no test set: give one with --data PATH.")
+    return found[0]
 
 
 @contextmanager
