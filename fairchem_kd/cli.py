@@ -41,6 +41,7 @@ COMMANDS = {
     ),
     "fit-scales": Command("fairchem_kd.fit_scales", "fit the scale factors of GemNet-OC or PaiNN"),
     "inspect": Command("fairchem_kd.features.inspect", "list the features that a model offers"),
+    "physics": Command("fairchem_kd.analysis.cli_physics", "check how models do as potentials"),
     "sweep": Command("fairchem_kd.sweep.cli", "run a YAML's many configs, and tabulate them"),
 }
 

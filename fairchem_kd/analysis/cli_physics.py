@@ -1,0 +1,150 @@
+"""``fairchem-kd physics``: do teacher, baseline and distilled student behave as potentials?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fairchem_kd.errors import UserError
+
+EPILOG = """\
+A RUN is the folder of a run, a checkpoint, or LABEL=RUN. Every model goes through stock fairchem's
+OCPCalculator, from the same structures, and so does the teacher that the runs were distilled from.
+On data of ours the labels' method (EMT or GFN2-xTB) is one more row, and what the others are held
+to.
+
+  fairchem-kd physics plain=checkpoints/*-plain e2n=checkpoints/*-e2n --out physics
+  fairchem-kd physics model.pt --data structures.traj --method none --structures 10
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fairchem-kd physics``."""
+    parser.description = (
+        "NVE energy drift and stability, relaxations, forces against finite differences of the "
+        "energy and bond scans of several models, side by side."
+    )
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
+    parser.add_argument("--teacher", type=Path, metavar="RUN", help="(default: the runs' own)")
+    parser.add_argument(
+        "--data", metavar="PATH", help="structures to start from (default: the runs' test set)"
+    )
+    parser.add_argument(
+        "--structures", type=int, default=5, metavar="N", help="how many, evenly spread (5)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=("auto", "emt", "xtb", "none"),
+        default="auto",
+        help="of the labels (default: what the data set's card says)",
+    )
+    parser.add_argument("--md-steps", type=int, default=200, metavar="N", help="of MD (200)")
+    parser.add_argument("--time-step", type=float, default=0.5, metavar="FS", help="of MD (0.5)")
+    parser.add_argument(
+        "--temperature", type=float, default=300.0, metavar="K", help="of the velocities (300)"
+    )
+    parser.add_argument("--fmax", type=float, default=0.05, help="of relaxations, eV/Å (0.05)")
+    parser.add_argument(
+        "--relax-steps", type=int, default=100, metavar="N", help="of a relaxation (100)"
+    )
+    parser.add_argument("--out", type=Path, help="a folder for physics.md, physics.json and plots")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--no-plots", action="store_true", help="no plots in --out")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
+    parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write; returns the exit code.
+
+    Raises:
+        UserError: models, structures or a method that will not do.
+    """
+    for flag in ("structures", "md_steps", "time_step", "fmax", "relax_steps"):
+        if getattr(args, flag) <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} must be more than 0.")
+    if args.temperature < 0:
+        raise UserError("--temperature must not be negative.")
+    if args.out is not None and not args.no_plots:
+        from fairchem_kd.analysis.plots import check_matplotlib
+
+        check_matplotlib()
+    from fairchem_kd.analysis import physics_study
+    from fairchem_kd.analysis.calculators import atoms_of, make_calculator
+    from fairchem_kd.analysis.devices import choose_device
+    from fairchem_kd.analysis.structures import data_of, open_structures
+
+    files = _models(args)
+    source = args.data or data_of(next(file for label, file in files.items() if label != "teacher"))
+    with open_structures(source, limit=args.structures) as structures:
+        atoms = atoms_of(structures)
+        data = structures.path
+    cpu = choose_device(cpu=args.cpu).type == "cpu"
+    found = physics_study.study_physics(
+        {label: make_calculator(file, cpu=cpu) for label, file in files.items()},
+        atoms,
+        method=_method(args.method, source),
+        data=data,
+        settings=physics_study.Settings(
+            md_steps=args.md_steps,
+            time_step=args.time_step,
+            temperature=args.temperature,
+            fmax=args.fmax,
+            relax_steps=args.relax_steps,
+        ),
+        progress=True,
+    )
+    if args.json:
+        print(json.dumps(physics_study.as_dict(found), indent=2, ensure_ascii=False))
+    else:
+        print("\n\n".join(table.text() for table in physics_study.tables(found)))
+    if args.out is not None:
+        written = physics_study.write(found, args.out, with_plots=not args.no_plots)
+        print(f"wrote {', '.join(str(path) for path in written)}", file=sys.stderr)
+    return 0
+
+
+def _models(args: argparse.Namespace) -> dict[str, Any]:
+    """The files by label, the teacher first.
+
+    Raises:
+        UserError: two of one label, or a model without forces.
+    """
+    from fairchem_kd.analysis.cli_compare import _split
+    from fairchem_kd.analysis.models import read_model
+
+    named = [(label, read_model(path, trust=args.trust)) for label, path in map(_split, args.runs)]
+    teacher = args.teacher or next((file.teacher for _, file in named if file.teacher), None)
+    files = {}
+    if teacher is not None:
+        files["teacher"] = read_model(teacher, trust=args.trust)
+    for label, file in named:
+        name = label or file.identifier
+        if name in files:
+            raise UserError(f"Two models are called '{name}': write LABEL=RUN for one of them.")
+        files[name] = file
+    for name, file in files.items():
+        if "forces" not in _outputs(file.config):
+            raise UserError(
+                f"{file.path} ('{name}') predicts no forces, and dynamics and relaxations need "
+                "them; leave it out."
+            )
+    return files
+
+
+def _outputs(config: Mapping[str, Any]) -> Sequence[str]:
+    return list(config.get("outputs") or ("energy", "forces"))
+
+
+def _method(asked: str, source: Any) -> str | None:
+    from fairchem_kd.analysis.reference_method import METHODS, method_of
+
+    if asked != "auto":
+        return METHODS.get(asked)
+    return method_of(source if isinstance(source, Mapping) else {"src": str(source)})

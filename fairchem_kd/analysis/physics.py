@@ -1,0 +1,316 @@
+"""Whether a model behaves as a potential: dynamics, relaxations, forces against the energy.
+
+Every measurement takes an ASE calculator, a stock model's or the labels' method's, and starting
+structures; fixed atoms stay fixed. What is random is drawn from a seed, the same for every model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ase import units
+from ase.calculators.calculator import CalculationFailed
+from ase.data import covalent_radii
+from ase.geometry import find_mic
+from ase.md.verlet import VelocityVerlet
+from ase.optimize import BFGS
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from ase.calculators.calculator import Calculator
+
+Array = NDArray[np.float64]
+
+MAX_FORCE = 100.0  #: eV/Å; more than any reasonable structure of light atoms at hand
+CLOSEST = 0.4  #: of the sum of two covalent radii; nearer pairs are no chemistry
+HOTTEST = 10.0  #: times the starting temperature (at least 300 K)
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """NVE dynamics of one structure.
+
+    ``energy``: total energy per atom, potential and kinetic, in eV, minus its first value, at every
+    step that was taken; the dynamics end where they are no longer ``stable``.
+    """
+
+    energy: list[float]
+    time_step: float  #: fs
+    asked: int  #: steps
+    stable: bool
+    reason: str  #: why they ended early
+
+    @property
+    def drift(self) -> float | None:
+        """Slope of a line through the total energy, eV per atom and ps; None before two steps."""
+        if len(self.energy) < 3:
+            return None
+        times = self.time_step / 1000 * np.arange(len(self.energy))
+        return float(np.polyfit(times, self.energy, 1)[0])
+
+    @property
+    def fluctuation(self) -> float | None:
+        """Root mean square of the total energy about that line, eV per atom."""
+        if len(self.energy) < 3:
+            return None
+        times = np.arange(len(self.energy))
+        line = np.polyval(np.polyfit(times, self.energy, 1), times)
+        return float(np.sqrt(np.mean(np.square(np.array(self.energy) - line))))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "steps": len(self.energy) - 1,
+            "drift": self.drift,
+            "fluctuation": self.fluctuation,
+        }
+
+
+def run_dynamics(
+    calculator: Calculator,
+    atoms: Atoms,
+    *,
+    steps: int = 200,
+    time_step: float = 0.5,
+    temperature: float = 300.0,
+    seed: int = 0,
+) -> Dynamics:
+    """Velocity-Verlet dynamics from ``atoms``, with velocities of ``temperature`` (K).
+
+    They end early where a force exceeds :data:`MAX_FORCE`, two atoms come nearer than
+    :data:`CLOSEST`, the temperature exceeds :data:`HOTTEST` times its start, or a value is not
+    finite.
+    """
+    system = atoms.copy()
+    system.calc = calculator
+    rng = np.random.default_rng(seed)
+    spread = np.sqrt(units.kB * temperature * system.get_masses())[:, None]
+    system.set_momenta(spread * rng.normal(size=(len(system), 3)))  # those of fixed atoms are 0
+    limit = HOTTEST * max(300.0, temperature)
+    count = len(system)
+    energy = [float(system.get_total_energy()) / count]
+    reason = ""
+    dynamics = VelocityVerlet(system, timestep=time_step * units.fs)
+    for _ in range(steps):
+        try:
+            dynamics.run(1)
+            reason = _broken(system, limit)
+        except CalculationFailed as error:  # the labels' method has limits of its own
+            reason = str(error)
+        if reason:
+            break
+        energy.append(float(system.get_total_energy()) / count)
+    relative = [value - energy[0] for value in energy]
+    return Dynamics(relative, time_step, steps, not reason, reason)
+
+
+def _broken(system: Atoms, hottest: float) -> str:
+    """Why dynamics cannot go on; nothing where they can."""
+    forces = system.get_forces()
+    if not (np.isfinite(forces).all() and np.isfinite(system.get_potential_energy())):
+        return "a value is not finite"
+    largest = float(np.linalg.norm(forces, axis=1).max())
+    if largest > MAX_FORCE:
+        return f"a force of {largest:.0f} eV/Å"
+    if system.get_temperature() > hottest:
+        return f"a temperature of {system.get_temperature():.0f} K"
+    distances = system.get_all_distances(mic=True)
+    radii = covalent_radii[system.numbers]
+    near = distances / (radii[:, None] + radii) + np.eye(len(system)) * 9
+    if near.min() < CLOSEST:
+        i, j = np.unravel_index(near.argmin(), near.shape)
+        return f"{system.symbols[i]} and {system.symbols[j]} {distances[i, j]:.2f} Å apart"
+    return ""
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """One relaxation; the differences are to the labels' method, None where it is not at hand.
+
+    ``energy_above`` (eV): of the end of the relaxation over where the method's own one ends, both
+    energies the method's. ``displacement`` (Å): root mean square distance of the free atoms from
+    there.
+    """
+
+    converged: bool
+    steps: int
+    energy_above: float | None = None
+    displacement: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def relax(
+    calculator: Calculator, atoms: Atoms, *, fmax: float = 0.05, steps: int = 100
+) -> tuple[Relaxation, Atoms]:
+    """Relax ``atoms`` by BFGS until no force exceeds ``fmax`` (eV/Å); and where that led."""
+    system = atoms.copy()
+    system.calc = calculator
+    optimiser = BFGS(system, logfile=None)
+    with warnings.catch_warnings():  # of an optimiser that meets values that are not finite
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            converged = bool(optimiser.run(fmax=fmax, steps=steps))
+        except (ValueError, np.linalg.LinAlgError, CalculationFailed):
+            converged = False
+    return Relaxation(converged, optimiser.get_number_of_steps()), system
+
+
+def against(relaxation: Relaxation, end: Atoms, method: Calculator, best: Atoms) -> Relaxation:
+    """The relaxation with its differences to ``best``, the method's own relaxed structure."""
+    if not np.isfinite(end.positions).all():
+        return relaxation
+    energies = []
+    for system in (end, best):
+        copy = system.copy()
+        copy.calc = method
+        try:
+            energies.append(float(copy.get_potential_energy()))
+        except CalculationFailed:
+            return relaxation
+    moved, _ = find_mic(end.positions - best.positions, best.cell, best.pbc)
+    moved = moved[free_atoms(best)]
+    return Relaxation(
+        relaxation.converged,
+        relaxation.steps,
+        energies[0] - energies[1],
+        float(np.sqrt(np.mean(np.sum(np.square(moved), axis=1)))),
+    )
+
+
+def free_atoms(atoms: Atoms) -> NDArray[np.int64]:
+    """The indices of the atoms that may move."""
+    fixed = [constraint.index for constraint in atoms.constraints]
+    held = np.concatenate(fixed) if fixed else np.array([], dtype=int)
+    return np.setdiff1d(np.arange(len(atoms)), held)
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Forces along random directions against differences of the energy, both ``(K,)`` in eV/Å."""
+
+    forces: list[float]
+    differences: list[float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_forces(
+    calculator: Calculator, atoms: Atoms, *, directions: int = 3, step: float = 0.02, seed: int = 0
+) -> Consistency:
+    """Compare forces with central differences of the energy.
+
+    Along random directions of all free atoms together: a displacement of length ``step`` (Å) for
+    each atom on average, large enough for a model in fp32. The forces are projected on the
+    direction, of which every atom has length 1 on average.
+    """
+    rng = np.random.default_rng(seed)
+    free = free_atoms(atoms)
+    system = atoms.copy()
+    system.set_constraint()
+    system.calc = calculator
+    forces = np.array(system.get_forces())
+    found, differences = [], []
+    for _ in range(directions):
+        direction = np.zeros_like(system.positions)
+        direction[free] = rng.normal(size=(len(free), 3))
+        direction *= np.sqrt(len(free)) / np.linalg.norm(direction)
+        energies = []
+        for sign in (1, -1):
+            system.positions = atoms.positions + sign * step * direction
+            energies.append(float(system.get_potential_energy()))
+        per_atom = np.sqrt(len(free))  # so that values do not grow with the structure
+        found.append(float(np.sum(forces * direction)) / per_atom)
+        differences.append(-(energies[0] - energies[1]) / (2 * step) / per_atom)
+    return Consistency(found, differences)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Energy (eV) and force along a bond (eV/Å) while one of its atoms is moved along it."""
+
+    bond: str  #: such as ``O-H``
+    lengths: list[float]  #: Å
+    energies: list[float]
+    forces: list[float]  #: on the moved atom, positive where it pushes outwards
+
+    @property
+    def turns(self) -> int:
+        """How often the energy turns from falling to rising or back: 1 for a single well."""
+        slopes = np.sign(np.diff(self.energies))
+        slopes = slopes[slopes != 0]
+        return int(np.sum(slopes[1:] != slopes[:-1]))
+
+    @property
+    def mismatch(self) -> float:
+        """Mean absolute difference of the force and of minus the slope of the energy, eV/Å."""
+        slope = np.gradient(self.energies, self.lengths, edge_order=2)
+        return float(np.mean(np.abs(np.array(self.forces) + slope)[1:-1]))
+
+    def error(self, other: Scan) -> float:
+        """Mean absolute difference of two energy curves, each counted from its lowest, in eV."""
+        one, two = np.array(self.energies), np.array(other.energies)
+        return float(np.mean(np.abs((one - one.min()) - (two - two.min()))))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "turns": self.turns, "mismatch": self.mismatch}
+
+
+def find_bond(atoms: Atoms) -> tuple[int, int] | None:
+    """The tightest pair of atoms of which the lighter is free: (the one that stays, the moved).
+
+    Tight by the distance over the sum of covalent radii; None where there is no such pair.
+    """
+    if len(atoms) < 2:
+        return None
+    radii = covalent_radii[atoms.numbers]
+    tightness = atoms.get_all_distances(mic=True) / (radii[:, None] + radii)
+    np.fill_diagonal(tightness, np.inf)
+    free = set(free_atoms(atoms).tolist())
+    for pair in np.argsort(tightness, axis=None):
+        stays, moves = (int(k) for k in np.unravel_index(pair, tightness.shape))
+        if moves in free and atoms.numbers[moves] <= atoms.numbers[stays]:
+            return stays, moves
+    return None
+
+
+def scan_bond(
+    calculator: Calculator,
+    atoms: Atoms,
+    bond: tuple[int, int],
+    *,
+    points: int = 25,
+    reach: Sequence[float] = (0.85, 1.5),
+) -> Scan:
+    """Move one atom of a bond along it, all others at rest.
+
+    Args:
+        calculator: what gives energies and forces.
+        atoms: the structure.
+        bond: as :func:`find_bond` gives it.
+        points: lengths, evenly spread.
+        reach: the shortest and the longest, in units of the sum of covalent radii.
+    """
+    stays, moves = bond
+    system = atoms.copy()
+    system.set_constraint()
+    system.calc = calculator
+    vector = system.get_distance(stays, moves, mic=True, vector=True)
+    axis = vector / np.linalg.norm(vector)
+    start = system.positions[moves] - vector
+    radii = covalent_radii[atoms.numbers[[stays, moves]]].sum()
+    lengths = np.linspace(reach[0] * radii, reach[1] * radii, points)
+    energies, forces = [], []
+    for length in lengths:
+        system.positions[moves] = start + length * axis
+        energies.append(float(system.get_potential_energy()))
+        forces.append(float(system.get_forces()[moves] @ axis))
+    name = f"{system.symbols[stays]}-{system.symbols[moves]}"
+    return Scan(name, lengths.tolist(), energies, forces)

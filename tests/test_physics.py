@@ -1,0 +1,271 @@
+"""``fairchem-kd physics``: potentials that are one and that are none, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import fcc111, molecule
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+from models import structures
+from trainings import config, trainer, write_lmdb, write_teacher
+
+from fairchem_kd import cli
+from fairchem_kd.analysis.calculators import atoms_of, make_calculator
+from fairchem_kd.analysis.models import load_model, read_model
+from fairchem_kd.analysis.physics import (
+    Dynamics,
+    Scan,
+    against,
+    check_forces,
+    find_bond,
+    free_atoms,
+    relax,
+    run_dynamics,
+    scan_bond,
+)
+from fairchem_kd.analysis.reference_method import EMT as EMT_METHOD
+from fairchem_kd.analysis.reference_method import XTB, method_calculator, method_of
+from fairchem_kd.analysis.structures import open_structures
+
+SHORT = ["--structures", "2", "--md-steps", "4", "--relax-steps", "3", "--cpu"]
+
+
+class Spring(Calculator):
+    """Two atoms on a spring of k = 20 eV/Å² and length 1 Å; forces off by a ``factor``."""
+
+    implemented_properties = ("energy", "forces")
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def calculate(
+        self, atoms: Any = None, properties: Any = (), system_changes: Any = all_changes
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None
+        vector = self.atoms.positions[1] - self.atoms.positions[0]
+        stretch = np.linalg.norm(vector) - 1.0
+        pull = 20.0 * stretch * vector / np.linalg.norm(vector)
+        self.results = {
+            "energy": 10.0 * stretch**2,
+            "forces": self.factor * np.array([pull, -pull]),
+        }
+
+
+def pair(distance: float = 1.1) -> Atoms:
+    return Atoms("OH", positions=[(0, 0, 0), (distance, 0, 0)])
+
+
+def test_dynamics_of_a_potential_keep_their_energy() -> None:
+    found = run_dynamics(Spring(), pair(), steps=400, time_step=0.2, temperature=0.0)
+    assert found.stable
+    assert len(found.energy) == 401
+    assert found.drift is not None
+    assert found.fluctuation is not None
+    assert abs(found.drift) < 2e-3
+    # forces that are too strong gain and lose energy with the stretch: 0.1 eV and more on the way
+    wrong = run_dynamics(Spring(2.0), pair(1.15), steps=400, time_step=0.2, temperature=0.0)
+    assert wrong.fluctuation is not None
+    assert wrong.fluctuation > 20 * found.fluctuation
+    again = run_dynamics(Spring(), pair(), steps=5, seed=1)
+    assert again == run_dynamics(Spring(), pair(), steps=5, seed=1)
+    assert again.energy != run_dynamics(Spring(), pair(), steps=5, seed=2).energy
+
+
+def test_drift_is_the_slope_of_energy_per_atom_and_picosecond() -> None:
+    steps = np.arange(101)
+    noise = 1e-3 * (-1.0) ** steps
+    found = Dynamics((0.002 * steps * 0.5 / 1000 + noise).tolist(), 0.5, 100, True, "")
+    assert found.drift == pytest.approx(0.002, abs=1e-3)
+    assert found.fluctuation == pytest.approx(1e-3, rel=0.01)
+    assert Dynamics([0.0], 0.5, 100, False, "x").drift is None
+
+
+def test_dynamics_that_break_are_said_to() -> None:
+    pushed = run_dynamics(Spring(-1.0), pair(0.8), steps=2000, temperature=0.0)
+    assert not pushed.stable
+    assert re.search("O and H 0.3. Å apart|a force of|a temperature of", pushed.reason)
+    assert len(pushed.energy) < 2001
+
+    class Broken(Spring):
+        def calculate(self, *args: Any, **kwargs: Any) -> None:
+            super().calculate(*args, **kwargs)
+            if abs(np.linalg.norm(self.atoms.positions[1]) - 1.1) > 1e-3:
+                self.results["forces"] *= np.nan
+
+    found = run_dynamics(Broken(), pair(), steps=50)
+    assert (found.stable, found.reason) == (False, "a value is not finite")
+
+
+def test_relaxations_and_how_far_they_end_from_the_methods_own() -> None:
+    relaxation, end = relax(Spring(), pair(1.3), fmax=0.01)
+    assert relaxation.converged
+    assert end.get_distance(0, 1) == pytest.approx(1.0, abs=1e-3)
+    unfinished, _ = relax(Spring(), pair(1.3), fmax=1e-9, steps=1)
+    assert (unfinished.converged, unfinished.steps) == (False, 1)
+    far = end.copy()
+    far.positions[1] += (0.2, 0, 0)
+    found = against(relaxation, far, Spring(), end)
+    assert found.energy_above == pytest.approx(10.0 * 0.2**2, abs=1e-3)
+    assert found.displacement == pytest.approx(0.2 / np.sqrt(2))
+    # through the cell's boundary, over the free atoms alone
+    slab = fcc111("Cu", (1, 1, 2), vacuum=5.0, periodic=True)
+    slab.set_constraint(FixAtoms(indices=[0]))
+    moved = slab.copy()
+    moved.positions[1] += slab.cell[0] + (0.1, 0, 0)
+    assert against(relaxation, moved, EMT(), slab).displacement == pytest.approx(0.1)
+    assert free_atoms(slab).tolist() == [1]
+
+
+def test_forces_against_differences_of_the_energy() -> None:
+    [slab] = structures(1)
+    found = check_forces(EMT(), slab, directions=4, step=0.005)
+    np.testing.assert_allclose(found.forces, found.differences, atol=2e-3)
+    assert np.abs(found.forces).max() > 0.05
+    wrong = check_forces(Spring(1.5), pair(), directions=4)
+    np.testing.assert_allclose(wrong.forces, 1.5 * np.array(wrong.differences), rtol=0.05)
+    assert check_forces(EMT(), slab, seed=1) != check_forces(EMT(), slab, seed=2)
+
+
+def test_bond_scans() -> None:
+    water = molecule("H2O")
+    stays, moves = find_bond(water) or (-1, -1)
+    assert (water.symbols[stays], water.symbols[moves]) == ("O", "H")
+    [slab] = structures(1)  # the oxygen on copper, whose lowest layer is fixed
+    assert find_bond(slab) is not None
+    slab.set_constraint(FixAtoms(indices=range(len(slab))))
+    assert find_bond(slab) is None
+    scan = scan_bond(Spring(), pair(), (0, 1), points=41)
+    radii = 0.66 + 0.31
+    assert (scan.lengths[0], scan.lengths[-1]) == pytest.approx((0.85 * radii, 1.5 * radii))
+    np.testing.assert_allclose(scan.energies, 10 * (np.array(scan.lengths) - 1) ** 2, atol=1e-9)
+    assert scan.turns == 1
+    assert scan.mismatch < 1e-6
+    assert scan_bond(Spring(1.1), pair(), (0, 1)).mismatch > 0.1
+    rough = Scan("O-H", scan.lengths, [0.0, 0.1] * 20 + [0.0], scan.forces)
+    assert rough.turns == 39
+    shifted = Scan("O-H", scan.lengths, [e + 7 for e in scan.energies], scan.forces)
+    assert scan.error(shifted) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_methods_are_those_of_the_labels(tmp_path: Path) -> None:
+    assert method_of({"build": {"recipe": "slabs"}, "src": "a/b"}) == EMT_METHOD
+    assert method_of({"build": "collisions"}) == XTB
+    assert method_of({"src": str(tmp_path / "test")}) is None
+    (tmp_path / "card.json").write_text('{"options": {"recipe": "collisions"}}')
+    assert method_of({"src": str(tmp_path / "test")}) == XTB
+    pytest.importorskip("tblite")
+    water = molecule("H2O")
+    water.set_cell([40, 40, 40])
+    water.pbc = True
+    water.calc = method_calculator(XTB)
+    energy = water.get_potential_energy()
+    assert -141 < energy < -136  # -5.07 Hartree
+    found = check_forces(method_calculator(XTB), water, directions=2, step=0.005)
+    np.testing.assert_allclose(found.forces, found.differences, atol=5e-3)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: data, a teacher, a student that says it was distilled."""
+    root = tmp_path_factory.mktemp("home")
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        for number, (split, count) in enumerate({"train": 8, "val": 4, "test": 4}.items()):
+            write_lmdb(Path("data") / split, count, seed=20 * number)
+        Path("data/card.json").write_text('{"options": {"recipe": "slabs"}}')
+        write_teacher(Path("teacher"), Path("data"), model="painn")
+        [made] = Path("teacher").rglob("teacher.pt")
+        made.rename("teacher.pt")
+        run = config(Path("."), Path("data"), losses={"n2n": {}}, teacher=Path("teacher.pt"))
+        with trainer(run, identifier="n2n") as built:
+            Path(built.save(checkpoint_file="n2n.pt", training_state=False)).rename("n2n.pt")
+        run = config(Path("."), Path("data"), model="painn_energy")
+        del run["outputs"]["forces"]
+        run["loss_functions"] = run["loss_functions"][:1]
+        run["evaluation_metrics"] = {
+            "metrics": {"energy": ["mae"]},
+            "primary_metric": "energy_mae",
+        }
+        with trainer(run, identifier="energy") as built:
+            Path(built.save(checkpoint_file="energy.pt", training_state=False)).rename("energy.pt")
+    finally:
+        os.chdir(before)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _there(home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(home)
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_the_calculator_is_the_model(home: Path) -> None:
+    model = load_model(read_model("n2n.pt"))
+    calculator = make_calculator(read_model("n2n.pt"))
+    with open_structures("data/test") as opened:
+        [batch] = opened.batches(9)
+        atoms = atoms_of(opened)
+    expected = model.denormalized(model.forward(batch), batch)
+    rows = torch.split(expected["forces"], batch.natoms.tolist())
+    for number, system in enumerate(atoms):
+        system.calc = calculator
+        assert system.get_potential_energy() == pytest.approx(
+            expected["energy"][number].item(), 1e-4
+        )
+        forces = system.get_forces(apply_constraint=False)
+        np.testing.assert_allclose(forces, rows[number].numpy(), atol=1e-4)
+        assert len(free_atoms(system)) == int((batch.fixed[batch.batch == number] == 0).sum())
+
+
+def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["physics", "mine=n2n.pt", *SHORT, "--out", "out"]) == 0
+    text = capsys.readouterr().out
+    for title in ("NVE dynamics", "Relaxations", "Forces and bond scans"):
+        assert f"{title}\n" in text
+    results = json.loads(Path("out/physics.json").read_text())
+    assert list(results["models"]) == ["teacher", "mine", "EMT"]
+    assert (results["method"], results["structures"]) == ("EMT", 2)
+    truth, mine = results["models"]["EMT"]["summary"], results["models"]["mine"]["summary"]
+    assert truth["md_stable"] == 1.0
+    assert truth["relax_energy_above"] == pytest.approx(0.0, abs=1e-9)
+    assert truth["scan_error"] == 0.0
+    assert truth["force_mismatch_relative"] < 0.02
+    assert mine["force_mismatch_relative"] > 0.1  # an untrained model with direct forces
+    assert len(results["models"]["mine"]["dynamics"]) == 2
+    assert all(len(r["energy"]) <= 5 for r in results["models"]["mine"]["dynamics"])
+    for name in ("physics_dynamics", "physics_scans"):
+        assert Path(f"out/{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert "time (fs)" in Path("out/physics_dynamics.svg").read_text()
+    assert "distance (Å)" in Path("out/physics_scans.svg").read_text()
+    assert "| mine |" in Path("out/physics.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["n2n.pt", "n2n.pt"], "Two models are called 'n2n'"),
+        (["energy.pt"], "predicts no forces"),
+        (["nothing.pt"], "nothing.pt does not exist"),
+        (["n2n.pt", "--md-steps", "0"], "--md-steps must be more than 0"),
+        (["n2n.pt", "--data", "none.traj"], "none.traj does not exist"),
+    ],
+)
+def test_refusals(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["physics", *argv]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert re.search(sentence, text), text
