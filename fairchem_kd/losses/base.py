@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 # Coefficients where a config gives none, per kind: those of standardised features are on one scale
 # whatever the pair of models; those of the outputs multiply the training loss's own coefficients.
 DEFAULT_COEFFICIENTS = {
-    "n2n": 30.0,
-    "e2n": 30.0,
-    "v2v": 30.0,
-    "vanilla": 1.0,
+    "n2n": 100.0,
+    "e2n": 100.0,
+    "v2v": 100.0,
+    "vanilla": 3.0,
     "per_atom_energy": 1.0,
 }
 
