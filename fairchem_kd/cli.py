@@ -40,6 +40,7 @@ COMMANDS = {
         "fairchem_kd.analysis.cli_features", "write a model's embeddings of structures to a file"
     ),
     "fit-scales": Command("fairchem_kd.fit_scales", "fit the scale factors of GemNet-OC or PaiNN"),
+    "init": Command("fairchem_kd.init", "write the config that distils a student"),
     "inspect": Command("fairchem_kd.features.inspect", "list the features that a model offers"),
     "physics": Command("fairchem_kd.analysis.cli_physics", "check how models do as potentials"),
     "sweep": Command("fairchem_kd.sweep.cli", "run a YAML's many configs, and tabulate them"),
