@@ -194,10 +194,11 @@ class DistillationTrainer(OCPTrainer):
         with self.interruption:
             self._resume_own_run()
             loaders = (self.train_loader, self.val_loader, self.test_loader)
-            check_same_on_ranks(seen_by_rank(self.config, [it and it.dataset for it in loaders]))
+            seen = seen_by_rank(self.config, [it and it.dataset for it in loaders])
+            check_same_on_ranks({**seen, "the run's checkpoint": f"step {self.step}"})
             self._set_up_distillation()
             if self.distillation:
-                check_same_on_ranks({"the teacher": self.distillation.identity["teacher"]})
+                check_same_on_ranks({"the teacher": self.distillation.identity["teacher"][:8]})
             if distutils.is_master() and not self.is_debug:
                 self.records = Records(self.config["cmd"]["checkpoint_dir"])
                 self.records.write("config", step=self.step, config=self.config)

@@ -18,7 +18,7 @@ from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.records import read_records
 
 #: How long anything may take here; machines may be busy.
-PATIENCE_S = 300.0
+PATIENCE_S = 1200.0
 #: The optimiser steps of the run that :func:`write_run` writes, whatever the number of ranks.
 LAST_STEP = 40
 

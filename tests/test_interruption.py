@@ -91,8 +91,9 @@ def test_submitted_without_a_scheduler_and_told_to_leave(place: Path, uninterrup
     wait_until(lambda: max(steps(folder), default=0) >= 5, "step 5")
     tasks = children(controller)
     assert len(tasks) == ranks
-    for pid in tasks:
-        os.kill(pid, signal.SIGUSR2)
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # as a pre-emption has them
+        for pid in tasks:
+            os.kill(pid, number)
     results = [logs / f"{controller}_{rank}_result.pkl" for rank in range(ranks)]
     wait_until(lambda: all(path.is_file() for path in results), "the job's end")
     said = "".join(path.read_text() for path in logs.glob("*_log.*"))
