@@ -83,6 +83,7 @@ def modern_config(config: Mapping[str, Any]) -> dict[str, Any]:
         new["loss_functions"] = _loss_functions(new)
         new["evaluation_metrics"] = _metrics(new)
         new["dataset"] = _dataset(new)
+        new["trainer"] = "ocp"  # forces and energy, the two of OCP, are one now
     return new
 
 
@@ -138,14 +139,16 @@ def _metrics(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"metrics": metrics, "primary_metric": primary if known else f"{[*metrics][-1]}_mae"}
 
 
-def _dataset(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The dataset block with its format, and with what OCP's samples called the labels."""
+def _dataset(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The dataset block with its format, and with what OCP's samples called the labels.
+
+    OCPCalculator wants a ``src`` to remove, whatever it is.
+    """
     dataset = config.get("dataset")
-    if not isinstance(dataset, Mapping):
-        return dataset
+    given = dict(dataset) if isinstance(dataset, Mapping) else {}
     relaxed = _format(config) == _RELAXED_FORMAT
     mapping = {"y_relaxed": "energy"} if relaxed else {"y": "energy", "force": "forces"}
-    return {"key_mapping": mapping, **dataset, "format": _format(config) or "lmdb"}
+    return {"src": "", "key_mapping": mapping, **given, "format": _format(config) or "lmdb"}
 
 
 def _without_wrappers(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from ase import Atoms
+from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fixtures.make_old_checkpoints import FOLDER, SCALE_FILE, structure
 from trainings import config, trainer, weights, write_lmdb
 
@@ -169,18 +171,30 @@ def test_an_old_checkpoint_can_be_inspected() -> None:
     assert report["features"][0]["address"] == "node"
 
 
-@pytest.mark.parametrize("name", ["ocp_painn", "ocp_schnet"])
-def test_an_old_checkpoint_can_be_exported(tmp_path: Path, name: str) -> None:
-    """What is exported has today's layout: stock's own calculator takes it."""
+@pytest.mark.parametrize("name", READABLE)
+def test_what_is_exported_loads_in_stock_fairchem(tmp_path: Path, name: str) -> None:
+    """fairchem's own calculator takes it, and says the same."""
     parser = argparse.ArgumentParser()
     export.add_arguments(parser)
     dest = tmp_path / "exported.pt"
     argv = [str(FOLDER / f"{name}.pt"), str(dest), "--elements", "H", "O", "Cu"]
     assert export.run(parser.parse_args(argv)) == 0
     check_predictions(dest, name)
-    exported = torch.load(dest, weights_only=True)
-    assert exported["config"]["model"]["name"] in ("painn", "schnet")
-    assert "model_attributes" not in exported["config"]
+    assert "model_attributes" not in torch.load(dest, weights_only=True)["config"]
+    batch = structure()
+    atoms = Atoms(batch.atomic_numbers.int(), batch.pos.numpy(), cell=batch.cell[0], pbc=True)
+    logging.disable(logging.INFO)
+    try:
+        atoms.calc = OCPCalculator(checkpoint_path=dest, cpu=True, seed=0)
+    finally:
+        logging.disable(logging.NOTSET)
+    expected = EXPECTED[name]
+    assert atoms.get_potential_energy() == pytest.approx(expected["energy"], rel=1e-5, abs=1e-5)
+    if "forces" in expected:
+        forces = atoms.calc.results["forces"]
+        torch.testing.assert_close(
+            torch.as_tensor(forces), torch.tensor(expected["forces"]), rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("student", ["painn", "painn_gradient", "schnet"])
