@@ -31,6 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_lmdb(root / "train", 12, seed=0)
     write_lmdb(root / "val", 6, seed=50)
+    write_lmdb(root / "more", 7, seed=80)
     return root
 
 
@@ -61,7 +62,14 @@ def one_rank(rank: int, world: int, root: Path, data: Path, teacher: Path) -> No
 
 def step(rank: int, world: int, root: Path, data: Path, teacher: Path) -> dict[str, Any]:
     """One optimiser step."""
-    arguments = config(root / str(world), data, teacher=teacher, losses=LOSSES, clip_grad_norm=0.5)
+    arguments = config(
+        root / str(world),
+        data,
+        teacher=teacher,
+        losses=LOSSES,
+        distillation={"rattle": {"copies": 1}},
+        clip_grad_norm=0.5,
+    )
     with trainer(arguments) as built:
         built._set_up_distillation()
         built.step = 1
@@ -105,7 +113,11 @@ def training(world: int, root: Path, data: Path, teacher: Path) -> dict[str, Any
         threshold=0.5,  # every other evaluation falls short of it
         clip_grad_norm=0.5,
     )
-    arguments["task"]["distillation"]["validate"] = True
+    arguments["task"]["distillation"] |= {
+        "validate": True,
+        "rattle": {"copies": 1},
+        "unlabelled": {"dataset": {"format": "lmdb", "src": str(data / "more")}, "share": 0.5},
+    }
     with trainer(arguments) as built:
         start = weights(built)
         built.train(disable_eval_tqdm=True)
