@@ -19,7 +19,7 @@ from fairchem_kd.cli import main
 from fairchem_kd.errors import UserError
 from fairchem_kd.records import read_records
 from fairchem_kd.sweep.local import Machine
-from fairchem_kd.sweep.manifest import Manifest, read_manifest
+from fairchem_kd.sweep.manifest import Manifest, expand, read_manifest
 from fairchem_kd.sweep.state import read_state, state_path, statuses
 
 SWEEP = {
@@ -177,3 +177,27 @@ def test_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.arguments == ["--num-gpus", "1", "--cpu"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert Machine().workers == 1
+
+
+@pytest.mark.slow
+def test_submitted_without_a_scheduler(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through submitit's local executor, one at a time; one of the two cannot work."""
+    from fairchem_kd.sweep.submit import Request, submit
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    points = {"good": {"optim.max_epochs": 1}, "bad": {"task.distillation.losses.n2n.student": "x"}}
+    Path("both.yml").write_text(yaml.safe_dump({"base": "base.yml", "points": points}))
+    manifest = expand(Path("both.yml"))
+    request = Request(cpu=True, parallel=1, memory=2, hours=1, print_every=1)
+    failed = submit(manifest, manifest.runs, request, cluster="local")
+    by_label = {run.label: run for run in manifest.runs}
+    good, bad = by_label["good"], by_label["bad"]
+    assert failed == [bad]
+    found = statuses(manifest)
+    assert found[good.name].state == "done"
+    assert found[bad.name].state == "failed"
+    assert "losses.n2n.student" in found[bad.name].reason
+    assert [r["step"] for r in read_records(manifest.run_folder(good), "train")] == [1, 2]
