@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 from trainings import config, trainer, write_lmdb, write_teacher
 
 from fairchem_kd import cli
-from fairchem_kd.analysis.models import read_model
+from fairchem_kd.analysis.models import ModelFile, read_model
 from fairchem_kd.analysis.timing import Stopwatch, Timing, peak_memory, ratio, take_turns
 from fairchem_kd.analysis.training_cost import _arguments, _Stepping, measure_training
 
@@ -123,7 +124,18 @@ def test_a_step_has_its_parts_with_and_without_distillation(home: Path) -> None:
         assert cost.epoch(way) == pytest.approx(4 * (whole.median + cost.data.median))
     assert cost.overhead.median > 1.1  # a GemNet-OC beside a small PaiNN
     assert cost.peak_memory["distilled"] > 0.5 * cost.peak_memory["plain"]
-    measure_training(read_model("distilled.pt"), cpu=True, repeats=1, warm_up=0)  # data closed
+
+
+def test_companions_are_a_part_and_all_data_are_closed(home: Path) -> None:
+    file = read_model("distilled.pt")
+    task = copy.deepcopy(file.config["task"])
+    task["distillation"]["rattle"] = {"copies": 0.5, "std": 0.05}
+    task["distillation"]["unlabelled"] = {"dataset": {"format": "lmdb", "src": "data/val"}}
+    more = ModelFile(file.path, {**file.config, "task": task})
+    for _ in range(2):  # LMDB opens a file once in a process
+        cost = measure_training(more, cpu=True, repeats=1, warm_up=0)
+        assert "companions" in cost.anatomy["distilled"]
+        assert "companions" not in cost.anatomy["plain"]
 
 
 def test_steps_are_those_of_the_trainer(home: Path) -> None:

@@ -116,7 +116,7 @@ def measure_training(
             trainer._set_up_distillation()
             return _measure(trainer, repeats, warm_up, progress)
         finally:
-            _close(trainer.train_dataset.dataset)
+            trainer.close()
 
 
 def _arguments(file: ModelFile, cpu: bool, batch_size: int | None) -> dict[str, Any]:
@@ -194,6 +194,15 @@ def _measure(trainer: _Stepping, repeats: int, warm_up: int, progress: bool) -> 
 class _Stepping(DistillationTrainer):
     """The run's trainer, one step at a time, as its ``train`` takes them."""
 
+    _distilled_steps = 0
+
+    def close(self) -> None:
+        """Close the data, so that they can be opened again."""
+        _close(self.train_dataset.dataset)
+        if self.companions is not None and self.companions.unlabelled is not None:
+            whole: Any = self.companions.unlabelled.dataset.dataset  # fairchem's subset of it all
+            _close(whole.dataset)
+
     def batches(self) -> Iterator[Batch]:
         """The training batches, over and over."""
         epoch = 0
@@ -228,7 +237,10 @@ class _Stepping(DistillationTrainer):
         def part(label: str) -> Any:
             return ExitStack() if watch is None else watch.section(label)
 
-        self.step = 1
+        if self.distillation is not None:
+            # of their own, since unlabelled structures are dealt out step after step
+            self._distilled_steps += 1
+        self.step = max(1, self._distilled_steps)
         self.model.train()
         with torch.autocast("cuda", enabled=self.scaler is not None):
             with part("student forward"):
