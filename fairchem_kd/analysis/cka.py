@@ -129,14 +129,18 @@ def tables(found: Study) -> list[Table]:
             continue
         marked = [(m.teacher, m.student) for m in found.marks if m.form == form]
         before = found.compared.map(form, TEACHER, BEFORE)
+        of_form = [map_table(found, after, marked)]
         if before is not None:
-            made.append(map_table(found, before, marked))
-        made.append(map_table(found, after, marked))
-        if before is not None:
-            made.append(map_table(found, after - before, marked, signed=True))
             own = found.compared.map(form, BEFORE, STUDENT)
             assert own is not None
-            made.append(map_table(found, own, []))
+            of_form = [
+                map_table(found, before, marked),
+                *of_form,
+                map_table(found, after - before, marked, signed=True),
+                map_table(found, own, []),
+            ]
+        of_form[-1].notes += map_notes(found, after, bool(marked))
+        made += of_form
     return made
 
 
@@ -156,17 +160,22 @@ def map_table(
             for column, value in zip(shown.columns, row, strict=True)
         ]
         table.add(layer, *cells)
-    table.notes.append(
-        f"{found.compared.atoms} atoms of {found.compared.structures} structures of {found.data}; "
-        f"{_FORM_NAMES[shown.form]}. Unbiased: 1 for the same up to rotation and scale, about 0 "
-        "for unrelated features."
-    )
     errors = shown.errors[np.isfinite(shown.errors)]
     if len(errors):
         table.notes.append(f"Standard errors (jackknife over structures) up to {errors.max():.3f}.")
-    if marked:
-        table.notes.append("* brought together by distillation.")
     return table
+
+
+def map_notes(found: Study, shown: Map, marked: bool) -> list[str]:
+    """What the reader of the maps of one form has to know."""
+    notes = [
+        f"{found.compared.atoms} atoms of {found.compared.structures} structures of {found.data}; "
+        f"{_FORM_NAMES[shown.form]}. Unbiased: 1 for the same up to rotation and scale, about 0 "
+        "for unrelated features."
+    ]
+    if marked:
+        notes.append("* brought together by distillation.")
+    return notes
 
 
 def _number(value: float, signed: bool = False) -> str:
