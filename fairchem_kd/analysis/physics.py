@@ -266,17 +266,20 @@ class Scan:
 def find_bond(atoms: Atoms) -> tuple[int, int] | None:
     """The tightest pair of atoms of which the lighter is free: (the one that stays, the moved).
 
-    Tight by the distance over the sum of covalent radii; None where there is no such pair.
+    Tight by the distance over the sum of covalent radii; None where there is no such pair. The
+    moved atom is of the highest tag that a free atom has: on a slab, of the adsorbate.
     """
     if len(atoms) < 2:
         return None
     radii = covalent_radii[atoms.numbers]
     tightness = atoms.get_all_distances(mic=True) / (radii[:, None] + radii)
     np.fill_diagonal(tightness, np.inf)
-    free = set(free_atoms(atoms).tolist())
+    free = free_atoms(atoms)
+    tags = atoms.get_tags()
+    movable = set(free[tags[free] == tags[free].max()].tolist()) if len(free) else set()
     for pair in np.argsort(tightness, axis=None):
         stays, moves = (int(k) for k in np.unravel_index(pair, tightness.shape))
-        if moves in free and atoms.numbers[moves] <= atoms.numbers[stays]:
+        if moves in movable and atoms.numbers[moves] <= atoms.numbers[stays]:
             return stays, moves
     return None
 
