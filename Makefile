@@ -7,6 +7,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3 python; do \
 VENV ?= .venv
 DECLARED ?= .venv-declared
 RUN = $(VENV)/bin
+# Test files side by side: one file's fixtures (a small teacher, say) are made once.
+PARALLEL = --numprocesses auto --maxprocesses 4 --dist loadfile
 
 SETUP = setup.cfg pyproject.toml requirements/install.sh requirements/overrides.txt \
 	compat/pyproject.toml compat/fairchem_kd_compat.pth \
@@ -20,7 +22,7 @@ help: ## list the targets
 setup: $(VENV)/.done ## set up .venv; `. .venv/bin/activate` then gives fairchem and fairchem-kd
 
 test: $(VENV)/.done ## run every test
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest $(PARALLEL)
 
 train: $(VENV)/.done ## distil a GemNet-OC teacher into a small PaiNN, on real data
 	$(RUN)/fairchem main --mode train --config-yml yaml_configs/kd/e2n.yml
@@ -34,7 +36,7 @@ lint: $(VENV)/.done ## check style and types
 	$(RUN)/mypy
 
 test-declared: $(DECLARED)/.done ## plain pip, torch 2.4 as fairchem-core declares it, quick tests
-	OMP_NUM_THREADS=1 $(DECLARED)/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(DECLARED)/bin/python -m pytest $(PARALLEL) -m "not slow"
 
 clean: ## remove the environments and caches; data, checkpoints and runs stay
 	rm -rf $(VENV) $(VENV)-uv $(DECLARED) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
