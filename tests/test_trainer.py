@@ -201,7 +201,7 @@ def test_every_loss_trains_every_student(
         assert all(p.grad is not None for p in built.distillation.parameters)
         assert not any(p.requires_grad for p in built.distillation.teacher.model.parameters())
         assert any(not torch.equal(v, start[k]) for k, v in weights(built).items())
-        assert built._student_features is None
+        assert built._distilled is None
     records = read_records(folder)
     assert [r["kind"] for r in records] == ["config", "train", "train", "train", "val", "train"]
     names = {n for n in losses if n != "vanilla"} | {"vanilla.energy", "vanilla.forces"}

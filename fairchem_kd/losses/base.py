@@ -29,7 +29,7 @@ DEFAULT_COEFFICIENTS = {
     "n2n": 100.0,
     "e2n": 100.0,
     "v2v": 100.0,
-    "vanilla": 3.0,
+    "vanilla": 1.0,
     "per_atom_energy": 1.0,
 }
 

@@ -127,7 +127,7 @@ def test_killed_and_requeued(cluster: Cluster, jobs: dict[str, list[str]]) -> No
     """As after a node's failure: it starts again, and goes on in its own folder."""
     (job,) = jobs["killed"]
     ended = cluster.wait_for_end(job)
-    assert ended["JobState"] == "FAILED"
+    assert ended["JobState"] in ("FAILED", "CANCELLED")  # which one depends on the version
     assert max(steps(cluster.folder("killed"))) < LAST_STEP
     cluster.ask("scontrol", "requeue", job)
     wait_until(lambda: cluster.show(job)["JobState"] not in ENDED, "the requeue")
