@@ -144,8 +144,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flush-denormal",
         action="store_true",
-        help="flush denormal numbers to zero on a CPU: several times faster for PaiNN and SchNet "
-        "(a DistillationTrainer does so without this flag)",
+        help="flush denormal numbers to zero on a CPU: on some processors several times faster for "
+        "PaiNN (a DistillationTrainer does so without this flag)",
     )
     return parser
 
