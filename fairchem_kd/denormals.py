@@ -1,9 +1,10 @@
 """Denormal numbers on CPUs, flushed to zero.
 
-The tails of a Gaussian radial basis are denormal numbers, on which the arithmetic of some processors
-is many times slower and that of others is not (``benchmarks/flush_denormal.py`` tells; on an AMD EPYC
-of the Zen 4 kind there is no difference). The flag belongs to a thread and is inherited by the threads that it starts, so it has to be set before the first
-parallel region of a process, and once more in every data-loader worker.
+The tails of a Gaussian radial basis are denormal numbers, on which the arithmetic of some
+processors is many times slower and that of others is not: ``benchmarks/flush_denormal.py`` tells
+(on an AMD EPYC of the Zen 4 kind there is no difference). The flag belongs to a thread and is
+inherited by the threads that it starts, so it has to be set before the first parallel region of a
+process, and once more in every data-loader worker.
 """
 
 from __future__ import annotations
