@@ -140,7 +140,9 @@ def test_ci_runs_the_test_command_alone():
         text=True,
         check=True,
     )
-    assert done.stdout.rstrip().endswith("-m pytest")
+    # every test, in parallel; nothing is left out
+    parallel = "--numprocesses auto --maxprocesses 4 --dist loadfile"
+    assert done.stdout.rstrip().endswith(f"-m pytest {parallel}")
     script = (ROOT / ".ci/run").read_text()
     assert "exec make test </dev/null" in script
     assert os.access(ROOT / ".ci/run", os.X_OK)
