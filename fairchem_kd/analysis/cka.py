@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,9 @@ from fairchem_kd.analysis.layers import (
     compare_layers,
     settle,
 )
+from fairchem_kd.analysis.output import write_json, write_plots, write_tables
 from fairchem_kd.analysis.similarity import Estimate
 from fairchem_kd.analysis.tables import Table
-from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import FeatureExtractor, Request
 from fairchem_kd.records import plain
@@ -323,17 +322,12 @@ def write(found: Study, folder: Path, *, with_plots: bool = True) -> list[Path]:
     Raises:
         UserError: plots are asked for and matplotlib is missing.
     """
-    text = "\n\n".join(table.markdown() for table in tables(found)) + "\n"
-    content = json.dumps(as_dict(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     written = [
-        write_whole(folder / "cka.md", lambda file: file.write(text.encode())),
-        write_whole(folder / "cka.json", lambda file: file.write(content.encode())),
+        write_tables(folder / "cka.md", tables(found)),
+        write_json(folder / "cka.json", as_dict(found)),
     ]
     if with_plots:
-        from fairchem_kd.analysis.plots import save
-
-        for name, figure in figures(found).items():
-            written += save(figure, folder / name)
+        written += write_plots(folder, figures(found))
     return written
 
 

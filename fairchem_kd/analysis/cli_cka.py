@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fairchem_kd.analysis.cli_output import add_output_arguments, as_text, check_output, deliver
 from fairchem_kd.errors import UserError
 
 EPILOG = """\
@@ -61,12 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STUDENT:TEACHER",
         help="layers to mark (default: those that the student was distilled with)",
     )
-    parser.add_argument("--out", type=Path, help="a folder for cka.md, cka.json and heat maps")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--no-plots", action="store_true", help="no heat maps in --out")
     parser.add_argument("--batch-size", type=int, default=16, help="structures at a time (16)")
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
-    parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
+    add_output_arguments(parser, "cka.md, cka.json", "heat maps")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,10 +75,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, flag) < least:
             name = flag.replace("_", "-")
             raise UserError(f"--{name} must be at least {least}, not {getattr(args, flag)}.")
-    if args.out is not None and not args.no_plots:
-        from fairchem_kd.analysis.plots import check_matplotlib
-
-        check_matplotlib()
+    check_output(args)
     from fairchem_kd.analysis import cka
     from fairchem_kd.analysis.devices import choose_device
     from fairchem_kd.analysis.layers import distilled_pairs, layers_of
@@ -120,13 +113,12 @@ def run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             progress=True,
         )
-    if args.json:
-        print(json.dumps(cka.as_dict(found), indent=2, ensure_ascii=False))
-    else:
-        print("\n\n".join(table.text() for table in cka.tables(found)))
-    if args.out is not None:
-        written = cka.write(found, args.out, with_plots=not args.no_plots)
-        print(f"wrote {', '.join(str(path) for path in written)}", file=sys.stderr)
+    deliver(
+        args,
+        text=lambda: as_text(cka.tables(found)),
+        content=lambda: cka.as_dict(found),
+        write=partial(cka.write, found),
+    )
     return 0
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fairchem_kd.analysis.cli_output import add_output_arguments, as_text, check_output, deliver
 from fairchem_kd.errors import UserError
+
+if TYPE_CHECKING:
+    from fairchem_kd.analysis.models import ModelFile
 
 EPILOG = """\
 RUN is the folder of a run (checkpoints/<timestamp>-<identifier>), a checkpoint of any fairchem 1.x
@@ -46,18 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]PATH",
         help="labelled data to compare on, any number of times (default: the runs' test set)",
     )
-    parser.add_argument(
-        "--out", type=Path, help="a folder for table.md, results.json, systems.npz and plots"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--no-plots", action="store_true", help="no plots in --out")
     parser.add_argument("--no-throughput", action="store_true", help="do not measure throughput")
     parser.add_argument("--batch-size", type=int, default=32, help="structures at a time (32)")
     parser.add_argument(
         "--atoms", choices=("free", "all"), help="whose forces count (default: as in the configs)"
     )
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
-    parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
+    add_output_arguments(parser, "table.md, results.json, systems.npz")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,18 +65,14 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}.")
-    if args.out is not None and not args.no_plots:
-        from fairchem_kd.analysis.plots import check_matplotlib
-
-        check_matplotlib()
+    check_output(args)
     import torch
 
     from fairchem_kd.analysis import report
     from fairchem_kd.analysis.compare import assign_roles, compare, group_by_recipe
-    from fairchem_kd.analysis.models import read_model
     from fairchem_kd.denormals import flush_denormals
 
-    named = [(label, read_model(path, trust=args.trust)) for label, path in map(_split, args.runs)]
+    named = read_named(args.runs, trust=args.trust)
     teacher, note = _teacher(args, [file for _, file in named])
     groups = assign_roles(group_by_recipe(named), teacher=teacher, baselines=args.baseline)
     students = [group for group in groups if group.role != "teacher"] or groups
@@ -96,19 +89,24 @@ def run(args: argparse.Namespace) -> int:
         throughput=not args.no_throughput,
         progress=True,
     )
-    if args.json:
-        print(json.dumps(report.as_dict(comparison), indent=2, ensure_ascii=False))
-    else:
-        print("\n\n".join(table.text() for table in report.tables(comparison)))
-        print()
-        print("\n".join([*report.verdicts(comparison), *([note] if note else [])]))
-    if args.out is not None:
-        written = report.write(comparison, args.out, with_plots=not args.no_plots)
-        print(f"wrote {', '.join(str(path) for path in written)}", file=sys.stderr)
+    said = [*report.verdicts(comparison), *([note] if note else [])]
+    deliver(
+        args,
+        text=lambda: "\n".join([as_text(report.tables(comparison)), "", *said]),
+        content=lambda: report.as_dict(comparison),
+        write=partial(report.write, comparison),
+    )
     return 0
 
 
-def _split(text: str) -> tuple[str | None, Path]:
+def read_named(runs: Sequence[str], *, trust: bool) -> list[tuple[str | None, ModelFile]]:
+    """What each ``[LABEL=]RUN`` names: its label, where it has one, and its file."""
+    from fairchem_kd.analysis.models import read_model
+
+    return [(label, read_model(path, trust=trust)) for label, path in map(_split_label, runs)]
+
+
+def _split_label(text: str) -> tuple[str | None, Path]:
     """Label and path of ``[LABEL=]RUN``; a path that has an ``=`` of its own is a path."""
     label, separator, path = text.partition("=")
     if not separator or Path(text).exists() or "/" in label:

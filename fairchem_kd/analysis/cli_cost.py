@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fairchem_kd.analysis.cli_output import add_output_arguments, as_text, check_output, deliver
 from fairchem_kd.errors import UserError
 
 EPILOG = """\
@@ -43,11 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-inference", action="store_true", help="measure training alone")
     parser.add_argument("--no-md", action="store_true", help="no MD steps")
     parser.add_argument("--no-training", action="store_true", help="measure inference alone")
-    parser.add_argument("--out", type=Path, help="a folder for cost.md, cost.json and plots")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--no-plots", action="store_true", help="no plots in --out")
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
-    parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
+    add_output_arguments(parser, "cost.md, cost.json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,10 +57,7 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {value}.")
-    if args.out is not None and not args.no_plots:
-        from fairchem_kd.analysis.plots import check_matplotlib
-
-        check_matplotlib()
+    check_output(args)
     from fairchem_kd.analysis import cost
     from fairchem_kd.analysis.devices import choose_device
     from fairchem_kd.analysis.models import read_model
@@ -90,13 +83,12 @@ def run(args: argparse.Namespace) -> int:
                 )
     if not costs.inference and not costs.training:
         raise UserError("There is nothing to measure: no run was distilled; leave --no-inference.")
-    if args.json:
-        print(json.dumps(cost.as_dict(costs), indent=2, ensure_ascii=False))
-    else:
-        print("\n\n".join(table.text() for table in cost.tables(costs)))
-    if args.out is not None:
-        written = cost.write(costs, args.out, with_plots=not args.no_plots)
-        print(f"wrote {', '.join(str(path) for path in written)}", file=sys.stderr)
+    deliver(
+        args,
+        text=lambda: as_text(cost.tables(costs)),
+        content=lambda: cost.as_dict(costs),
+        write=partial(cost.write, costs),
+    )
     return 0
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fairchem_kd.analysis.cli_output import add_output_arguments, as_text, check_output, deliver
 from fairchem_kd.errors import UserError
 
 EPILOG = """\
@@ -53,11 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--relax-steps", type=int, default=100, metavar="N", help="of a relaxation (100)"
     )
-    parser.add_argument("--out", type=Path, help="a folder for physics.md, physics.json and plots")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--no-plots", action="store_true", help="no plots in --out")
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
-    parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
+    add_output_arguments(parser, "physics.md, physics.json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,10 +67,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{flag.replace('_', '-')} must be more than 0.")
     if args.temperature < 0:
         raise UserError("--temperature must not be negative.")
-    if args.out is not None and not args.no_plots:
-        from fairchem_kd.analysis.plots import check_matplotlib
-
-        check_matplotlib()
+    check_output(args)
     from fairchem_kd.analysis import physics_study
     from fairchem_kd.analysis.calculators import atoms_of, make_calculator
     from fairchem_kd.analysis.devices import choose_device
@@ -100,13 +93,12 @@ def run(args: argparse.Namespace) -> int:
         ),
         progress=True,
     )
-    if args.json:
-        print(json.dumps(physics_study.as_dict(found), indent=2, ensure_ascii=False))
-    else:
-        print("\n\n".join(table.text() for table in physics_study.tables(found)))
-    if args.out is not None:
-        written = physics_study.write(found, args.out, with_plots=not args.no_plots)
-        print(f"wrote {', '.join(str(path) for path in written)}", file=sys.stderr)
+    deliver(
+        args,
+        text=lambda: as_text(physics_study.tables(found)),
+        content=lambda: physics_study.as_dict(found),
+        write=partial(physics_study.write, found),
+    )
     return 0
 
 
@@ -116,10 +108,10 @@ def _models(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: two of one label, or a model without forces.
     """
-    from fairchem_kd.analysis.cli_compare import _split
+    from fairchem_kd.analysis.cli_compare import read_named
     from fairchem_kd.analysis.models import read_model
 
-    named = [(label, read_model(path, trust=args.trust)) for label, path in map(_split, args.runs)]
+    named = read_named(args.runs, trust=args.trust)
     teacher = args.teacher or next((file.teacher for _, file in named if file.teacher), None)
     files = {}
     if teacher is not None:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fairchem_kd.analysis.inference import Speed
+from fairchem_kd.analysis.output import write_json, write_plots, write_tables
 from fairchem_kd.analysis.tables import Table, significant
 from fairchem_kd.analysis.timing import Timing
 from fairchem_kd.analysis.training_cost import DISTILLED, PLAIN, TrainingCost
-from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.records import plain
 
 if TYPE_CHECKING:
@@ -190,25 +189,28 @@ def write(costs: Costs, folder: Path, *, with_plots: bool = True) -> list[Path]:
     Raises:
         UserError: plots are asked for and matplotlib is missing.
     """
-    text = "\n\n".join(table.markdown() for table in tables(costs)) + "\n"
-    content = json.dumps(as_dict(costs), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     written = [
-        write_whole(folder / "cost.md", lambda file: file.write(text.encode())),
-        write_whole(folder / "cost.json", lambda file: file.write(content.encode())),
+        write_tables(folder / "cost.md", tables(costs)),
+        write_json(folder / "cost.json", as_dict(costs)),
     ]
     if with_plots:
-        from fairchem_kd.analysis.plots import save
-
-        if costs.inference:
-            written += save(plot_inference(costs), folder / "cost_inference")
-        if costs.training:
-            written += save(plot_training(costs), folder / "cost_training")
+        written += write_plots(folder, figures(costs))
     return written
+
+
+def figures(costs: Costs) -> dict[str, Figure]:
+    """By file name: of inference and of training, as far as they were measured."""
+    drawn = {}
+    if costs.inference:
+        drawn["cost_inference"] = plot_inference(costs)
+    if costs.training:
+        drawn["cost_training"] = plot_training(costs)
+    return drawn
 
 
 def plot_inference(costs: Costs) -> Figure:
     """Throughput and memory against the batch size."""
-    from fairchem_kd.analysis.plots import _legend, _logarithmic, new_figure, style
+    from fairchem_kd.analysis.plots import legend, logarithmic, new_figure, style
 
     figure = new_figure(9.0, 3.8)
     speed_axes, memory_axes = figure.subplots(1, 2)
@@ -225,11 +227,11 @@ def plot_inference(costs: Costs) -> Figure:
     memory_axes.set_ylabel("peak memory of a forward (MB)")
     for axes in (speed_axes, memory_axes):
         for which in ("x", "y"):
-            _logarithmic(axes, which)
+            logarithmic(axes, which)
         axes.set_xlabel("batch size (systems)")
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
-    _legend(figure, speed_axes)
+    legend(figure, speed_axes)
     return figure
 
 

@@ -7,8 +7,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 from ase.calculators.calculator import CalculationFailed
 from tqdm import tqdm
 
+from fairchem_kd.analysis.output import write_json, write_plots, write_tables
 from fairchem_kd.analysis.physics import (
     Consistency,
     Dynamics,
@@ -31,12 +31,12 @@ from fairchem_kd.analysis.physics import (
 )
 from fairchem_kd.analysis.reference_method import method_calculator
 from fairchem_kd.analysis.tables import Table, number, significant
-from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.records import plain
 
 if TYPE_CHECKING:
     from ase import Atoms
     from ase.calculators.calculator import Calculator
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMAT = 1
@@ -305,64 +305,57 @@ def write(found: Physics, folder: Path, *, with_plots: bool = True) -> list[Path
     Raises:
         UserError: plots are asked for and matplotlib is missing.
     """
-    text = "\n\n".join(table.markdown() for table in tables(found)) + "\n"
-    content = json.dumps(as_dict(found), indent=2, ensure_ascii=False) + "\n"
     written = [
-        write_whole(folder / "physics.md", lambda file: file.write(text.encode())),
-        write_whole(folder / "physics.json", lambda file: file.write(content.encode())),
+        write_tables(folder / "physics.md", tables(found)),
+        write_json(folder / "physics.json", as_dict(found)),
     ]
     if with_plots:
-        from fairchem_kd.analysis.plots import save
-
-        for name, figure in (
-            ("physics_dynamics", plot_dynamics(found)),
-            ("physics_scans", plot_scans(found)),
-        ):
-            written += save(figure, folder / name)
+        drawn = {"physics_dynamics": plot_dynamics(found), "physics_scans": plot_scans(found)}
+        written += write_plots(folder, drawn)
     return written
 
 
 def plot_dynamics(found: Physics) -> Figure:
     """Total energy against time, a panel for each of the first structures."""
-    from fairchem_kd.analysis.plots import _legend, new_figure, style
 
-    count = min(3, found.structures)
-    figure = new_figure(1.2 + 3.0 * count, 3.6)
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    for index, axes in enumerate(panels):
-        for place, label in enumerate(found.labels):
-            run = found.dynamics[label][index]
-            times = run.time_step * np.arange(len(run.energy))
-            looks = {**style(place), "markevery": 0.2, "markersize": 4, "linewidth": 1.2}
-            axes.plot(times, 1000 * np.array(run.energy), label=label, **looks)
+    def draw(axes: Axes, label: str, index: int, looks: dict[str, Any]) -> None:
+        run = found.dynamics[label][index]
+        times = run.time_step * np.arange(len(run.energy))
+        looks = {**looks, "markevery": 0.2}
+        axes.plot(times, 1000 * np.array(run.energy), label=label, **looks)
         axes.set_xlabel("time (fs)")
-        axes.set_title(f"structure {index + 1}", fontsize=9)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-    panels[0].set_ylabel("change of total energy (meV/atom)")
-    _legend(figure, panels[0])
-    return figure
+
+    return _panels(found, draw, "change of total energy (meV/atom)")
 
 
 def plot_scans(found: Physics) -> Figure:
     """Energy along the bonds of the first structures, counted from its lowest value."""
-    from fairchem_kd.analysis.plots import _legend, new_figure, style
+
+    def draw(axes: Axes, label: str, index: int, looks: dict[str, Any]) -> None:
+        scan = found.scans[label][index]
+        if scan is not None:
+            energies = np.array(scan.energies) - min(scan.energies)
+            axes.plot(scan.lengths, energies, label=label, **looks)
+            axes.set_xlabel(f"{scan.bond} distance (Å)")
+
+    return _panels(found, draw, "energy over its lowest (eV)")
+
+
+def _panels(
+    found: Physics, draw: Callable[[Axes, str, int, dict[str, Any]], None], y_label: str
+) -> Figure:
+    """A panel for each of the first structures, in which ``draw`` draws every model."""
+    from fairchem_kd.analysis.plots import legend, new_figure, style
 
     count = min(3, found.structures)
     figure = new_figure(1.2 + 3.0 * count, 3.6)
     panels = figure.subplots(1, count, squeeze=False)[0]
     for index, axes in enumerate(panels):
         for place, label in enumerate(found.labels):
-            scan = found.scans[label][index]
-            if scan is None:
-                continue
-            energies = np.array(scan.energies) - min(scan.energies)
-            looks = {**style(place), "markersize": 4, "linewidth": 1.2}
-            axes.plot(scan.lengths, energies, label=label, **looks)
-            axes.set_xlabel(f"{scan.bond} distance (Å)")
+            draw(axes, label, index, {**style(place), "markersize": 4, "linewidth": 1.2})
         axes.set_title(f"structure {index + 1}", fontsize=9)
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
-    panels[0].set_ylabel("energy over its lowest (eV)")
-    _legend(figure, panels[0])
+    panels[0].set_ylabel(y_label)
+    legend(figure, panels[0])
     return figure

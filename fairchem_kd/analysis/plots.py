@@ -156,14 +156,14 @@ def plot_pareto(comparison: Comparison) -> Figure | None:
                 markersize=8,
                 **looks,
             )
-        _logarithmic(axes, "x")
+        logarithmic(axes, "x")
         axes.margins(x=0.1)
         axes.set_ylim(0, 1.08 * axes.dataLim.y1)
         axes.set_xlabel("throughput (systems/s)")
         axes.set_ylabel(f"{name} on {split.name} ({unit})")
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return figure
 
 
@@ -189,12 +189,12 @@ def plot_learning_curves(comparison: Comparison) -> Figure | None:
                         linewidth=1.2,
                         **looks,
                     )
-            _logarithmic(axes, "y")
+            logarithmic(axes, "y")
             axes.set_xlabel("optimiser steps" if x == "step" else "training time (s)")
             axes.set_ylabel(f"validation {name} ({unit})")
             axes.grid(which="both", color="0.92")
             axes.set_axisbelow(True)
-    _legend(figure, panels[0][0])
+    legend(figure, panels[0][0])
     return figure
 
 
@@ -226,7 +226,7 @@ def plot_parity(comparison: Comparison, split_name: str) -> Figure:
     return figure
 
 
-def _logarithmic(axes: Axes, which: str) -> None:
+def logarithmic(axes: Axes, which: str) -> None:
     """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -237,7 +237,7 @@ def _logarithmic(axes: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     columns = min(4, len(labels))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from fairchem_kd.analysis.compare import STUDENT, TEACHER, Comparison, Group, SplitResult
 from fairchem_kd.analysis.evaluation import WITHIN
 from fairchem_kd.analysis.gap import NO_EVIDENCE, Gap
+from fairchem_kd.analysis.output import write_json, write_tables
 from fairchem_kd.analysis.tables import Table, percent, significant, with_spread
 from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.records import plain
@@ -260,15 +260,14 @@ def write(
     Raises:
         UserError: matplotlib is asked for and missing.
     """
-    written = []
-    texts = [table.markdown() for table in (tables(comparison) if chosen is None else chosen)]
-    text = "\n\n".join([*([head] if head else []), *texts]) + "\n"
-    written.append(write_whole(folder / "table.md", lambda file: file.write(text.encode())))
+    shown = tables(comparison) if chosen is None else chosen
     results = as_dict(comparison)
     if more is not None:
         more(results)
-    content = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    written.append(write_whole(folder / "results.json", lambda file: file.write(content.encode())))
+    written = [
+        write_tables(folder / "table.md", shown, head),
+        write_json(folder / "results.json", results),
+    ]
     arrays = {
         f"{split.name}/{label}/{number}/{name}": values
         for split in comparison.splits

@@ -92,7 +92,7 @@ def open_split(settings: Mapping[str, Any], name: str = "") -> Iterator[Split]:
             )
         yield Split(name, path, dataset)
     finally:
-        _close(dataset.dataset)
+        close_dataset(dataset.dataset)
 
 
 def count_structures(settings: Mapping[str, Any]) -> int:
@@ -105,10 +105,10 @@ def count_structures(settings: Mapping[str, Any]) -> int:
     try:
         return len(dataset)
     finally:
-        _close(dataset.dataset)
+        close_dataset(dataset.dataset)
 
 
-def _close(dataset: Any) -> None:
+def close_dataset(dataset: Any) -> None:
     """Close an LMDB now, not when the last reference goes, so that it can be opened again."""
     for environment in [*getattr(dataset, "envs", []), getattr(dataset, "env", None)]:
         if environment is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fairchem_kd.analysis.splits import _close, splits_of_run
+from fairchem_kd.analysis.splits import close_dataset, splits_of_run
 from fairchem_kd.data.build import LMDB_FORMATS, check_dataset, ensure_built
 from fairchem_kd.errors import UserError
 
@@ -102,7 +102,7 @@ def open_structures(
         path = Path(source["src"])
         yield Structures(name or path.name, str(path), count, read)
     finally:
-        _close(dataset.dataset)
+        close_dataset(dataset.dataset)
 
 
 def _open_dataset(settings: Mapping[str, Any]) -> Any:

@@ -18,7 +18,7 @@ import torch
 from fairchem.core.common.utils import setup_imports
 from tqdm import tqdm
 
-from fairchem_kd.analysis.splits import _close
+from fairchem_kd.analysis.splits import close_dataset
 from fairchem_kd.analysis.timing import Stopwatch, Timing, clock, peak_memory, ratio
 from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.data.build import check_dataset
@@ -198,10 +198,10 @@ class _Stepping(DistillationTrainer):
 
     def close(self) -> None:
         """Close the data, so that they can be opened again."""
-        _close(self.train_dataset.dataset)
+        close_dataset(self.train_dataset.dataset)
         if self.companions is not None and self.companions.unlabelled is not None:
             whole: Any = self.companions.unlabelled.dataset.dataset  # fairchem's subset of it all
-            _close(whole.dataset)
+            close_dataset(whole.dataset)
 
     def batches(self) -> Iterator[Batch]:
         """The training batches, over and over."""

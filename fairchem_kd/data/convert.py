@@ -9,7 +9,6 @@ checked, and the folder is renamed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ import torch
 from fairchem_kd._version import __version__
 from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.data.assemble import DONE, SPLITS, Conversion, assemble, part_folder
-from fairchem_kd.data.create import locked
+from fairchem_kd.data.create import locked, what_failed
 from fairchem_kd.data.labels import ATOMIZATION, Labelled, Reading, label
 from fairchem_kd.data.shards import Shard, Tally
 from fairchem_kd.data.sources import Part, find_files, parts_of, read_part, split_of
@@ -142,10 +141,9 @@ def convert(
                 "memory; start it again with fewer --processes, and it goes on."
             ) from error
         except (OSError, lmdb.Error) as error:
-            full = isinstance(error, lmdb.DiskError) or getattr(error, "errno", 0) == errno.ENOSPC
-            what = "the disk is full" if full else str(error)
             raise UserError(
-                f"Cannot write {dest}: {what}; make room and start it again, and it goes on."
+                f"Cannot write {dest}: {what_failed(error)}; make room and start it again, and it "
+                "goes on."
             ) from error
         shutil.rmtree(work)
     return card

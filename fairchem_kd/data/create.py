@@ -219,14 +219,19 @@ def create(
                 "of memory; try again with fewer processes."
             ) from error
         except (OSError, lmdb.Error) as error:
-            full = isinstance(error, lmdb.DiskError) or getattr(error, "errno", 0) == errno.ENOSPC
-            what = "the disk is full" if full else str(error)
             raise UserError(
-                f"Cannot write the data set {root}: {what}; make room or choose another folder."
+                f"Cannot write the data set {root}: {what_failed(error)}; make room or choose "
+                "another folder."
             ) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return card
+
+
+def what_failed(error: OSError | lmdb.Error) -> str:
+    """Why a data set could not be written, in words."""
+    full = isinstance(error, lmdb.DiskError) or getattr(error, "errno", 0) == errno.ENOSPC
+    return "the disk is full" if full else str(error)
 
 
 def _umask() -> int:
