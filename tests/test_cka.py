@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 from models import batch, small_model, structures
 from test_similarity import dense_cka
-from trainings import config, trainer, write_lmdb, write_teacher
+from trainings import config, inside, trainer, write_home
 
 from fairchem_kd import cli
 from fairchem_kd.analysis.cka import STUDENT, TEACHER, study
@@ -33,14 +32,8 @@ LOSSES = {"e2n": {}, "early": {"kind": "n2n", "student": "node@1", "teacher": "n
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: data, a teacher, a distilled student and one that was not trained."""
     root = tmp_path_factory.mktemp("home")
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        for number, (split, count) in enumerate(SIZES.items()):
-            write_lmdb(Path("data") / split, count, seed=20 * number)
-        write_teacher(Path("teacher"), Path("data"))
-        [made] = Path("teacher").rglob("teacher.pt")
-        made.rename("teacher.pt")
+    with inside(root):
+        write_home(SIZES)
         run = config(
             Path("."), Path("data"), losses=LOSSES, teacher=Path("teacher.pt"), max_epochs=1
         )
@@ -50,8 +43,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Path(built.save(checkpoint_file="plain.pt", training_state=False)).rename("plain.pt")
         with trainer(config(Path("."), Path("data"), model="schnet"), identifier="x") as built:
             Path(built.save(checkpoint_file="schnet.pt", training_state=False)).rename("schnet.pt")
-    finally:
-        os.chdir(before)
     return root
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fairchem.core.trainers import OCPTrainer
-from trainings import config, trainer, write_lmdb, write_teacher
+from trainings import config, inside, trainer, write_home, write_lmdb
 
 from fairchem_kd import cli
 from fairchem_kd.analysis.compare import assign_roles, group_by_recipe
@@ -34,16 +33,9 @@ METRICS = ["mae", "cosine_similarity", "magnitude_error", "energy_forces_within_
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: data with two test splits, a teacher, two seeds of plain and e2n."""
     root = tmp_path_factory.mktemp("home")
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        for number, (split, count) in enumerate(SIZES.items()):
-            # trajectories of three frames: each sid stands thrice
-            thrice: dict[str, Any] = {"sid": lambda _, i: i // 3, "fid": lambda _, i: i % 3}
-            write_lmdb(Path("data") / split, count, seed=20 * number, **thrice)
-        write_teacher(Path("teacher"), Path("data"))
-        [made] = Path("teacher").rglob("teacher.pt")
-        made.rename("teacher.pt")
+    with inside(root):
+        # trajectories of three frames: each sid stands thrice
+        write_home(SIZES, sid=lambda _, i: i // 3, fid=lambda _, i: i % 3)
         for name, losses in (("plain", None), ("e2n", {"e2n": {}})):
             for seed in (0, 1):
                 run = config(
@@ -52,8 +44,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 run["dataset"]["test"] = {"format": "lmdb", "src": "data/test"}
                 with trainer(run, seed=seed, identifier=f"{name}-s{seed}") as built:
                     built.train(disable_eval_tqdm=True)
-    finally:
-        os.chdir(before)
     return root
 
 

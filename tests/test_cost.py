@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainings import config, trainer, write_lmdb, write_teacher
+from trainings import config, inside, trainer, write_home
 
 from fairchem_kd import cli
 from fairchem_kd.analysis.models import ModelFile, read_model
@@ -27,21 +26,13 @@ LOSSES = {"e2n": {}, "v2v": {}, "vanilla": {}}
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: data, a teacher, a distilled and a plain student."""
     root = tmp_path_factory.mktemp("home")
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        for number, (split, count) in enumerate({"train": 12, "val": 4, "test": 5}.items()):
-            write_lmdb(Path("data") / split, count, seed=20 * number)
-        write_teacher(Path("teacher"), Path("data"))
-        [made] = Path("teacher").rglob("teacher.pt")
-        made.rename("teacher.pt")
+    with inside(root):
+        write_home({"train": 12, "val": 4, "test": 5})
         for name, losses in (("distilled", LOSSES), ("plain", None)):
             run = config(Path("."), Path("data"), losses=losses, teacher=Path("teacher.pt"))
             with trainer(run, identifier=name) as built:
                 path = built.save(checkpoint_file=f"{name}.pt", training_state=False)
             Path(path).rename(f"{name}.pt")
-    finally:
-        os.chdir(before)
     return root
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
-from trainings import config, write_lmdb, write_teacher, write_yaml
+from trainings import config, inside, write_home, write_yaml
 
 from fairchem_kd import cli
 from fairchem_kd.checkpoint import read_checkpoint
@@ -45,14 +45,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: data, a teacher, and the configs of the four students."""
     root = tmp_path_factory.mktemp("home")
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        for number, (split, count) in enumerate({**SIZES, "more": 8}.items()):
-            write_lmdb(Path("data") / split, count, seed=20 * number)
-        write_teacher(Path("teacher"), Path("data"))
-        [made] = Path("teacher").rglob("teacher.pt")
-        made.rename("teacher.pt")
+    with inside(root):
+        write_home({**SIZES, "more": 8})
         Path("configs").mkdir()
         for name, distillation in TEACHERS.items():
             run = config(
@@ -64,8 +58,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             run["dataset"]["test"] = {"format": "lmdb", "src": "data/test"}
             write_yaml(Path("configs") / f"{name}.yml", run)
-    finally:
-        os.chdir(before)
     return root
 
 

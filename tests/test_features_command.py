@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from models import batch, structures
-from trainings import write_lmdb, write_teacher
+from trainings import inside, write_lmdb, write_teacher
 
 from fairchem_kd import cli
 from fairchem_kd.analysis.models import load_model, read_model
@@ -32,17 +31,11 @@ REQUESTS = [
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GemNet-OC, a file of slabs, and an LMDB of the same ones with names of text."""
     root = tmp_path_factory.mktemp("home")
-    before = Path.cwd()
-    os.chdir(root)
-    try:
+    with inside(root):
         for split in ("train", "val"):
             write_lmdb(Path("data") / split, 4, seed=3, sid=lambda _, i: f"slab-{i * 100}")
-        write_teacher(Path("teacher"), Path("data"))
-        [made] = Path("teacher").rglob("teacher.pt")
-        made.rename("teacher.pt")
+        write_teacher(Path("teacher"), Path("data")).rename("teacher.pt")
         ase.io.write("slabs.traj", structures(4, seed=3, std=0.15))
-    finally:
-        os.chdir(before)
     return root
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from models import structures
-from trainings import config, trainer, write_lmdb, write_teacher
+from trainings import config, inside, trainer, write_home
 
 from fairchem_kd import cli
 from fairchem_kd.analysis.calculators import atoms_of, make_calculator
@@ -181,15 +180,9 @@ def test_methods_are_those_of_the_labels(tmp_path: Path) -> None:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: data, a teacher, a student that says it was distilled."""
     root = tmp_path_factory.mktemp("home")
-    before = Path.cwd()
-    os.chdir(root)
-    try:
-        for number, (split, count) in enumerate({"train": 8, "val": 4, "test": 4}.items()):
-            write_lmdb(Path("data") / split, count, seed=20 * number)
+    with inside(root):
+        write_home({"train": 8, "val": 4, "test": 4}, model="painn")
         Path("data/card.json").write_text('{"options": {"recipe": "slabs"}}')
-        write_teacher(Path("teacher"), Path("data"), model="painn")
-        [made] = Path("teacher").rglob("teacher.pt")
-        made.rename("teacher.pt")
         run = config(Path("."), Path("data"), losses={"n2n": {}}, teacher=Path("teacher.pt"))
         with trainer(run, identifier="n2n") as built:
             Path(built.save(checkpoint_file="n2n.pt", training_state=False)).rename("n2n.pt")
@@ -202,8 +195,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         with trainer(run, identifier="energy") as built:
             Path(built.save(checkpoint_file="energy.pt", training_state=False)).rename("energy.pt")
-    finally:
-        os.chdir(before)
     return root
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from trainings import config, write_lmdb, write_teacher, write_yaml
+from trainings import write_sweep_base
 
 from fairchem_kd.cli import main
 from fairchem_kd.errors import UserError
@@ -34,19 +34,7 @@ EPOCHS = 25
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base config with a small teacher and small data, and a sweep over it: 2 x 2 runs."""
     folder = tmp_path_factory.mktemp("workplace")
-    write_lmdb(folder / "data/train", 6, seed=0)
-    write_lmdb(folder / "data/val", 2, seed=50)
-    teacher = write_teacher(folder, folder / "data", "painn")
-    arguments = config(
-        folder,
-        folder / "data",
-        losses={"n2n": {}},
-        teacher=teacher,
-        max_epochs=EPOCHS,
-        eval_every=10,
-        checkpoint_every=2,
-    )
-    write_yaml(folder / "base.yml", arguments)
+    write_sweep_base(folder, EPOCHS)
     (folder / "sweep.yml").write_text(yaml.safe_dump(SWEEP))
     return folder
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import multiprocessing
+import os
 import pickle
 import random
 import tempfile
@@ -143,6 +144,41 @@ def trainer(
                 built.logger.writer.close()
             built.__dict__.clear()
         gc.collect()
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Within the block, relative paths start from ``folder``."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def write_home(sizes: dict[str, int], *, model: str = "gemnet_oc", **edit: Any) -> None:
+    """In the current folder: data/SPLIT for each of ``sizes``, and an untrained teacher.pt."""
+    for number, (split, count) in enumerate(sizes.items()):
+        write_lmdb(Path("data") / split, count, seed=20 * number, **edit)
+    write_teacher(Path("teacher"), Path("data"), model).rename("teacher.pt")
+
+
+def write_sweep_base(folder: Path, epochs: int) -> None:
+    """base.yml: a student with small data and a small teacher, saved every other step."""
+    write_lmdb(folder / "data/train", 6, seed=0)
+    write_lmdb(folder / "data/val", 2, seed=50)
+    teacher = write_teacher(folder, folder / "data", "painn")
+    arguments = config(
+        folder,
+        folder / "data",
+        losses={"n2n": {}},
+        teacher=teacher,
+        max_epochs=epochs,
+        eval_every=10,
+        checkpoint_every=2,
+    )
+    write_yaml(folder / "base.yml", arguments)
 
 
 def write_teacher(root: Path, data: Path, model: str = "gemnet_oc", seed: int = 7) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trainings import config, write_lmdb, write_teacher, write_yaml
+from trainings import write_sweep_base
 
 from fairchem_kd.cli import main
 from fairchem_kd.records import read_records
@@ -34,19 +34,7 @@ def workplace(
     for key, value in slurm.items():
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(tmp_path)
-    write_lmdb(tmp_path / "data/train", 6, seed=0)
-    write_lmdb(tmp_path / "data/val", 2, seed=50)
-    teacher = write_teacher(tmp_path, tmp_path / "data", "painn")
-    arguments = config(
-        tmp_path,
-        tmp_path / "data",
-        losses={"n2n": {}},
-        teacher=teacher,
-        max_epochs=EPOCHS,
-        eval_every=10,
-        checkpoint_every=2,
-    )
-    write_yaml(tmp_path / "base.yml", arguments)
+    write_sweep_base(tmp_path, EPOCHS)
     sweep = {
         "base": "base.yml",
         "seeds": [0, 1],
