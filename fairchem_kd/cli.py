@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -47,6 +48,13 @@ COMMANDS = {
 }
 
 
+#: Warnings of stock fairchem's code that a user of our commands can do nothing about.
+NOISE = (
+    r"'PaiNN\w*\.jittable' is deprecated",
+    r"'pin_memory' argument is set as true but no accelerator is found",
+)
+
+
 def report(error: UserError) -> int:
     """Print what the user can mend on stderr, and return the exit code 2."""
     print(f"error: {error}", file=sys.stderr)
@@ -81,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         parser.parse_args(argv)  # --help, --version or an error: all of them exit
     command = COMMANDS[argv[0]]
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
     try:
         if not command.standalone:
             check_fairchem_core()
@@ -89,3 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return module.run(parser.parse_args(argv))
     except UserError as error:
         return report(error)
+    except KeyboardInterrupt:
+        told = f"stopped: fairchem-kd {argv[0]}; the files it had written are whole"
+        print(f"\n{told}", file=sys.stderr)
+        return 130

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import models
@@ -621,3 +623,29 @@ def test_a_model_that_averages_over_atoms_has_no_atom_energies(flavour, override
     model = models.small_model(flavour, **override)
     with pytest.raises(UserError, match="averages over atoms"):
         FeatureExtractor(model, [Request("atom_energy", "node")])
+
+
+def test_what_is_around_the_taps_sees_each_of_them_once() -> None:
+    """Of edges, with the sum over them; and no longer once it is taken away."""
+    model, data = small("gemnet_oc"), batch()
+    extractor = FeatureExtractor(model, [Request("node", "node"), Request("edge", "node")])
+    inside: list[str] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        inside.append("in")
+        yield
+        inside.append("out")
+
+    with extractor.capture() as expected:
+        model(data.clone())
+    extractor.around = around
+    with extractor.capture() as captured:
+        model(data.clone())
+    assert inside == ["in", "out"] * 2
+    for request in extractor.specs:
+        assert torch.equal(captured[request].values, expected[request].values)
+    extractor.around = None
+    with extractor.capture():
+        model(data.clone())
+    assert len(inside) == 4

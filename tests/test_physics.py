@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from fairchem_kd import cli
 from fairchem_kd.analysis.calculators import atoms_of, make_calculator
 from fairchem_kd.analysis.models import load_model, read_model
 from fairchem_kd.analysis.physics import (
+    Consistency,
     Dynamics,
+    Relaxation,
     Scan,
     against,
     check_forces,
@@ -32,6 +37,7 @@ from fairchem_kd.analysis.physics import (
     run_dynamics,
     scan_bond,
 )
+from fairchem_kd.analysis.physics_summary import Findings, summarise, wilson
 from fairchem_kd.analysis.reference_method import EMT as EMT_METHOD
 from fairchem_kd.analysis.reference_method import XTB, method_calculator, method_of
 from fairchem_kd.analysis.structures import open_structures
@@ -141,14 +147,20 @@ def test_bond_scans() -> None:
     water = molecule("H2O")
     stays, moves = find_bond(water) or (-1, -1)
     assert (water.symbols[stays], water.symbols[moves]) == ("O", "H")
+    # an atom at the end of a molecule, though the bond inside is tighter and moving C hits others
+    acetylene = molecule("C2H2")
+    stays, moves = find_bond(acetylene) or (-1, -1)
+    assert (acetylene.symbols[stays], acetylene.symbols[moves]) == ("C", "H")
+    assert acetylene.get_distance(stays, moves) < 1.1
+    monoxide = molecule("CO")
+    assert find_bond(monoxide) == (monoxide.symbols.search("O")[0], monoxide.symbols.search("C")[0])
     [slab] = structures(1)  # oxygen on copper: the adsorbate moves, though copper is as tight
     stays, moves = find_bond(slab) or (-1, -1)
     assert (slab.symbols[stays], slab.symbols[moves]) == ("Cu", "O")
     slab.set_constraint(FixAtoms(indices=range(len(slab))))
     assert find_bond(slab) is None
-    scan = scan_bond(Spring(), pair(), (0, 1), points=41)
-    radii = 0.66 + 0.31
-    assert (scan.lengths[0], scan.lengths[-1]) == pytest.approx((0.85 * radii, 1.5 * radii))
+    scan = scan_bond(Spring(), pair(1.1), (0, 1), points=41)
+    assert (scan.lengths[0], scan.lengths[-1]) == pytest.approx((0.85 * 1.1, 1.35 * 1.1))
     np.testing.assert_allclose(scan.energies, 10 * (np.array(scan.lengths) - 1) ** 2, atol=1e-9)
     assert scan.turns == 1
     assert scan.mismatch < 1e-6
@@ -157,6 +169,51 @@ def test_bond_scans() -> None:
     assert rough.turns == 39
     shifted = Scan("O-H", scan.lengths, [e + 7 for e in scan.energies], scan.forces)
     assert scan.error(shifted) == pytest.approx(0.0, abs=1e-12)
+
+
+def findings(mismatches: list[list[float]]) -> Findings:
+    """Of structures whose forces are off by so much along each direction, from slopes of 1 eV/Å."""
+    found = Findings()
+    for off in mismatches:
+        found.consistency.append(Consistency([1 + value for value in off], [1.0] * len(off)))
+        energy = [0.0, off[0], 2 * off[0]]
+        found.dynamics.append(Dynamics(energy, 1.0, 2, off[0] < 0.5, ""))
+        found.relaxations.append(Relaxation(off[0] < 0.5, 7))
+        found.scans.append(None)
+    return found
+
+
+def test_figures_with_what_they_are_uncertain_by() -> None:
+    chance = np.random.default_rng(0)
+    off = np.abs(chance.normal(0.2, 0.05, (3, 40, 2)))  # seeds, structures, directions
+    found = summarise([findings(one.tolist()) for one in off], None)
+    mismatch = found["force_mismatch"]
+    assert mismatch is not None
+    assert mismatch.value == pytest.approx(off.mean())
+    assert mismatch.over_seeds == pytest.approx(off.mean(axis=(1, 2)).std(ddof=1))
+    assert mismatch.over_structures is not None
+    low, high = mismatch.over_structures
+    expected = off.mean(axis=(0, 2)).std(ddof=1) / np.sqrt(40)  # of a mean, by theory
+    assert (high - low) / 2 == pytest.approx(1.96 * expected, rel=0.1)
+    assert (high + low) / 2 == pytest.approx(off.mean(), rel=0.02)
+    relative = found["force_mismatch_relative"]
+    assert relative is not None
+    assert relative.value == pytest.approx(np.mean(np.sqrt(np.mean(off**2, axis=(1, 2)))))
+    drift = found["md_drift"]
+    assert drift is not None
+    assert drift.value == pytest.approx(np.mean(np.median(off[:, :, 0], axis=1)) * 1000)
+    assert found["scan_error"] is found["scan_turns"] is found["relax_energy_above"] is None
+
+    [alone] = [summarise([findings([[0.1]])], None)]
+    assert alone["force_mismatch"] is not None
+    assert alone["force_mismatch"].over_structures is None
+    assert alone["force_mismatch"].over_seeds is None
+    # all of five is not certainty
+    share = summarise([findings([[0.1]] * 5)], None)["md_stable"]
+    assert share is not None
+    assert share.value == 1.0
+    assert share.over_structures == pytest.approx((0.566, 1.0), abs=1e-3)
+    assert wilson(0.25, 8) == pytest.approx((0.071, 0.591), abs=1e-3)
 
 
 def test_methods_are_those_of_the_labels(tmp_path: Path) -> None:
@@ -184,8 +241,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_home({"train": 8, "val": 4, "test": 4}, model="painn")
         Path("data/card.json").write_text('{"options": {"recipe": "slabs"}}')
         run = config(Path("."), Path("data"), losses={"n2n": {}}, teacher=Path("teacher.pt"))
-        with trainer(run, identifier="n2n") as built:
-            Path(built.save(checkpoint_file="n2n.pt", training_state=False)).rename("n2n.pt")
+        for name, seed in (("n2n", 3), ("n2n-again", 4)):
+            with trainer(run, identifier=name, seed=seed) as built:
+                path = built.save(checkpoint_file=f"{name}.pt", training_state=False)
+            Path(path).rename(f"{name}.pt")
         run = config(Path("."), Path("data"), model="painn_energy")
         del run["outputs"]["forces"]
         run["loss_functions"] = run["loss_functions"][:1]
@@ -224,32 +283,55 @@ def test_the_calculator_is_the_model(home: Path) -> None:
 
 
 def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["physics", "mine=n2n.pt", *SHORT, "--out", "out"]) == 0
+    assert cli.main(["physics", "mine=n2n*.pt", *SHORT, "--out", "out"]) == 0
     text = capsys.readouterr().out
+    assert re.search(r"\nmine +\d+ ± \d+ \[\d+, \d+\] ", text)
     for title in ("NVE dynamics", "Relaxations", "Forces and bond scans"):
         assert f"{title}\n" in text
     results = json.loads(Path("out/physics.json").read_text())
     assert list(results["models"]) == ["teacher", "mine", "EMT"]
     assert (results["method"], results["structures"]) == ("EMT", 2)
     truth, mine = results["models"]["EMT"]["summary"], results["models"]["mine"]["summary"]
-    assert truth["md_stable"] == 1.0
-    assert truth["relax_energy_above"] == pytest.approx(0.0, abs=1e-9)
-    assert truth["scan_error"] == 0.0
-    assert truth["force_mismatch_relative"] < 0.02
-    assert mine["force_mismatch_relative"] > 0.1  # an untrained model with direct forces
-    assert len(results["models"]["mine"]["dynamics"]) == 2
-    assert all(len(r["energy"]) <= 5 for r in results["models"]["mine"]["dynamics"])
-    for name in ("physics_dynamics", "physics_scans"):
+    assert truth["md_stable"] == {
+        "value": 1.0,
+        "over_structures": pytest.approx(wilson(1.0, 2)),
+        "over_seeds": None,
+    }
+    assert truth["relax_energy_above"]["value"] == pytest.approx(0.0, abs=1e-9)
+    assert truth["scan_error"]["value"] == 0.0
+    assert truth["force_mismatch_relative"]["value"] < 0.02
+    relative = mine["force_mismatch_relative"]
+    assert relative["value"] > 0.1  # an untrained model with direct forces
+    low, high = relative["over_structures"]
+    assert low <= relative["value"] <= high
+    assert relative["over_seeds"] > 0
+    one, other = results["models"]["mine"]["seeds"]
+    assert len(one["dynamics"]) == len(other["dynamics"]) == 2
+    assert one["dynamics"] != other["dynamics"]
+    assert all(len(r["energy"]) <= 5 for r in one["dynamics"])
+    for name in ("physics_summary", "physics_dynamics", "physics_scans"):
         assert Path(f"out/{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert "time (fs)" in Path("out/physics_dynamics.svg").read_text()
     assert "distance (Å)" in Path("out/physics_scans.svg").read_text()
     assert "| mine |" in Path("out/physics.md").read_text()
 
 
+def test_an_interruption_ends_in_a_sentence(home: Path, capsys: Any) -> None:
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    argv = ["physics", "n2n.pt", "--cpu", "--md-steps", "100000", "--out", "never"]
+    assert cli.main(argv) == 130
+    assert "stopped: fairchem-kd physics; the files it had written are whole" in (
+        capsys.readouterr().err
+    )
+    assert not Path("never").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["n2n.pt", "n2n.pt"], "Two models are called 'n2n'"),
+        (["n2n.pt", "mine=n2n.pt"], "n2n.pt is given twice"),
+        (["mine=none*.pt"], r"Nothing in .* matches none\*.pt"),
         (["energy.pt"], "predicts no forces"),
         (["nothing.pt"], "nothing.pt does not exist"),
         (["n2n.pt", "--md-steps", "0"], "--md-steps must be more than 0"),

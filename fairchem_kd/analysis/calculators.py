@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from fairchem_kd.analysis.quiet import quiet
 from fairchem_kd.errors import UserError
 from fairchem_kd.random_state import isolated_random_state
 
@@ -28,7 +26,7 @@ def make_calculator(file: ModelFile, *, cpu: bool = True) -> Calculator:
     """
     from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 
-    with _quiet(), isolated_random_state():
+    with quiet(), isolated_random_state():
         try:
             return OCPCalculator(checkpoint_path=file.path, cpu=cpu, seed=0)
         except Exception as error:  # whatever stock makes of a config that misses what it needs
@@ -36,17 +34,6 @@ def make_calculator(file: ModelFile, *, cpu: bool = True) -> Calculator:
                 f"{file.path} cannot be loaded by fairchem's OCPCalculator "
                 f"({type(error).__name__}: {error}); take a checkpoint that fairchem wrote."
             ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without stock's printing of whole configs."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def atoms_of(structures: Structures) -> list[ase.Atoms]:

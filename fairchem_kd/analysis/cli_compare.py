@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +101,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_named(runs: Sequence[str], *, trust: bool) -> list[tuple[str | None, ModelFile]]:
-    """What each ``[LABEL=]RUN`` names: its label, where it has one, and its file."""
+    """What each ``[LABEL=]RUN`` names: its label, where it has one, and its file.
+
+    With a label, RUN may be a pattern (``e2n=checkpoints/*-e2n-s?``), which shells leave as it is.
+    """
     from fairchem_kd.analysis.models import read_model
 
-    return [(label, read_model(path, trust=trust)) for label, path in map(_split_label, runs)]
+    named = [(label, one) for label, path in map(_split_label, runs) for one in _matching(path)]
+    return [(label, read_model(path, trust=trust)) for label, path in named]
+
+
+def _matching(path: Path) -> list[Path]:
+    """What a pattern matches, in order; a path that is none as it is."""
+    if path.exists() or not any(mark in str(path) for mark in "*?["):
+        return [path]
+    found = [Path(name) for name in sorted(glob(str(path)))]
+    if not found:
+        raise UserError(f"Nothing in {Path.cwd()} matches {path}; name runs that are there.")
+    return found
 
 
 def _split_label(text: str) -> tuple[str | None, Path]:

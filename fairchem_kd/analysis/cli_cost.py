@@ -107,10 +107,14 @@ def _inference(
     named = args.teacher or next((file.teacher for file in runs.values() if file.teacher), None)
     if named is not None:
         files["teacher"] = read_model(named, trust=args.trust)
-    for label, file in runs.items():
-        # students of one architecture cost the same
-        if not any(file.config["model"] == other.config["model"] for other in files.values()):
-            files[label if label != "teacher" else "teacher's run"] = file
+    students: dict[str, Any] = {}
+    for label, file in runs.items():  # students of one architecture cost the same
+        known = [*files.values(), *students.values()]
+        if not any(file.config["model"] == other.config["model"] for other in known):
+            students[label if label != "teacher" else "teacher's run"] = file
+    if files and len(students) == 1:
+        students = {"student": next(iter(students.values()))}
+    files |= students
     models = {label: load_model(file, device) for label, file in files.items()}
     costs.parameters = {
         label: sum(p.numel() for p in model.model.parameters()) for label, model in models.items()

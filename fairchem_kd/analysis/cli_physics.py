@@ -12,12 +12,13 @@ from fairchem_kd.analysis.cli_output import add_output_arguments, as_text, check
 from fairchem_kd.errors import UserError
 
 EPILOG = """\
-A RUN is the folder of a run, a checkpoint, or LABEL=RUN. Every model goes through stock fairchem's
+A RUN is the folder of a run, a checkpoint, or LABEL=RUN. Runs of one LABEL, and runs that differ by
+the seed alone, count as seeds of one model. Every model goes through stock fairchem's
 OCPCalculator, from the same structures, and so does the teacher that the runs were distilled from.
 On data of ours the labels' method (EMT or GFN2-xTB) is one more row, and what the others are held
 to.
 
-  fairchem-kd physics plain=checkpoints/*-plain e2n=checkpoints/*-e2n --out physics
+  fairchem-kd physics checkpoints/*-plain-s? checkpoints/*-e2n-s? --out physics
   fairchem-kd physics model.pt --data structures.traj --method none --structures 10
 """
 
@@ -74,13 +75,13 @@ def run(args: argparse.Namespace) -> int:
     from fairchem_kd.analysis.structures import data_of, open_structures
 
     files = _models(args)
-    source = args.data or data_of(next(file for label, file in files.items() if label != "teacher"))
+    source = args.data or data_of(list(files.values())[-1][0])
     with open_structures(source, limit=args.structures) as structures:
         atoms = atoms_of(structures)
         data = structures.path
     cpu = choose_device(cpu=args.cpu).type == "cpu"
     found = physics_study.study_physics(
-        {label: make_calculator(file, cpu=cpu) for label, file in files.items()},
+        {label: [make_calculator(f, cpu=cpu) for f in seeds] for label, seeds in files.items()},
         atoms,
         method=_method(args.method, source),
         data=data,
@@ -102,31 +103,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _models(args: argparse.Namespace) -> dict[str, Any]:
-    """The files by label, the teacher first.
+def _models(args: argparse.Namespace) -> dict[str, list[Any]]:
+    """The files of every seed by label, the teacher first.
 
     Raises:
-        UserError: two of one label, or a model without forces.
+        UserError: one file given twice, or a model without forces.
     """
     from fairchem_kd.analysis.cli_compare import read_named
+    from fairchem_kd.analysis.compare import group_by_recipe
     from fairchem_kd.analysis.models import read_model
 
     named = read_named(args.runs, trust=args.trust)
     teacher = args.teacher or next((file.teacher for _, file in named if file.teacher), None)
-    files = {}
+    groups = group_by_recipe(named)
+    files: dict[str, list[Any]] = {}
     if teacher is not None:
-        files["teacher"] = read_model(teacher, trust=args.trust)
-    for label, file in named:
-        name = label or file.identifier
-        if name in files:
-            raise UserError(f"Two models are called '{name}': write LABEL=RUN for one of them.")
-        files[name] = file
-    for name, file in files.items():
-        if "forces" not in _outputs(file.config):
-            raise UserError(
-                f"{file.path} ('{name}') predicts no forces, and dynamics and relaxations need "
-                "them; leave it out."
-            )
+        path = read_model(teacher, trust=args.trust)
+        own = [g for g in groups if any(f.path.resolve() == path.path.resolve() for f in g.files)]
+        files[own[0].label if own else "teacher"] = [path]
+    for group in groups:
+        files.setdefault(group.label, list(group.files))
+    for name, seeds in files.items():
+        for file in seeds:
+            if "forces" not in _outputs(file.config):
+                raise UserError(
+                    f"{file.path} ('{name}') predicts no forces, and dynamics and relaxations need "
+                    "them; leave it out."
+                )
     return files
 
 

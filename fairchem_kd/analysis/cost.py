@@ -26,10 +26,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = 1
-#: Hatches tell the parts of a bar apart in grey.
-HATCHES = ("", "//", "\\\\", "..", "xx", "--", "||", "++")
 SMALL = 0.02  #: parts that are less than this share of every step are drawn as one
 OTHER = "everything else"
+#: Colour (a place in the palette) and hatch of parts of a step; hatches tell them apart in grey.
+LOOKS = {
+    "student forward": (1, ""),
+    "backward": (5, "\\\\"),
+    "teacher forward": (2, "//"),
+    "companions": (6, ".."),
+    "optimiser": (3, "xx"),
+}
+HATCHES = ("--", "||", "++", "oo")  # of the others
 
 
 @dataclass
@@ -104,7 +111,7 @@ def overhead_table(costs: Costs) -> Table:
     """What a step and an epoch cost with and without distillation."""
     table = Table(
         "A step of training",
-        ["run", "batch", "data (ms)", "plain (ms)", "distilled (ms)", "ratio",
+        ["run", "batch", "companions", "data (ms)", "plain (ms)", "distilled (ms)", "ratio",
          "plain epoch (s)", "distilled epoch (s)", "plain memory (MB)", "distilled memory (MB)"],
     )  # fmt: skip
     for label, cost in costs.training.items():
@@ -112,6 +119,7 @@ def overhead_table(costs: Costs) -> Table:
         table.add(
             label,
             str(cost.batch_size),
+            f"{cost.companions:.0f}",
             milliseconds(cost.data),
             milliseconds(cost.plain),
             milliseconds(cost.distilled),
@@ -126,6 +134,11 @@ def overhead_table(costs: Costs) -> Table:
         "turn by turn; ratio: the median over turns [quartiles]. Data: reading and collating in "
         "this process, which loader processes can hide. Epochs without evaluations."
     )
+    if any(cost.companions for cost in costs.training.values()):
+        table.notes.append(
+            "Companions: unlabelled structures and rattled copies, which a distilled step has "
+            "beside its batch; the ratio counts them in."
+        )
     return table
 
 
@@ -258,15 +271,20 @@ def plot_training(costs: Costs) -> Figure:
     figure = new_figure(8.5, 1.9 + 0.42 * len(bars) + 0.22 * (len(parts) // 4))
     axes = figure.subplots()
     left = np.zeros(len(bars))
-    for number, part in enumerate(parts):
+    rest = [part for part in parts if part not in LOOKS and part != OTHER]
+    places = LOOKS | {part: (4, HATCHES[n % len(HATCHES)]) for n, part in enumerate(rest)}
+    looks = {part: (COLOURS[place], hatch) for part, (place, hatch) in places.items()}
+    looks[OTHER] = "0.7", ""
+    for part in parts:
+        colour, hatch = looks[part]
         widths = [step.get(part, 0.0) for step in steps]
         axes.barh(
             range(len(bars)),
             widths,
             left=left,
             label=part,
-            color=COLOURS[(number + 1) % len(COLOURS)],
-            hatch=HATCHES[number % len(HATCHES)],
+            color=colour,
+            hatch=hatch,
             edgecolor="white",
             linewidth=0.5,
         )

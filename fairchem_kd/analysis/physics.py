@@ -28,6 +28,7 @@ Array = NDArray[np.float64]
 
 MAX_FORCE = 100.0  #: eV/Å; more than any reasonable structure of light atoms at hand
 CLOSEST = 0.4  #: of the sum of two covalent radii; nearer pairs are no chemistry
+BONDED = 1.25  #: of that sum; nearer pairs are bonded
 HOTTEST = 10.0  #: times the starting temperature (at least 300 K)
 
 
@@ -264,10 +265,12 @@ class Scan:
 
 
 def find_bond(atoms: Atoms) -> tuple[int, int] | None:
-    """The tightest pair of atoms of which the lighter is free: (the one that stays, the moved).
+    """The tightest bond, one atom of which can be moved: (the one that stays, the moved).
 
-    Tight by the distance over the sum of covalent radii; None where there is no such pair. The
-    moved atom is of the highest tag that a free atom has: on a slab, of the adsorbate.
+    Tight by the distance over the sum of covalent radii. Atoms at the end of a molecule, with one
+    neighbour alone, come first, so that a scan meets no other atom; else the lighter one is moved.
+    The moved atom is free and of the highest tag that a free atom has: on a slab, of the adsorbate.
+    None where there is no such pair.
     """
     if len(atoms) < 2:
         return None
@@ -276,12 +279,22 @@ def find_bond(atoms: Atoms) -> tuple[int, int] | None:
     np.fill_diagonal(tightness, np.inf)
     free = free_atoms(atoms)
     tags = atoms.get_tags()
-    movable = set(free[tags[free] == tags[free].max()].tolist()) if len(free) else set()
-    for pair in np.argsort(tightness, axis=None):
-        stays, moves = (int(k) for k in np.unravel_index(pair, tightness.shape))
-        if moves in movable and atoms.numbers[moves] <= atoms.numbers[stays]:
-            return stays, moves
-    return None
+    movable = free[tags[free] == tags[free].max()].tolist() if len(free) else []
+    neighbours = (tightness < BONDED).sum(axis=1)
+
+    def rank(stays: int, moves: int) -> int:
+        at_the_end = neighbours[moves] == 1 and tightness[stays, moves] < BONDED
+        lighter = atoms.numbers[moves] <= atoms.numbers[stays]
+        return (0 if lighter else 1) if at_the_end else (2 if lighter else 3)
+
+    ranked = [
+        (rank(stays, moves), tightness[stays, moves], stays, moves)
+        for moves in movable
+        for stays in range(len(atoms))
+        if stays != moves
+    ]
+    best = min(ranked, default=None)
+    return None if best is None or best[0] == 3 else best[2:]
 
 
 def scan_bond(
@@ -290,7 +303,7 @@ def scan_bond(
     bond: tuple[int, int],
     *,
     points: int = 25,
-    reach: Sequence[float] = (0.85, 1.5),
+    reach: Sequence[float] = (0.85, 1.35),
 ) -> Scan:
     """Move one atom of a bond along it, all others at rest.
 
@@ -299,17 +312,17 @@ def scan_bond(
         atoms: the structure.
         bond: as :func:`find_bond` gives it.
         points: lengths, evenly spread.
-        reach: the shortest and the longest, in units of the sum of covalent radii.
+        reach: the shortest and the longest, in units of the length that the bond has.
     """
     stays, moves = bond
     system = atoms.copy()
     system.set_constraint()
     system.calc = calculator
     vector = system.get_distance(stays, moves, mic=True, vector=True)
-    axis = vector / np.linalg.norm(vector)
+    length = np.linalg.norm(vector)
+    axis = vector / length
     start = system.positions[moves] - vector
-    radii = covalent_radii[atoms.numbers[[stays, moves]]].sum()
-    lengths = np.linspace(reach[0] * radii, reach[1] * radii, points)
+    lengths = np.linspace(reach[0] * length, reach[1] * length, points)
     energies, forces = [], []
     for length in lengths:
         system.positions[moves] = start + length * axis

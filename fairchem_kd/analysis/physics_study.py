@@ -12,15 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from ase.calculators.calculator import CalculationFailed
 from tqdm import tqdm
 
 from fairchem_kd.analysis.output import write_json, write_plots, write_tables
 from fairchem_kd.analysis.physics import (
     Consistency,
-    Dynamics,
-    Relaxation,
     Scan,
     against,
     check_forces,
@@ -29,6 +26,7 @@ from fairchem_kd.analysis.physics import (
     run_dynamics,
     scan_bond,
 )
+from fairchem_kd.analysis.physics_summary import Findings, Measured, summarise
 from fairchem_kd.analysis.reference_method import method_calculator
 from fairchem_kd.analysis.tables import Table, number, significant
 from fairchem_kd.records import plain
@@ -36,8 +34,6 @@ from fairchem_kd.records import plain
 if TYPE_CHECKING:
     from ase import Atoms
     from ase.calculators.calculator import Calculator
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 FORMAT = 1
 
@@ -57,21 +53,29 @@ class Settings:
 
 @dataclass
 class Physics:
-    """What was found, by label; the labels' method, where there is one, among the labels, last."""
+    """What was found; the labels' method, where there is one, among the labels, last.
 
-    labels: list[str]
+    ``models``: by label, one for every seed.
+    """
+
     method: str | None
     data: str
     structures: int
     settings: Settings
-    dynamics: dict[str, list[Dynamics]] = field(default_factory=dict)
-    relaxations: dict[str, list[Relaxation]] = field(default_factory=dict)
-    consistency: dict[str, list[Consistency]] = field(default_factory=dict)
-    scans: dict[str, list[Scan | None]] = field(default_factory=dict)
+    models: dict[str, list[Findings]] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.models)
+
+    def summary(self, label: str) -> dict[str, Measured | None]:
+        """The figures of one model over all structures and seeds, in eV, Å, ps."""
+        truth = None if self.method is None else self.models[self.method][0]
+        return summarise(self.models[label], truth)
 
 
 def study_physics(
-    calculators: Mapping[str, Calculator],
+    calculators: Mapping[str, Sequence[Calculator]],
     structures: Sequence[Atoms],
     *,
     method: str | None,
@@ -82,8 +86,8 @@ def study_physics(
     """Put every calculator, and the labels' method, through the same.
 
     Args:
-        calculators: by label, as :func:`fairchem_kd.analysis.calculators.make_calculator` gives
-            them.
+        calculators: by label, of every seed, as
+            :func:`fairchem_kd.analysis.calculators.make_calculator` gives them.
         structures: where everything starts.
         method: of the labels (:mod:`fairchem_kd.analysis.reference_method`), or None.
         data: where the structures come from, for the report.
@@ -94,43 +98,63 @@ def study_physics(
         UserError: the method's package is not installed.
     """
     settings = settings or Settings()
-    everyone = dict(calculators)
+    found = Physics(method, data, len(structures), settings)
+    everyone = {label: list(seeds) for label, seeds in calculators.items()}
+    held_to: _Method | None = None
     if method is not None:
-        everyone[method] = method_calculator(method)
-    found = Physics(list(everyone), method, data, len(structures), settings)
-    bar = tqdm(total=4 * len(everyone) * len(structures), disable=None if progress else True)
-    ends: dict[str, list[Atoms]] = {}
-    for label, calculator in reversed(everyone.items()):  # the method, which others are held to
-        for part in (found.dynamics, found.relaxations, found.consistency, found.scans):
-            part[label] = []
-        ends[label] = []
-        for index, atoms in enumerate(structures):
+        everyone[method] = [method_calculator(method)]
+        held_to = _Method(everyone[method][0])
+    total = 4 * len(structures) * sum(len(seeds) for seeds in everyone.values())
+    with tqdm(total=total, disable=None if progress else True) as bar:
+        for label in reversed(everyone):  # the method first, which the others are held to
             bar.set_description(label)
-            found.dynamics[label].append(
-                run_dynamics(
-                    calculator,
-                    atoms,
-                    steps=settings.md_steps,
-                    time_step=settings.time_step,
-                    temperature=settings.temperature,
-                    seed=index,
-                )
+            found.models[label] = [
+                _findings(one, structures, settings, held_to, bar.update) for one in everyone[label]
+            ]
+    found.models = dict(reversed(found.models.items()))
+    return found
+
+
+@dataclass
+class _Method:
+    """The labels' method, and where its own relaxations end."""
+
+    calculator: Calculator
+    ends: list[Atoms] = field(default_factory=list)
+
+
+def _findings(
+    calculator: Calculator,
+    structures: Sequence[Atoms],
+    settings: Settings,
+    method: _Method | None,
+    done: Callable[[], Any],
+) -> Findings:
+    """What one calculator does; that of the method fills in its ends."""
+    found = Findings()
+    for index, atoms in enumerate(structures):
+        found.dynamics.append(
+            run_dynamics(
+                calculator,
+                atoms,
+                steps=settings.md_steps,
+                time_step=settings.time_step,
+                temperature=settings.temperature,
+                seed=index,
             )
-            bar.update()
-            relaxation, end = relax(
-                calculator, atoms, fmax=settings.fmax, steps=settings.relax_steps
-            )
-            if method is not None:
-                best = ends[method][index] if label != method else end
-                relaxation = against(relaxation, end, everyone[method], best)
-            ends[label].append(end)
-            found.relaxations[label].append(relaxation)
-            bar.update()
-            found.consistency[label].append(_forces(calculator, atoms, settings, index))
-            bar.update()
-            found.scans[label].append(_scan(calculator, atoms, settings))
-            bar.update()
-    bar.close()
+        )
+        done()
+        relaxation, end = relax(calculator, atoms, fmax=settings.fmax, steps=settings.relax_steps)
+        if method is not None:
+            if calculator is method.calculator:
+                method.ends.append(end)
+            relaxation = against(relaxation, end, method.calculator, method.ends[index])
+        found.relaxations.append(relaxation)
+        done()
+        found.consistency.append(_forces(calculator, atoms, settings, index))
+        done()
+        found.scans.append(_scan(calculator, atoms, settings))
+        done()
     return found
 
 
@@ -151,53 +175,7 @@ def _scan(calculator: Calculator, atoms: Atoms, settings: Settings) -> Scan | No
         return None
 
 
-# -- summaries -------------------------------------------------------------------------------------
-
-
-def summary(found: Physics, label: str) -> dict[str, float | None]:
-    """The figures of one model over all structures, in eV, Å, ps; None where there are none."""
-    dynamics, relaxations = found.dynamics[label], found.relaxations[label]
-    forces = np.array([value for one in found.consistency[label] for value in one.forces])
-    slopes = np.array([value for one in found.consistency[label] for value in one.differences])
-    scans = [scan for scan in found.scans[label] if scan is not None]
-    errors = []
-    if found.method is not None:
-        pairs = zip(found.scans[label], found.scans[found.method], strict=True)
-        errors = [ours.error(theirs) for ours, theirs in pairs if ours and theirs]
-    return {
-        "md_stable": _mean([d.stable for d in dynamics]),
-        "md_drift": _median([abs(d.drift) for d in dynamics if d.drift is not None]),
-        "md_fluctuation": _median([d.fluctuation for d in dynamics]),
-        "relax_converged": _mean([r.converged for r in relaxations]),
-        "relax_steps": _mean([r.steps for r in relaxations]),
-        "relax_energy_above": _median([r.energy_above for r in relaxations]),
-        "relax_displacement": _median([r.displacement for r in relaxations]),
-        "force_mismatch": _mean(np.abs(forces - slopes)),
-        "force_mismatch_relative": _relative(forces, slopes),
-        "scan_error": _mean(errors),
-        "scan_mismatch": _mean([scan.mismatch for scan in scans]),
-        "scan_turns": _mean([scan.turns for scan in scans]),
-    }
-
-
-def _relative(forces: Any, slopes: Any) -> float | None:
-    """Root mean square of the mismatch over that of the slopes of the energy."""
-    whole = float(np.sqrt(np.mean(np.square(slopes)))) if len(slopes) else 0.0
-    return float(np.sqrt(np.mean(np.square(forces - slopes)))) / whole if whole else None
-
-
-def _known(values: Any) -> list[float]:
-    return [float(value) for value in values if value is not None and np.isfinite(value)]
-
-
-def _mean(values: Any) -> float | None:
-    known = _known(values)
-    return float(np.mean(known)) if known else None
-
-
-def _median(values: Any) -> float | None:
-    known = _known(values)
-    return float(np.median(known)) if known else None
+# -- tables and files ------------------------------------------------------------------------------
 
 
 def tables(found: Physics) -> list[Table]:
@@ -218,35 +196,39 @@ def tables(found: Physics) -> list[Table]:
          "turns of E", "scan error (meV)"],
     )  # fmt: skip
     for label in found.labels:
-        row = summary(found, label)
-        reasons = dict.fromkeys(d.reason for d in found.dynamics[label] if d.reason)
+        row = found.summary(label)
+        reasons = [d.reason for one in found.models[label] for d in one.dynamics if d.reason]
         dynamics.add(
             label,
-            _times(row["md_stable"], 100, 0),
-            _milli(row["md_drift"]),
-            _milli(row["md_fluctuation"]),
-            "; ".join(list(reasons)[:2]) or "-",
+            figure(row["md_stable"], 100, 0),
+            figure(row["md_drift"], 1000),
+            figure(row["md_fluctuation"], 1000),
+            "; ".join(list(dict.fromkeys(reasons))[:2]) or "-",
         )
         relaxations.add(
             label,
-            _times(row["relax_converged"], 100, 0),
-            number(row["relax_steps"], 0),
-            _milli(row["relax_energy_above"]),
-            significant(row["relax_displacement"]),
+            figure(row["relax_converged"], 100, 0),
+            figure(row["relax_steps"], 1, 0),
+            figure(row["relax_energy_above"], 1000),
+            figure(row["relax_displacement"]),
         )
         forces.add(
             label,
-            _milli(row["force_mismatch"]),
-            _times(row["force_mismatch_relative"], 100, 1),
-            _milli(row["scan_mismatch"]),
-            number(row["scan_turns"], 1),
-            _milli(row["scan_error"]),
+            figure(row["force_mismatch"], 1000),
+            figure(row["force_mismatch_relative"], 100, 1),
+            figure(row["scan_mismatch"], 1000),
+            figure(row["scan_turns"], 1, 1),
+            figure(row["scan_error"], 1000),
         )
     dynamics.notes.append(
         f"{of}; {settings.md_steps} steps of {settings.time_step:g} fs, velocities of "
         f"{settings.temperature:g} K, the same for all. Median over structures of the total "
         "energy's slope (without sign) and of its spread about that line."
     )
+    brackets = "In brackets 95 % intervals over structures"
+    if any(len(seeds) > 1 for seeds in found.models.values()):
+        brackets = f"±: standard deviation over seeds, of which the mean is given. {brackets}"
+    dynamics.notes.append(f"{brackets}.")
     relaxations.notes.append(
         f"BFGS from {of}, at most {settings.relax_steps} steps, until no force exceeds "
         f"{settings.fmax:g} eV/Å."
@@ -268,12 +250,27 @@ def tables(found: Physics) -> list[Table]:
     return [dynamics, relaxations, forces]
 
 
-def _times(value: float | None, factor: float, digits: int) -> str:
-    return number(None if value is None else factor * value, digits)
+def figure(measured: Measured | None, factor: float = 1.0, digits: int | None = None) -> str:
+    """``12.3 ± 0.4 [11.0, 13.1]``; a dash where there is none.
 
+    Args:
+        measured: the figure.
+        factor: to the unit that is shown.
+        digits: after the point; by default three significant ones.
+    """
+    if measured is None:
+        return "-"
 
-def _milli(value: float | None) -> str:
-    return significant(None if value is None else 1000 * value)
+    def text(value: float) -> str:
+        scaled = factor * value
+        return significant(scaled) if digits is None else number(scaled, digits)
+
+    shown = text(measured.value)
+    if measured.over_seeds is not None:
+        shown += f" ± {text(measured.over_seeds)}"
+    if measured.over_structures is not None:
+        shown += f" [{', '.join(text(value) for value in measured.over_structures)}]"
+    return shown
 
 
 def as_dict(found: Physics) -> dict[str, Any]:
@@ -287,13 +284,12 @@ def as_dict(found: Physics) -> dict[str, Any]:
             "settings": vars(found.settings),
             "models": {
                 label: {
-                    "summary": summary(found, label),
-                    "dynamics": [one.as_dict() for one in found.dynamics[label]],
-                    "relaxations": [one.as_dict() for one in found.relaxations[label]],
-                    "forces": [one.as_dict() for one in found.consistency[label]],
-                    "scans": [one and one.as_dict() for one in found.scans[label]],
+                    "summary": {
+                        name: one and one.as_dict() for name, one in found.summary(label).items()
+                    },
+                    "seeds": [one.as_dict() for one in seeds],
                 }
-                for label in found.labels
+                for label, seeds in found.models.items()
             },
         }
     )
@@ -310,52 +306,7 @@ def write(found: Physics, folder: Path, *, with_plots: bool = True) -> list[Path
         write_json(folder / "physics.json", as_dict(found)),
     ]
     if with_plots:
-        drawn = {"physics_dynamics": plot_dynamics(found), "physics_scans": plot_scans(found)}
-        written += write_plots(folder, drawn)
+        from fairchem_kd.analysis.plots_physics import figures
+
+        written += write_plots(folder, figures(found))
     return written
-
-
-def plot_dynamics(found: Physics) -> Figure:
-    """Total energy against time, a panel for each of the first structures."""
-
-    def draw(axes: Axes, label: str, index: int, looks: dict[str, Any]) -> None:
-        run = found.dynamics[label][index]
-        times = run.time_step * np.arange(len(run.energy))
-        looks = {**looks, "markevery": 0.2}
-        axes.plot(times, 1000 * np.array(run.energy), label=label, **looks)
-        axes.set_xlabel("time (fs)")
-
-    return _panels(found, draw, "change of total energy (meV/atom)")
-
-
-def plot_scans(found: Physics) -> Figure:
-    """Energy along the bonds of the first structures, counted from its lowest value."""
-
-    def draw(axes: Axes, label: str, index: int, looks: dict[str, Any]) -> None:
-        scan = found.scans[label][index]
-        if scan is not None:
-            energies = np.array(scan.energies) - min(scan.energies)
-            axes.plot(scan.lengths, energies, label=label, **looks)
-            axes.set_xlabel(f"{scan.bond} distance (Å)")
-
-    return _panels(found, draw, "energy over its lowest (eV)")
-
-
-def _panels(
-    found: Physics, draw: Callable[[Axes, str, int, dict[str, Any]], None], y_label: str
-) -> Figure:
-    """A panel for each of the first structures, in which ``draw`` draws every model."""
-    from fairchem_kd.analysis.plots import legend, new_figure, style
-
-    count = min(3, found.structures)
-    figure = new_figure(1.2 + 3.0 * count, 3.6)
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    for index, axes in enumerate(panels):
-        for place, label in enumerate(found.labels):
-            draw(axes, label, index, {**style(place), "markersize": 4, "linewidth": 1.2})
-        axes.set_title(f"structure {index + 1}", fontsize=9)
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-    panels[0].set_ylabel(y_label)
-    legend(figure, panels[0])
-    return figure

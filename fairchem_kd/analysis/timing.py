@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -132,7 +136,10 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with (
+        _without(_OF_THE_PROFILER),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
+    ):
         function()
     assert profile.profiler is not None
     results = profile.profiler.kineto_results
@@ -143,6 +150,35 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
         now += change
         peak = max(peak, now)
     return peak
+
+
+#: Lines that the profiler writes past Python, whatever its log level: that it starts and stops, and
+#: that memory is freed which was there before it.
+_OF_THE_PROFILER = re.compile(rb"ActivityProfiler|CPUAllocator\.cpp")
+
+
+@contextmanager
+def _without(lines: re.Pattern[bytes]) -> Iterator[None]:
+    """Within the block, hold back what this process writes to its standard error.
+
+    What does not match ``lines`` is handed on in the end.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            try:
+                yield
+            finally:
+                sys.stderr.flush()
+                os.dup2(kept, 2)
+                file.seek(0)
+                for line in file:
+                    if not lines.search(line):
+                        os.write(2, line)
+    finally:
+        os.close(kept)
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

@@ -8,22 +8,23 @@ other turns, in which every part waits for the device, say where the time goes.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from fairchem.core.common.utils import setup_imports
 from tqdm import tqdm
 
+from fairchem_kd.analysis.quiet import quiet
 from fairchem_kd.analysis.splits import close_dataset
 from fairchem_kd.analysis.timing import Stopwatch, Timing, clock, peak_memory, ratio
 from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.data.build import check_dataset
 from fairchem_kd.errors import UserError
-from fairchem_kd.features import extractor
+from fairchem_kd.legacy import modern
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.teacher import load_weights, model_config
 from fairchem_kd.trainer import DistillationTrainer
@@ -47,6 +48,7 @@ class TrainingCost:
     anatomy: dict[str, dict[str, Timing]]  #: ``plain`` and ``distilled`` -> part -> seconds
     peak_memory: dict[str, int]  #: bytes beyond weights, optimiser and batch
     batch_size: int
+    companions: float  #: that a distilled step has beside its batch, on average
     atoms: float  #: in a batch, on average
     steps_per_epoch: int
 
@@ -63,6 +65,7 @@ class TrainingCost:
     def as_dict(self) -> dict[str, Any]:
         return {
             "batch_size": self.batch_size,
+            "companions": self.companions,
             "atoms": self.atoms,
             "steps_per_epoch": self.steps_per_epoch,
             "data": self.data.as_dict(),
@@ -108,10 +111,10 @@ def measure_training(
     setup_imports()
     arguments = _arguments(file, cpu, batch_size)
     check_dataset(arguments["dataset"]["train"], f"dataset.train of {file.path}")
-    with _quiet(), isolated_random_state():
+    with quiet(), isolated_random_state():
         trainer = _Stepping(**arguments)
         try:
-            contents = read_checkpoint(file.path, trust=file.trust)
+            contents = modern(read_checkpoint(file.path, trust=file.trust), str(file.path))
             load_weights(trainer._unwrapped_model, contents, str(file.path))
             trainer._set_up_distillation()
             return _measure(trainer, repeats, warm_up, progress)
@@ -152,7 +155,7 @@ def _measure(trainer: _Stepping, repeats: int, warm_up: int, progress: bool) -> 
     steps: dict[str, list[float]] = {PLAIN: [], DISTILLED: []}
     parts: dict[str, list[dict[str, float]]] = {PLAIN: [], DISTILLED: []}
     memory: dict[str, int] = {}
-    atoms = []
+    atoms, companions = [], []
     device = trainer.device
     bar = tqdm(range(warm_up + repeats), desc="training", disable=None if progress else True)
     for turn in bar:
@@ -162,6 +165,8 @@ def _measure(trainer: _Stepping, repeats: int, warm_up: int, progress: bool) -> 
         for way in ways:
             with trainer.going(way):
                 seconds = clock(lambda b=batch[0]: trainer.one_step(b.clone()), device)  # type: ignore[misc]
+                if way == DISTILLED and turn >= warm_up:
+                    companions.append(trainer.structures - batch[0].natoms.numel())
                 watched = trainer.watched_step(batch[0].clone())
                 if turn == warm_up:
                     work = batch[0].clone()
@@ -186,6 +191,7 @@ def _measure(trainer: _Stepping, repeats: int, warm_up: int, progress: bool) -> 
         anatomy,
         memory,
         trainer.config["optim"].get("batch_size", 1),
+        sum(companions) / len(companions),
         sum(atoms) / len(atoms),
         len(trainer.train_loader),
     )
@@ -194,6 +200,7 @@ def _measure(trainer: _Stepping, repeats: int, warm_up: int, progress: bool) -> 
 class _Stepping(DistillationTrainer):
     """The run's trainer, one step at a time, as its ``train`` takes them."""
 
+    structures = 0  #: in the last step, companions among them
     _distilled_steps = 0
 
     def close(self) -> None:
@@ -245,6 +252,8 @@ class _Stepping(DistillationTrainer):
         with torch.autocast("cuda", enabled=self.scaler is not None):
             with part("student forward"):
                 out = self._forward(batch)
+            whole = batch if self._distilled is None else self._distilled[0]
+            self.structures = whole.natoms.numel()
             with part("label losses"):
                 loss = self._compute_loss(out, batch)
         with part("metrics"):
@@ -280,35 +289,23 @@ class _Stepping(DistillationTrainer):
                 stack.enter_context(
                     _replaced(owner, name, watch.timed(label, getattr(owner, name)))
                 )
-            receive = extractor._Run._receive
-
-            def tap(run: Any, *args: Any) -> None:
-                label = f"{watch.running.partition(' ')[0]} taps"
-                watch.timed(label, receive)(run, *args)
-
-            stack.enter_context(_replaced(extractor._Run, "_receive", tap))
+            if self.distillation is not None:
+                student, teacher = self.distillation.student_tap, self.distillation.teacher_tap
+                for tap, label in ((student, "student taps"), (teacher, "teacher taps")):
+                    around = partial(watch.section, label)
+                    stack.enter_context(_replaced(tap, "around", around))
             yield
 
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """``owner.name`` is ``value`` within the block, and what it was after it."""
-    own = vars(owner).get(name)
+    was_own, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if own is None:
-            delattr(owner, name)
+        if was_own:
+            setattr(owner, name, before)
         else:
-            setattr(owner, name, own)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+            delattr(owner, name)

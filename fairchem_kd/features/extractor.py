@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -62,11 +62,15 @@ class FeatureExtractor:
     ``specs`` says what each request will give, after aggregation and concatenation. The model is
     untouched outside `capture`.
 
+    ``around``, where it is set, gives a context manager inside which each tap takes in its values
+    and aggregates them: a stopwatch, say. It counts from the next `capture` on.
+
     Raises:
         UserError: for an architecture, feature, layer or form that is not offered.
     """
 
     def __init__(self, model: nn.Module, requests: Iterable[Request]) -> None:
+        self.around: Callable[[], AbstractContextManager[Any]] | None = None
         self._sources: dict[Request, list[_Source]] = {}
         self.specs: dict[Request, FeatureSpec] = {}
         self._forms: dict[str, set[Kind]] = {}  # what is wanted of each tap
@@ -107,7 +111,7 @@ class FeatureExtractor:
             captured._features = {}
             yield captured
             return
-        run = _Run(self._architecture, self._forms, detach)
+        run = _Run(self._architecture, self._forms, detach, self.around)
         with ExitStack() as stack:
             run.attach(stack)
             yield captured
@@ -167,11 +171,16 @@ class _Run:
     """The state of one capture: what has fired so far."""
 
     def __init__(
-        self, architecture: Architecture, forms: dict[str, set[Kind]], detach: bool
+        self,
+        architecture: Architecture,
+        forms: dict[str, set[Kind]],
+        detach: bool,
+        around: Callable[[], AbstractContextManager[Any]] | None,
     ) -> None:
         self.architecture = architecture
         self.forms = forms
         self.detach = detach
+        self.around = around
         self.num_atoms: int | None = None
         self.graph: Graph | None = None
         self.order: EdgeOrder | None = None  # of the graph's edges, for all taps
@@ -189,7 +198,15 @@ class _Run:
             stack.callback(self._attach(name, tap))
 
     def _attach(self, name: str, tap: Tap) -> Any:
-        return tap.attach(lambda values: self._receive(name, tap, values)).remove
+        around = self.around
+        if around is None:
+            return tap.attach(lambda values: self._receive(name, tap, values)).remove
+
+        def receive(values: Any) -> None:
+            with around():
+                self._receive(name, tap, values)
+
+        return tap.attach(receive).remove
 
     def _count_atoms(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.num_atoms = args[0].shape[0]
