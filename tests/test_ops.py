@@ -1,6 +1,6 @@
 """edge_to_node against loops in float64, on each of its ways of computing.
 
-On their own, these tests run the two ways on CPU. test_ops_triton.py runs them again with the
+On their own, these tests run the three ways on CPU. test_ops_triton.py runs them again with the
 Triton kernels, in Triton's interpreter and, where there is one, on a GPU.
 """
 
@@ -16,7 +16,9 @@ from fairchem_kd.ops import EdgeOrder, cpu, edge_order, edge_to_node, operators,
 
 DEVICE = os.environ.get("EDGE_TO_NODE_DEVICE", "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WAYS = os.environ.get("EDGE_TO_NODE_WAYS", "cpu,segments").split(",")
+WAYS = os.environ.get("EDGE_TO_NODE_WAYS", "plain,cpu,segments").split(",")
+
+TAKES_PLAIN = cpu.takes_plain
 
 
 @pytest.fixture(params=WAYS, autouse=True)
@@ -25,10 +27,12 @@ def way(request, monkeypatch):
     if request.param == "triton":
         from fairchem_kd.ops import triton_kernels as backend
     else:
-        backend = {"cpu": cpu, "segments": segments}[request.param]
+        backend = {"plain": cpu, "cpu": cpu, "segments": segments}[request.param]
     if DEVICE != "cpu":  # there, the choice is under test too
         assert operators.backend_for(DEVICE) is backend
     monkeypatch.setattr(operators, "backend_for", lambda device_type: backend)
+    # every size here is small
+    monkeypatch.setattr(cpu, "takes_plain", lambda *_, **__: request.param == "plain")
     previous = torch.get_default_device()
     torch.set_default_device(DEVICE)
     yield request.param
@@ -84,6 +88,32 @@ def test_sorted_edges_give_the_same_bits_with_any_number_of_threads():
         results.append(edge_to_node(features, target, 6))
     torch.set_num_threads(threads)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "is_sorted", "threads", "plain"),
+    [
+        (2**20, False, 1, True),  # small
+        (2**23, False, 1, False),
+        (2**23, True, 1, True),  # nothing to gain from one thread either
+        (2**23, True, 2, False),
+        (2**22, False, 2, False),
+    ],
+)
+def test_which_sums_on_cpu_are_left_to_pytorch(numbers, is_sorted, threads, plain, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    features = torch.empty(numbers // 64, 64, device="meta")
+    assert TAKES_PLAIN(features, is_sorted) is plain
+
+
+def test_small_sums_on_cpu_sort_nothing(way):
+    features, vectors, target = graph(20, 4, 6)
+    with _Recorder() as seen:
+        edge_to_node(features, target, 4)
+    assert any("edge_sum" in name or "sort" in name for name in seen.names) == (way != "plain")
+    with _Recorder() as seen:  # the vectors of a small graph take the operator
+        edge_to_node(features, target, 4, edge_vectors=vectors)
+    assert "edge_sum_nodes" in seen.names
 
 
 def test_many_long_rows(monkeypatch):

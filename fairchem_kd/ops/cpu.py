@@ -2,7 +2,8 @@
 
 `torch.sparse.mm(matrix, dense, "sum")` runs PyTorch's own kernel: a loop over the entries of each
 row, vectorised over the channels, one row per thread at a time, so the result does not depend on
-the threads. (``matrix @ dense`` runs MKL's.) `docs/edge_to_node.md` compares the ways.
+the threads. (``matrix @ dense`` runs MKL's.) Sums of scalars that are over before an operator is
+called are left to PyTorch's own. `docs/edge_to_node.md` compares the ways.
 """
 
 from __future__ import annotations
@@ -23,6 +24,33 @@ with warnings.catch_warnings():  # torch says once per process that CSR support 
 MKL_FROM_CHANNELS = 512
 MKL_FROM_NUMBERS = 2**24
 
+# Below this many numbers for each thread, calling an operator costs more than it gains.
+PLAIN_NUMBERS = 2**23
+
+
+def takes_plain(features: Tensor, is_sorted: bool) -> bool:
+    """Whether `plain_nodes` is the fastest way to sum these features."""
+    threads = torch.get_num_threads()
+    return features.numel() * threads < PLAIN_NUMBERS or (is_sorted and threads == 1)
+
+
+def plain_nodes(
+    features: Tensor, target: Tensor, num_nodes: int, mean: bool, dtype: torch.dtype
+) -> Tensor:
+    """The sums of scalars ``(N, C)`` by PyTorch's own operators, which know their derivatives.
+
+    Of an index that is the same for all channels, `scatter_add` on CPU adds whole rows, each
+    atom's in the order of the edges, and its derivative gathers whole rows.
+    """
+    accumulate = accumulator(features.dtype, dtype)
+    dense = features.to(accumulate)
+    zeros = dense.new_zeros(num_nodes, dense.shape[1])
+    total = zeros.scatter_add(0, target[:, None].expand_as(dense), dense)
+    if mean:
+        degree = target.bincount(minlength=num_nodes).clamp(min=1)
+        total = total / degree.to(accumulate)[:, None]
+    return total.to(dtype)
+
 
 def nodes(
     features: Tensor, vectors: Tensor | None, order: EdgeOrder,
@@ -32,11 +60,7 @@ def nodes(
     accumulate = accumulator(features.dtype, dtype)
     dense = features.to(accumulate).contiguous()
     num_edges, channels = dense.shape
-    if vectors is None and order.perm is None and torch.get_num_threads() == 1:
-        # the same additions in the same order, without the matrix; but in one thread
-        total = dense.new_zeros(order.num_nodes, channels).index_add_(0, order.target, dense)
-        rows = 1
-    elif vectors is None:
+    if vectors is None:
         columns = torch.arange(num_edges) if order.perm is None else order.perm
         matrix = _csr(order.offsets, columns, dense.new_ones(num_edges), num_edges)
         if (
@@ -81,7 +105,8 @@ def edges(
     if mean:
         dense = dense / _degree(order, accumulate)[:, None, None]
     if vectors is None:
-        return dense[:, 0].to(dtype).index_select(0, order.target)
+        dense = dense[:, 0].to(dtype)
+        return dense.gather(0, order.target[:, None].expand(-1, dense.shape[1]))
     rows = dense.shape[1]
     dense = dense.reshape(-1, dense.shape[2])
     weights = dense.new_ones(order.num_edges, rows)

@@ -11,8 +11,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from fairchem_kd.ops import cpu, operators
 from fairchem_kd.ops.operators import nodes_op
-from fairchem_kd.ops.order import EdgeOrder, edge_order, looks_at_values
+from fairchem_kd.ops.order import EdgeOrder, check_range, edge_order, looks_at_values
 
 
 @overload
@@ -86,15 +87,29 @@ def edge_to_node(
     if out_dtype is None:
         out_dtype = edge_features.dtype
     _check(edge_features, target_index, num_nodes, edge_vectors, reduce, out_dtype)
+    # an index that nobody looked at is safe in the operator alone
+    plainly = edge_vectors is None and check is not False and _runs_on_cpu(edge_features)
     try:
-        if order is None:
-            order = edge_order(target_index, num_nodes, check=check)
-        else:
+        if order is not None:
             _check_order(order, target_index, num_nodes, check)
+        elif plainly and cpu.takes_plain(edge_features, is_sorted=False):
+            check_range(target_index, num_nodes)
+        else:
+            order = edge_order(target_index, num_nodes, check=check)
     except ValueError as error:
         raise ValueError(f"edge_to_node: {error}") from None
-    nodes = nodes_op(edge_features, edge_vectors, *order, True, reduce == "mean", out_dtype)
+    mean = reduce == "mean"
+    if order is None or (plainly and cpu.takes_plain(edge_features, order.perm is None)):
+        target = target_index if order is None else order.target
+        return cpu.plain_nodes(edge_features, target, num_nodes, mean, out_dtype)
+    nodes = nodes_op(edge_features, edge_vectors, *order, True, mean, out_dtype)
     return nodes[:, 0] if edge_vectors is None else (nodes[:, 0], nodes[:, 1:])
+
+
+def _runs_on_cpu(features: Tensor) -> bool:
+    """Whether the CPU's own way is taken, here and now: a compiler is given the operator."""
+    is_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
+    return is_cpu and operators.backend_for("cpu") is cpu
 
 
 def _check(
@@ -121,14 +136,14 @@ def _check(
         raise ValueError(
             f"edge_to_node: edge_vectors must be ({num_edges}, 3), not {tuple(vectors.shape)}"
         )
-    dtypes = {"edge_features": features.dtype, "out_dtype": out_dtype}
-    if vectors is not None:
-        dtypes["edge_vectors"] = vectors.dtype
-    for name, dtype in dtypes.items():
-        if not dtype.is_floating_point:
-            raise TypeError(f"edge_to_node: {name} must be floating point, not {dtype}")
-    devices = {features.device, target.device} | (set() if vectors is None else {vectors.device})
-    if len(devices) > 1:
+    for name, tensor in (("edge_features", features), ("edge_vectors", vectors)):
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            raise TypeError(f"edge_to_node: {name} must be floating point, not {tensor.dtype}")
+    if not out_dtype.is_floating_point:
+        raise TypeError(f"edge_to_node: out_dtype must be floating point, not {out_dtype}")
+    device = features.device
+    if target.device != device or (vectors is not None and vectors.device != device):
+        devices = {tensor.device for tensor in (features, target, vectors) if tensor is not None}
         raise ValueError(f"edge_to_node: inputs on several devices: {sorted(map(str, devices))}")
 
 

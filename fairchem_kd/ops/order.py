@@ -52,8 +52,7 @@ def edge_order(
         raise ValueError(f"target_index must be (E,), not {tuple(target_index.shape)}")
     if target_index.dtype != torch.int64:
         raise TypeError(f"target_index must be int64, not {target_index.dtype}")
-    if num_nodes < 0 or (num_nodes == 0 and target_index.shape[0] > 0):
-        raise ValueError(f"{target_index.shape[0]} edges cannot end on num_nodes={num_nodes}")
+    _check_number(target_index, num_nodes)
     target = target_index.contiguous()
     looked = looks_at_values(target, check)
     if looked:
@@ -85,8 +84,14 @@ def looks_at_values(index: Tensor, check: bool | None) -> bool:
 
 def check_range(target: Tensor, num_nodes: int) -> None:
     """Refuse target atoms outside ``[0, num_nodes)``; waits for the device."""
+    _check_number(target, num_nodes)
     if target.shape[0] == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(target))
     if low < 0 or high >= num_nodes:
         raise ValueError(f"target_index has {low if low < 0 else high}, outside [0, {num_nodes})")
+
+
+def _check_number(target: Tensor, num_nodes: int) -> None:
+    if num_nodes < 0 or (num_nodes == 0 and target.shape[0] > 0):
+        raise ValueError(f"{target.shape[0]} edges cannot end on num_nodes={num_nodes}")
