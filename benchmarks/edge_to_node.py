@@ -94,7 +94,7 @@ def ways_for(batch: Batch, with_vectors: bool) -> dict[str, Way]:
 
     def ours(f: Tensor, plan: bool = True) -> Sequence[Tensor]:
         shared = order if plan else None
-        both = edge_to_node(f, target, atoms, edge_vectors=u, order=shared, check=False)
+        both = edge_to_node(f, target, atoms, edge_vectors=u, order=shared)
         return both if with_vectors else [both]
 
     def weighted(f: Tensor) -> list[Tensor]:

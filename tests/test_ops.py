@@ -245,6 +245,40 @@ def test_half_types_are_accumulated_in_single_precision(dtype):
     assert result.tolist() == [[4096, 4096]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_edges", [1, 7, 300])
+@pytest.mark.parametrize("channels", [1, 5, 64])
+def test_half_types_are_rounded_once(num_edges, channels, dtype):
+    features, _, target = graph(num_edges, 6, channels, dtype=dtype)
+    for reduce in ("sum", "mean"):
+        single = edge_to_node(features.float(), target, 6, reduce=reduce).to(dtype)
+        assert_rounded_once(edge_to_node(features, target, 6, reduce=reduce), single)
+
+
+def test_half_types_are_converted_where_pytorch_would_round_every_sum(monkeypatch):
+    monkeypatch.setattr(cpu, "keeps_sums_in_float32", lambda dtype: False)
+    features, _, target = graph(300, 6, 5, dtype=torch.bfloat16)
+    single = edge_to_node(features.float(), target, 6).bfloat16()
+    assert_rounded_once(edge_to_node(features, target, 6), single)
+
+
+def assert_rounded_once(result, single):
+    # another order of the sums in float32 may end on the neighbouring number
+    eps = torch.finfo(result.dtype).eps
+    torch.testing.assert_close(result, single, rtol=eps, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the default device is the one of this run")
+def test_the_default_device_may_be_another():
+    features, vectors, target = graph(20, 4, 3)
+    want = edge_to_node(features, target, 4, edge_vectors=vectors)
+    alone = edge_to_node(features, target, 4)
+    with torch.device("meta"):
+        got = edge_to_node(features, target, 4, edge_vectors=vectors)
+        assert torch.equal(edge_to_node(features, target, 4), alone)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_vectors_of_another_type_than_the_features():
     features, vectors, target = graph(30, 4, 3)
     _, vector = edge_to_node(features.half(), target, 4, edge_vectors=vectors)

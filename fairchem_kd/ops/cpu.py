@@ -9,6 +9,7 @@ called are left to PyTorch's own. `docs/edge_to_node.md` compares the ways.
 from __future__ import annotations
 
 import warnings
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ with warnings.catch_warnings():  # torch says once per process that CSR support 
     warnings.simplefilter("ignore")
     torch.eye(1).to_sparse_csr()
 
+_arange = partial(torch.arange, device="cpu")  # the default device may be another
 
 # Where rows lie apart, are long and many, MKL's product is about a quarter faster than PyTorch's.
 MKL_FROM_CHANNELS = 512
@@ -42,13 +44,12 @@ def plain_nodes(
     Of an index that is the same for all channels, `scatter_add` on CPU adds whole rows, each
     atom's in the order of the edges, and its derivative gathers whole rows.
     """
-    accumulate = accumulator(features.dtype, dtype)
-    dense = features.to(accumulate)
+    dense = features.to(_summed_as(features.dtype, dtype, mean))
     zeros = dense.new_zeros(num_nodes, dense.shape[1])
     total = zeros.scatter_add(0, target[:, None].expand_as(dense), dense)
     if mean:
         degree = target.bincount(minlength=num_nodes).clamp(min=1)
-        total = total / degree.to(accumulate)[:, None]
+        total = total / degree.to(total.dtype)[:, None]
     return total.to(dtype)
 
 
@@ -57,16 +58,20 @@ def nodes(
     scalar: bool, mean: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """One product, with K rows per atom that follow each other, so that they share the cache."""
-    accumulate = accumulator(features.dtype, dtype)
+    if vectors is None:
+        accumulate = _summed_as(features.dtype, dtype, mean)
+    else:  # the vectors take the type of what they multiply
+        accumulate = accumulator(features.dtype, dtype)
     dense = features.to(accumulate).contiguous()
     num_edges, channels = dense.shape
     if vectors is None:
-        columns = torch.arange(num_edges) if order.perm is None else order.perm
+        columns = _arange(num_edges) if order.perm is None else order.perm
         matrix = _csr(order.offsets, columns, dense.new_ones(num_edges), num_edges)
         if (
             order.perm is not None
             and channels >= MKL_FROM_CHANNELS
             and dense.numel() >= MKL_FROM_NUMBERS
+            and dense.dtype in (torch.float32, torch.float64)
             and torch.backends.mkl.is_available()
         ):
             with torch.autocast("cpu", enabled=False):
@@ -77,14 +82,14 @@ def nodes(
     else:
         rows = 3 + scalar
         starts, degree = order.offsets[:-1], order.offsets.diff()
-        row_starts = starts[:, None] * rows + degree[:, None] * torch.arange(rows)
+        row_starts = starts[:, None] * rows + degree[:, None] * _arange(rows)
         row_starts = torch.cat([row_starts.view(-1), row_starts.new_tensor([num_edges * rows])])
         # from an entry of the matrix to its place in the order, and to its row's kind
         lengths = degree.repeat_interleave(rows)
         shift = starts.repeat_interleave(rows) - row_starts[:-1]
-        places = torch.arange(num_edges * rows) + shift.repeat_interleave(lengths)
+        places = _arange(num_edges * rows) + shift.repeat_interleave(lengths)
         columns = places if order.perm is None else order.perm.index_select(0, places)
-        kind = torch.arange(rows).repeat(order.num_nodes).repeat_interleave(lengths)
+        kind = _arange(rows).repeat(order.num_nodes).repeat_interleave(lengths)
         weights = dense.new_ones(num_edges, rows)
         weights[:, rows - 3 :] = vectors
         values = weights.view(-1).index_select(0, columns * rows + kind)
@@ -131,6 +136,30 @@ def dots(
     return result.to(dtype)
 
 
+def _summed_as(features: torch.dtype, result: torch.dtype, mean: bool) -> torch.dtype:
+    """What the features are given to a sum of scalars as: a conversion costs more than the sum."""
+    if features == result and not mean and keeps_sums_in_float32(features):
+        return features
+    return accumulator(features, result)
+
+
+@cache
+def keeps_sums_in_float32(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch adds up rows of a half-precision type in float32 and then rounds.
+
+    A running sum of ones would stop at 256 in bfloat16, and at 2048 in float16.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    number = 4096
+    ones = torch.ones(number, 3, dtype=dtype, device="cpu")
+    index = ones.new_zeros(number, 1, dtype=torch.int64).expand_as(ones)
+    matrix = _csr(_arange(2) * number, _arange(number), ones[:, 0], number)
+    with torch.inference_mode():
+        sums = (ones.new_zeros(1, 3).scatter_add(0, index, ones), _product(matrix, ones))
+    return all(bool((total == number).all()) for total in sums)
+
+
 def accumulator(*dtypes: torch.dtype) -> torch.dtype:
     """The precision of the sums: double where any part of it is."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
@@ -142,8 +171,8 @@ def _degree(order: EdgeOrder, dtype: torch.dtype) -> Tensor:
 
 def _entries(order: EdgeOrder, rows: int) -> tuple[Tensor, Tensor]:
     """Row starts and columns of the matrix (E, N * rows) from atoms to edges."""
-    columns = (order.target[:, None] * rows + torch.arange(rows)).view(-1)
-    return torch.arange(order.num_edges + 1) * rows, columns
+    columns = (order.target[:, None] * rows + _arange(rows)).view(-1)
+    return _arange(order.num_edges + 1) * rows, columns
 
 
 def _csr(row_starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
