@@ -14,7 +14,7 @@ SETUP = setup.cfg pyproject.toml requirements/install.sh requirements/overrides.
 	compat/pyproject.toml compat/fairchem_kd_compat.pth \
 	$(shell find compat/src -name '*.py')
 
-.PHONY: help setup test train demo lint test-declared clean
+.PHONY: help setup test train demo docs lint test-declared clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ train: $(VENV)/.done ## distil a GemNet-OC teacher into a small PaiNN, on real d
 demo: $(VENV)/.done ## train a student with and without its teacher, and show what that gained
 	$(RUN)/fairchem-kd demo
 
+docs: $(VENV)/.done ## build the documentation as a site, docs/_build/html
+	$(RUN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
 lint: $(VENV)/.done ## check style and types
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -39,7 +42,7 @@ test-declared: $(DECLARED)/.done ## plain pip, torch 2.4 as fairchem-core declar
 	OMP_NUM_THREADS=1 $(DECLARED)/bin/python -m pytest $(PARALLEL) -m "not slow"
 
 clean: ## remove the environments and caches; data, checkpoints and runs stay
-	rm -rf $(VENV) $(VENV)-uv $(DECLARED) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV)-uv $(DECLARED) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.done: $(SETUP)

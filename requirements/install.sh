@@ -47,7 +47,7 @@ install() {
 }
 dependencies() {
     install "$@" --override "$here/overrides.txt" -r "$here/../setup.cfg" \
-        --extra collisions --extra plots --extra test --extra dev
+        --extra collisions --extra plots --extra test --extra docs --extra dev
 }
 
 "$uv" venv --quiet --allow-existing --python "$python" "$venv"

@@ -18,8 +18,8 @@ from fairchem_kd import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md",
-           "CITATION.cff", "Makefile", "fairchem_kd", "yaml_configs", "compat", "requirements",
-           "tests")  # fmt: skip
+           "CITATION.cff", "Makefile", "fairchem_kd", "yaml_configs", "compat", "docs",
+           "requirements", "tests")  # fmt: skip
 
 
 def build(source: Path, kind: str, out: Path, backend: str) -> Path:
@@ -47,7 +47,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "_build")
             shutil.copytree(source, tree / name, ignore=ignore)
         else:
             shutil.copy(source, tree / name)
@@ -129,7 +129,7 @@ def test_makefile_names_every_target():
         check=True,
     )
     targets = {line.split()[0] for line in done.stdout.splitlines()}
-    assert {"help", "setup", "test", "train", "lint", "test-declared", "clean"} <= targets
+    assert {"help", "setup", "test", "train", "docs", "lint", "test-declared", "clean"} <= targets
 
 
 def test_ci_runs_the_test_command_alone():

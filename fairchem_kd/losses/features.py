@@ -128,7 +128,8 @@ class FeatureLoss(Loss):
             except ValueError as error:
                 raise UserError(f"{error}: {self.where} cannot be standardised.") from error
 
-    def forward(self, inputs: LossInputs) -> list[Part]:
+    def compared(self, inputs: LossInputs) -> Tensor:
+        """``fn(M h_s, h_t)`` of every element: ``(N, C)``, of vectors ``(N, 3, C)``."""
         assert self.projection is not None, "build() comes before the first batch"
         student = inputs.student[self.student_request]
         # a half type where the student ran under autocast; the projection and the loss do not
@@ -137,9 +138,14 @@ class FeatureLoss(Loss):
         teacher = inputs.teacher[self.teacher_request].detach()
         if self.standardizer is not None:
             teacher = self.standardizer(teacher)
-        values = elementwise(self.options.fn, student, teacher, self.options.delta)
-        rows = inputs.atoms(free=self.options.atoms == "free")
-        return [Part("", 1.0, *masked_sum(values, rows))]
+        return elementwise(self.options.fn, student, teacher, self.options.delta)
+
+    def rows(self, inputs: LossInputs) -> Tensor | None:
+        """``(N,)``, true for the atoms that count; None: all."""
+        return inputs.atoms(free=self.options.atoms == "free")
+
+    def forward(self, inputs: LossInputs) -> list[Part]:
+        return [Part("", 1.0, *masked_sum(self.compared(inputs), self.rows(inputs)))]
 
 
 @register_loss("n2n")
