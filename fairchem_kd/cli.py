@@ -44,6 +44,7 @@ COMMANDS = {
     "init": Command("fairchem_kd.init", "write the config that distils a student"),
     "inspect": Command("fairchem_kd.features.inspect", "list the features that a model offers"),
     "physics": Command("fairchem_kd.analysis.cli_physics", "check how models do as potentials"),
+    "report": Command("fairchem_kd.analysis.cli_report", "put a whole study on one HTML page"),
     "sweep": Command("fairchem_kd.sweep.cli", "run a YAML's many configs, and tabulate them"),
 }
 

@@ -13,6 +13,7 @@ from fairchem_kd.analysis.cli_output import add_output_arguments, as_text, check
 from fairchem_kd.errors import UserError
 
 if TYPE_CHECKING:
+    from fairchem_kd.analysis.compare import Comparison
     from fairchem_kd.analysis.models import ModelFile
 
 EPILOG = """\
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_comparison_arguments(parser)
+    add_output_arguments(parser, "table.md, results.json, systems.npz")
+
+
+def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is compared, and how: for :func:`compare_runs`."""
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="runs or checkpoints")
     parser.add_argument("--teacher", type=Path, help="its checkpoint (default: the runs' own)")
     parser.add_argument(
@@ -55,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--atoms", choices=("free", "all"), help="whose forces count (default: as in the configs)"
     )
-    add_output_arguments(parser, "table.md, results.json, systems.npz")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,33 +70,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: runs or data that cannot be compared.
     """
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}.")
     check_output(args)
-    import torch
-
+    comparison, notes = compare_runs(args)
     from fairchem_kd.analysis import report
-    from fairchem_kd.analysis.compare import assign_roles, compare, group_by_recipe
-    from fairchem_kd.denormals import flush_denormals
 
-    named = read_named(args.runs, trust=args.trust)
-    teacher, note = _teacher(args, [file for _, file in named])
-    groups = assign_roles(group_by_recipe(named), teacher=teacher, baselines=args.baseline)
-    students = [group for group in groups if group.role != "teacher"] or groups
-    splits = _splits(args.split, [file.config for group in students for file in group.files])
-    cuda = torch.cuda.is_available() and not args.cpu
-    if not cuda:
-        flush_denormals()
-    comparison = compare(
-        groups,
-        splits,
-        device="cuda" if cuda else "cpu",
-        batch_size=args.batch_size,
-        free_atoms=None if args.atoms is None else args.atoms == "free",
-        throughput=not args.no_throughput,
-        progress=True,
-    )
-    said = [*report.verdicts(comparison), *([note] if note else [])]
+    said = [*report.verdicts(comparison), *notes]
     deliver(
         args,
         text=lambda: "\n".join([as_text(report.tables(comparison)), "", *said]),
@@ -98,6 +82,34 @@ def run(args: argparse.Namespace) -> int:
         write=partial(report.write, comparison),
     )
     return 0
+
+
+def compare_runs(args: argparse.Namespace) -> tuple[Comparison, list[str]]:
+    """The comparison that the options ask for, and what is to be said about it.
+
+    Raises:
+        UserError: runs or data that cannot be compared.
+    """
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}.")
+    from fairchem_kd.analysis.compare import assign_roles, compare, group_by_recipe
+    from fairchem_kd.analysis.devices import choose_device
+
+    named = read_named(args.runs, trust=args.trust)
+    teacher, note = _teacher(args, [file for _, file in named])
+    groups = assign_roles(group_by_recipe(named), teacher=teacher, baselines=args.baseline)
+    students = [group for group in groups if group.role != "teacher"] or groups
+    splits = _splits(args.split, [file.config for group in students for file in group.files])
+    comparison = compare(
+        groups,
+        splits,
+        device=choose_device(cpu=args.cpu),
+        batch_size=args.batch_size,
+        free_atoms=None if args.atoms is None else args.atoms == "free",
+        throughput=not args.no_throughput,
+        progress=True,
+    )
+    return comparison, [note] if note else []
 
 
 def read_named(runs: Sequence[str], *, trust: bool) -> list[tuple[str | None, ModelFile]]:

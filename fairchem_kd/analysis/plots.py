@@ -84,8 +84,8 @@ def save(figure: Figure, path: Path) -> list[Path]:
     ]
 
 
-def write_all(comparison: Comparison, folder: Path) -> list[Path]:
-    """Every plot for which there is something to draw."""
+def figures(comparison: Comparison) -> dict[str, Figure]:
+    """By file name: every plot for which there is something to draw."""
     drawn: dict[str, Figure | None] = {
         "errors": plot_errors(comparison),
         "pareto": plot_pareto(comparison),
@@ -93,12 +93,7 @@ def write_all(comparison: Comparison, folder: Path) -> list[Path]:
     }
     for split in comparison.splits:
         drawn[f"parity_{split.name}"] = plot_parity(comparison, split.name)
-    return [
-        path
-        for name, figure in drawn.items()
-        if figure is not None
-        for path in save(figure, folder / name)
-    ]
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def plot_errors(comparison: Comparison) -> Figure:

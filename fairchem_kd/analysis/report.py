@@ -11,7 +11,7 @@ import numpy as np
 from fairchem_kd.analysis.compare import STUDENT, TEACHER, Comparison, Group, SplitResult
 from fairchem_kd.analysis.evaluation import WITHIN
 from fairchem_kd.analysis.gap import NO_EVIDENCE, Gap
-from fairchem_kd.analysis.output import write_json, write_tables
+from fairchem_kd.analysis.output import write_json, write_plots, write_tables
 from fairchem_kd.analysis.tables import Table, percent, significant, with_spread
 from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.records import plain
@@ -282,7 +282,7 @@ def write(
     if with_plots:
         from fairchem_kd.analysis import plots
 
-        written += plots.write_all(comparison, folder)
+        written += write_plots(folder, plots.figures(comparison))
     return written
 
 

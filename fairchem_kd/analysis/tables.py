@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,26 @@ class Table:
         if self.notes:
             parts += ["", *self.notes]
         return "\n".join(parts)
+
+
+def read_tables(markdown: str) -> list[Table]:
+    """The tables of a text that :meth:`Table.markdown` wrote; what stands before them is left."""
+    tables: list[Table] = []
+    for line in markdown.splitlines():
+        if line.startswith("### "):
+            tables.append(Table(line[4:], []))
+        elif not tables or not line:
+            continue
+        elif line.startswith("| "):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line[1:-1])]
+            cells = [cell.replace("\\|", "|") for cell in cells]
+            if not tables[-1].header:
+                tables[-1].header = cells
+            elif not all(cell.strip("-:") == "" and "---" in cell for cell in cells):
+                tables[-1].add(*cells)
+        else:
+            tables[-1].notes.append(line)
+    return tables
 
 
 def number(value: float | None, digits: int = 1) -> str:
