@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 class TeacherOutput:
     """What one forward gave: detached, and still normalised as the teacher was trained."""
 
-    raw: dict[str, Tensor]  #: by output: ``(B, 1)`` of a system, ``(N, 3)`` of an atom (forces)
-    features: Captured | None  #: by request; None where no extractor was given
+    raw: dict[str, Tensor]  #: ``(B, 1)`` of a system, ``(N, 3)`` of an atom (forces), by output
+    features: Captured | None  #: those requested; None where no extractor was given
 
 
 class Teacher:
