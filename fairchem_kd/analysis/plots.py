@@ -201,7 +201,7 @@ def plot_parity(comparison: Comparison, split_name: str) -> Figure:
         ("energy", "energy (eV)", lambda parity: True),
         ("forces", "force component (eV/Å)", lambda parity: "forces" in parity),
     ]
-    figure = new_figure(1.0 + 2.4 * len(labels), 5.2)
+    figure = new_figure(1.0 + 2.0 * len(labels), 5.0)
     panels = figure.subplots(len(rows), len(labels), squeeze=False, sharex="row", sharey="row")
     for row, (key, title, known) in zip(panels, rows, strict=True):
         for axes, label in zip(row, labels, strict=True):
@@ -234,5 +234,6 @@ def logarithmic(axes: Axes, which: str) -> None:
 
 def legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = min(4, len(labels))
+    rows = -(-len(labels) // 4)
+    columns = -(-len(labels) // rows)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -154,7 +154,10 @@ def gap_notes(gaps: Sequence[Gap]) -> list[str]:
             "another seed would give."
         )
     else:
-        notes.append("The verdict asks the intervals over systems and over seeds (Student's t).")
+        notes.append(
+            "The verdict asks the intervals of the difference itself, over systems and over seeds "
+            "(Student's t)."
+        )
     for reason in dict.fromkeys(gap.undefined for gap in gaps if gap.undefined):
         where = sorted({_TARGET[gap.target] for gap in gaps if gap.undefined == reason})
         notes.append(f"Undefined ({', '.join(where)}): {reason}.")
