@@ -37,13 +37,15 @@ _CAPTIONS = {
     "errors": "Errors of every model; small marks are seeds, dotted lines the teacher.",
     "pareto": "Error against throughput.",
     "learning_curves": "Validation errors during training.",
-    "cka": "Similarity of layers; framed pairs were brought together by distillation.",
+    "cka_node": "Similarity of layers; framed pairs were brought together by distillation.",
+    "cka_vector": "The same of vectors.",
+    "cka_node_student": "The student's layers without distillation (rows) and with it (columns).",
+    "cka_vector_student": "The same of vectors.",
     "cost_inference": "Throughput and memory against the batch size.",
     "cost_training": "Where the time of a training step goes.",
     "physics_summary": "Models as potentials, with 95 % intervals over structures.",
     "physics_dynamics": "Total energy in NVE dynamics (first seed of each model).",
     "physics_scans": "Energy along a bond (first seed of each model).",
-    "parity": "Predictions against labels (first seed of each model).",
 }
 
 
@@ -129,9 +131,10 @@ def caption(name: str) -> str:
     """What a plot with this file name shows."""
     if name in _CAPTIONS:
         return _CAPTIONS[name]
-    first, _, rest = name.partition("_")
-    known = _CAPTIONS.get(first, f"{first}.")
-    return f"{known} ({rest.replace('_', ' ')})" if rest else known
+    if name.startswith("parity_"):
+        split = name.removeprefix("parity_")
+        return f"Predictions against labels on {split} (first seed of each model)."
+    return f"{name.replace('_', ' ')}."
 
 
 def _section(name: str, folder: Path) -> Section:

@@ -68,8 +68,8 @@ class Section:
         )
         notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
         self.pieces.append(
-            f'<h3>{escape(table.title)}</h3><div class="wide"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>{notes}"
+            f'<h3>{escape(table.title)}</h3><div class="wide" tabindex="0"><table>'
+            f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes}"
         )
 
     def add_picture(self, svg: bytes, caption: str) -> None:
