@@ -195,9 +195,10 @@ def _sentence(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """As Markdown, in a table too; flags become code, placeholders stay as they are."""
-    text = re.sub(r"(?<![\w`-])(--[a-z][\w-]*)", r"`\1`", " ".join(text.split()))
-    code = text.split("`")  # every second part is inside backticks
-    code[::2] = [re.sub(r"([<*])", r"\\\1", part) for part in code[::2]]
+    code = " ".join(text.split()).split("`")  # every second part is inside backticks
+    for outside in range(0, len(code), 2):
+        escaped = re.sub(r"([<*])", r"\\\1", code[outside])
+        code[outside] = re.sub(r"(?<![\w-])(--[a-z][\w-]*)", r"`\1`", escaped)
     return "`".join(code).replace("|", "\\|")
 
 

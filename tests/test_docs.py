@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import importlib
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
+
+from fairchem_kd.cli import COMMANDS
+from fairchem_kd.config import parse_distillation
+from fairchem_kd.launch import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 GAP = "\0"  # where an f-string has a value
 
 
@@ -84,9 +94,7 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "page", [*sorted(DOCS.glob("*.md")), ROOT / "README.md"], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in links(page):
         name, _, anchor = target.partition("#")
@@ -94,6 +102,76 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert file.exists(), f"{page.name}: {target}"
         if anchor:
             assert anchor in anchors(file), f"{page.name}: {target}"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_on_the_pages_imports_what_there_is(page: Path) -> None:
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(textwrap.dedent(block))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fairchem_kd"):
+                module = importlib.import_module(node.module or "")
+                for name in node.names:
+                    assert hasattr(module, name.name), f"{node.module} has no {name.name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_configs_on_the_pages_are_valid(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        given = yaml.safe_load(block)
+        found = given.get("task", {}).get("distillation") or given
+        if "losses" in found and page.stem != "extending":  # which has tests of its own
+            teacher = {"checkpoint": "teacher.pt", **found.get("teacher", {})}
+            assert parse_distillation({"distillation": {**found, "teacher": teacher}}).terms
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every `fairchem` or `fairchem-kd` command in a page's code."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = r"^( *)```.*?^ *```|^ {4,}.*?$"  # fenced, or indented
+    code = [match[0] for match in re.finditer(blocks, text, re.S | re.M)]
+    found = [line.strip().removeprefix("$ ") for block in code for line in block.splitlines()]
+    spans = re.findall(r"`([^`]+)`", re.sub(blocks, "", text, flags=re.S | re.M))
+    messages = set(quoted_messages(page))
+    found += [" ".join(span.split()) for span in spans if span not in messages]
+    for line in found:
+        line = re.sub(r"^PYTHONPATH=\. ", "", line).replace("python -m fairchem_kd", "fairchem")
+        if re.match(r"fairchem(-kd)? [a-z-]", line):
+            yield shlex.split(line, comments=True)
+
+
+def options_of(words: list[str]) -> set[str]:
+    """The options of the command with which a line begins."""
+    if words[0] == "fairchem":
+        return {flag for action in make_parser()._actions for flag in action.option_strings}
+    parser = argparse.ArgumentParser()
+    if words[1] == "--help":
+        return {"--help"}
+    assert words[1] in COMMANDS, " ".join(words)
+    importlib.import_module(COMMANDS[words[1]].module).add_arguments(parser)
+    known: set[str] = set()
+    rest = words[2:]
+    while True:
+        known |= {flag for action in parser._actions for flag in action.option_strings}
+        below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        if not below or not rest or rest[0] not in below[0].choices:
+            return known
+        parser = below[0].choices[rest.pop(0)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_on_the_pages_are_the_packages_own(page: Path) -> None:
+    for words in commands(page):
+        known = options_of(words)
+        for word in words[1:]:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and "." not in flag and flag != "--KEY":
+                assert flag in known, f"{page.name}: {' '.join(words)}"
+            if re.fullmatch(r"yaml_configs/[\w/]+\.yml", word):
+                assert (ROOT / word).is_file(), f"{page.name}: {word}"
 
 
 def said_by_the_package() -> list[str]:

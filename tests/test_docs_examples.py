@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, run as they stand on the page."""
+"""The examples of docs/extending.md and docs/start.md, run as they stand on the page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fairchem_kd.features import FeatureExtractor, Request, architecture
 from fairchem_kd.losses import base
 from fairchem_kd.records import read_records
 
-PAGE = Path(__file__).resolve().parent.parent / "docs/extending.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 DIMENET = {
     "name": "dimenetplusplus",
     "hidden_channels": 16,
@@ -40,8 +40,9 @@ pytestmark = [
 
 
 def examples() -> dict[str, str]:
-    """The blocks of the page that begin with the name of a file."""
-    blocks = re.findall(r"```(?:python|yaml)\n# (\w+\.\w+)\n(.*?)```", PAGE.read_text(), re.S)
+    """The blocks of docs/extending.md that begin with the name of a file."""
+    page = (DOCS / "extending.md").read_text()
+    blocks = re.findall(r"```(?:python|yaml)\n# (\w+\.\w+)\n(.*?)```", page, re.S)
     return dict(blocks)
 
 
@@ -134,3 +135,21 @@ def test_an_architecture_of_ones_own(home: Path) -> None:
     products = edge.values[:, None, :] * unit[:, :, None]
     summed = torch.zeros(len(data.pos), 3, 16).index_add(0, target, products)
     torch.testing.assert_close(vector.values, summed, atol=1e-5, rtol=1e-5)
+
+
+def test_first_steps(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with trainer(config(home, home / "data"), identifier="first") as built:
+        built.train(disable_eval_tqdm=True)
+        run = built.config["cmd"]["checkpoint_dir"]
+    page = (DOCS / "start.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(code) == 2
+    for block in code:
+        exec(block.replace("checkpoints/<timestamp>-first", run), {})
+    step, *_ = capsys.readouterr().out.splitlines()
+    assert step.startswith("3 "), "evaluated every third step"
+    files = re.search(r"\| in `checkpoints/.*?\n\n", page, re.S)
+    assert files is not None
+    named = set(re.findall(r"^\| `([\w.]+)`", files[0], re.M))
+    assert {"best_checkpoint.pt", "checkpoint.pt", "records.jsonl"} <= named
+    assert {path.name for path in Path(run).iterdir()} - {"normalizers.pt"} <= named
