@@ -25,7 +25,7 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build", "README.md"]  # README.md is included by index.rst
-nitpicky = False
+default_role = "code"  # single backticks in docstrings
 
 # Headings can be linked to as on GitHub: page.md#heading-in-small-letters
 myst_heading_anchors = 3

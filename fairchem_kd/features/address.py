@@ -30,7 +30,7 @@ class FeatureSpec:
 
     @property
     def shape(self) -> str:
-        """The shape in words, such as ``(N, 128)``: N atoms, E directed edges."""
+        """The shape in words, such as ``(N, 128)``, with N atoms and E directed edges."""
         leading = {"node": "N", "vector": "N, 3", "edge": "E"}[self.kind]
         return f"({leading}, {self.channels})"
 
