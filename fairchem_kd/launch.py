@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import logging
 import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from fairchem.core.common import distutils
 from fairchem.core.common.flags import flags
 from fairchem.core.common.utils import build_config, setup_logging
 from submitit import AutoExecutor
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -38,6 +38,7 @@ from fairchem_kd.data.build import ensure_built
 from fairchem_kd.denormals import flush_denormals
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.plugin import register
+from fairchem_kd.submission import Executor, refusals_told
 
 #: Set in launched ranks: the file to which the first one to meet a UserError writes its sentence.
 _SENTENCE = "FAIRCHEM_KD_USER_ERROR_FILE"
@@ -74,13 +75,14 @@ class KDRunner(_cli.Runner):
 
 def run_rank(config: dict[str, Any]) -> None:
     """Run the only rank, in this process."""
+    workarounds.own_port()
     KDRunner()(config)
 
 
 def run_launched_rank(config: dict[str, Any]) -> None:
     """Run one of several ranks; what the user can mend goes to the launching process."""
     try:
-        run_rank(config)
+        KDRunner()(config)
     except UserError as error:
         path = Path(os.environ[_SENTENCE])
         part = path.with_suffix(f".{os.getpid()}")
@@ -116,25 +118,6 @@ def _sentence_of_ranks() -> Iterator[None]:
             del os.environ[_SENTENCE]
             for logger in loggers:
                 logger.removeFilter(unspoken)
-
-
-@contextmanager
-def _sentence_of_scheduler(args: argparse.Namespace) -> Iterator[None]:
-    """Raise what a scheduler has against a job as a UserError."""
-    if args.submit and args.num_nodes > 1 and AutoExecutor.which() == "local":
-        raise UserError(
-            f"--num-nodes {args.num_nodes}: there is no scheduler here, and without one --submit "
-            "runs jobs on this machine alone; leave out --num-nodes, or submit where sbatch is."
-        )
-    try:
-        yield
-    except (FailedJobError, FailedSubmissionError) as error:
-        lines = [line.removeprefix("sbatch: ") for line in str(error).splitlines()]
-        reason = "; ".join(line.removeprefix("error: ") for line in lines if line.strip())
-        raise UserError(
-            f"the scheduler refused the job: {reason or 'it gave no reason'} (what was asked for "
-            "comes from --num-gpus, --num-nodes, the --slurm-* flags and the config's slurm block)."
-        ) from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -189,13 +172,13 @@ def run_config(args: argparse.Namespace, config: dict[str, Any]) -> None:
     if not args.submit:
         ensure_built(config)
     rank = run_rank if args.num_gpus == 1 else run_launched_rank
-    executor = workarounds.CPUExecutor if args.cpu else AutoExecutor
+    executor = functools.partial(Executor, cpu=args.cpu)
     with (
         workarounds.stock_command_with(
             config=config, runner=KDRunner, rank=rank, executor=executor
         ),
         _sentence_of_ranks(),
-        _sentence_of_scheduler(args),
+        refusals_told(args.num_nodes) if args.submit else nullcontext(),
     ):
         _cli.main(args, [])
 

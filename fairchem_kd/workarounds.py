@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,10 @@ from fairchem.core import _cli
 from fairchem.core.common import distutils
 from fairchem.core.trainers import base_trainer
 from submitit import AutoExecutor, JobEnvironment
+from torch.distributed.launcher.api import LaunchConfig
 
 from fairchem_kd.checkpoint import write_checkpoint
+from fairchem_kd.errors import UserError
 from fairchem_kd.resume import previous_of
 
 
@@ -100,19 +103,13 @@ def sweep_grid(base: dict[str, Any], sweep_yml: Path) -> list[dict[str, Any]]:
     return grid
 
 
-class CPUExecutor(AutoExecutor):
-    """submitit's executor for jobs without GPUs.
+def own_port() -> None:
+    """Have this process, the only rank of its run, listen on a port that nobody else can have.
 
-    Stock's ``main`` asks for as many GPUs as ranks whatever ``--cpu`` says, which a scheduler
-    refuses where there are none.
+    Stock's ``setup_env_local`` looks for a free one seconds before it is used, and frees it again;
+    of several runs that start together two may find the same. Port 0 is chosen when it is used.
     """
-
-    def update_parameters(self, **parameters: Any) -> None:
-        super().update_parameters(**{**parameters, "gpus_per_node": 0 if self.is_local else None})
-
-    @property
-    def is_local(self) -> bool:
-        return self.cluster == "local"
+    os.environ["MASTER_PORT"] = "0"
 
 
 def join_submitted_ranks(config: dict[str, Any]) -> dict[str, Any]:
@@ -121,9 +118,20 @@ def join_submitted_ranks(config: dict[str, Any]) -> dict[str, Any]:
     For submitted jobs stock's ``distutils.setup`` knows nccl and GPUs alone, one port for all
     jobs of a node, and no scheduler but SLURM. Without ``submit`` it takes what torch's own
     launchers set, and the backend that the config names; that is set here from submitit's
-    environment.
+    environment. Where ranks are on CPUs, each takes as many threads as the job has CPUs for it.
+
+    Raises:
+        UserError: the job is for GPUs, and there is none here.
     """
     job = JobEnvironment()
+    devices = 0 if config["cpu"] else torch.cuda.device_count()
+    if not (config["cpu"] or devices):
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise UserError(
+            f"rank {job.global_rank} sees no GPU on {job.hostname} (CUDA_VISIBLE_DEVICES is "
+            f"{seen!r}), and the job was submitted for GPUs: submit it to a partition that has "
+            "them, with a PyTorch for CUDA, or give --cpu."
+        )
     address = "localhost" if job.num_nodes == 1 else job.hostnames[0]
     # One port for a job's ranks, which cannot agree on one before they have met.
     number = int("".join(filter(str.isdigit, job.raw_job_id)))
@@ -131,12 +139,28 @@ def join_submitted_ranks(config: dict[str, Any]) -> dict[str, Any]:
         MASTER_ADDR=address,
         MASTER_PORT=str(10000 + number % 20000),
         RANK=str(job.global_rank),
-        LOCAL_RANK=str(job.local_rank),
+        # A cluster may show each rank its own GPU alone, which then is the first.
+        LOCAL_RANK=str(0 if devices == 1 else job.local_rank),
         WORLD_SIZE=str(job.num_tasks),
     )
+    if job.num_tasks == 1:
+        own_port()
     if config["cpu"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # stock would give each rank one that it sees
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = os.cpu_count() or 1
+            own = os.environ.get("SLURM_CPUS_PER_TASK") or cores // job.num_tasks
+            torch.set_num_threads(max(1, int(own)))
     return {**config, "submit": False, "world_size": job.num_tasks}
+
+
+def launch_config(**stock: Any) -> LaunchConfig:
+    """Elastic launch's config, for a run whose ranks meet at a place of their own.
+
+    Stock names none, which means port 29400 of this machine: a second run joins the first one's
+    store there, and dies when the first one ends.
+    """
+    return LaunchConfig(**{"rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex, **stock})
 
 
 @contextmanager
@@ -145,7 +169,7 @@ def stock_command_with(
     config: dict[str, Any],
     runner: type,
     rank: Callable[[dict[str, Any]], None],
-    executor: type[AutoExecutor],
+    executor: Callable[..., AutoExecutor],
 ) -> Iterator[None]:
     """Within the block, stock's ``_cli.main`` takes this config, Runner, rank function, executor.
 
@@ -160,6 +184,7 @@ def stock_command_with(
         "Runner": runner,
         "runner_wrapper": rank,
         "AutoExecutor": executor,
+        "LaunchConfig": launch_config,
     }
     originals = {name: getattr(_cli, name) for name in replacements}
     for name, replacement in replacements.items():

@@ -206,12 +206,13 @@ def test_stock_command_is_put_back_and_its_runner_pickles():
     from fairchem.core import _cli
 
     from fairchem_kd.launch import KDRunner, run_launched_rank
-    from fairchem_kd.workarounds import CPUExecutor, stock_command_with
+    from fairchem_kd.submission import Executor
+    from fairchem_kd.workarounds import stock_command_with
 
     names = ("build_config", "create_grid", "Runner", "runner_wrapper", "AutoExecutor")
     before = [getattr(_cli, name) for name in names]
     replaced = {"config": {"a": 1}, "runner": KDRunner, "rank": run_launched_rank}
-    with stock_command_with(**replaced, executor=CPUExecutor):
+    with stock_command_with(**replaced, executor=Executor):
         assert _cli.build_config(None, []) == {"a": 1}
         assert type(pickle.loads(pickle.dumps(_cli.Runner()))) is KDRunner
         assert pickle.loads(pickle.dumps(_cli.runner_wrapper)) is run_launched_rank

@@ -79,6 +79,20 @@ def test_killed_at_random_moments(place: Path, uninterrupted: Any) -> None:
     assert len(steps(folder)) >= LAST_STEP
 
 
+def test_runs_side_by_side_do_not_meet(place: Path) -> None:
+    """The first one, at whose place stock would have the second one's ranks meet, ends early."""
+    endless = [*argv(place, "first", 2), "--optim.max_epochs=10000"]
+    first = Command(endless, place, place / "first.log")
+    wait_until(lambda: steps(place / "checkpoints/first") or not first.running, "the first's start")
+    second = start(place, "second", 2)
+    folder = place / "checkpoints/second"
+    wait_until(lambda: steps(folder) or not second.running, "the second's start")
+    assert first.running
+    first.kill()
+    second.finish()
+    assert steps(folder) == list(range(1, LAST_STEP + 1))
+
+
 def test_submitted_without_a_scheduler_and_told_to_leave(place: Path, uninterrupted: Any) -> None:
     """submitit's local executor stands in; the save comes at a step boundary, nothing is redone."""
     ranks, reference = uninterrupted

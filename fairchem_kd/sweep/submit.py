@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submitit import AutoExecutor, Job, JobEnvironment
-from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit import Job, JobEnvironment
 from submitit.helpers import Checkpointable, DelayedSubmission
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.submission import Executor, refusals_told
 from fairchem_kd.sweep.columns import titles
 from fairchem_kd.sweep.job import TAKEN, claim, note_submitted
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config, read_manifest
@@ -110,26 +110,19 @@ def launch_config(manifest: Manifest, run: Run, request: Request) -> dict[str, A
 
 def make_executor(
     manifest: Manifest, request: Request, config: dict[str, Any], cluster: str | None = None
-) -> AutoExecutor:
-    """submitit's executor for runs like the one of ``config``.
-
-    Raises:
-        UserError: several nodes are asked for where there is no scheduler.
-    """
-    executor = AutoExecutor(
-        folder=manifest.folder / "jobs" / "%j", cluster=cluster, slurm_max_num_timeout=TIMEOUTS
+) -> Executor:
+    """submitit's executor for runs like the one of ``config``."""
+    executor = Executor(
+        manifest.folder / "jobs" / "%j",
+        cpu=request.cpu,
+        cluster=cluster,
+        slurm_max_num_timeout=TIMEOUTS,
     )
-    local = executor.cluster == "local"
-    if local and request.nodes > 1:
-        raise UserError(
-            f"--num-nodes {request.nodes}: there is no scheduler here, and without one jobs run on "
-            "this machine alone; leave out --num-nodes, or submit where sbatch is."
-        )
     executor.update_parameters(
         name=f"sweep-{Path(manifest.sweep).stem}",
         mem_gb=request.memory,
         timeout_min=round(request.hours * 60),
-        gpus_per_node=(0 if local else None) if request.cpu else request.gpus,
+        gpus_per_node=request.gpus,
         cpus_per_task=int((config.get("optim") or {}).get("num_workers") or 0) + 1,
         tasks_per_node=request.gpus,
         nodes=request.nodes,
@@ -137,7 +130,7 @@ def make_executor(
         slurm_partition=request.partition,
         slurm_account=request.account,
         slurm_qos=request.qos,
-        slurm_additional_parameters=config.get("slurm") or None,
+        slurm_additional_parameters=config.get("slurm"),
     )
     return executor
 
@@ -164,21 +157,15 @@ def submit(
     executor = make_executor(manifest, request, configs[0], cluster)
     for config in configs:
         config["slurm"] = {}  # of no use to the run, and stock edits its job's files by it
-    if executor.cluster == "local":
-        return _run_through(executor, manifest, list(zip(runs, configs, strict=True)), request, say)
+    if executor.is_local:
+        with refusals_told(request.nodes, executor):
+            waiting = list(zip(runs, configs, strict=True))
+            return _run_through(executor, manifest, waiting, request, say)
     told = titles(manifest.runs)
     jobs: list[Job[None]] = []
-    try:
-        with executor.batch():
-            for run, config in zip(runs, configs, strict=True):
-                jobs.append(executor.submit(SweepJob(manifest.folder, run.name), config))
-    except (FailedJobError, FailedSubmissionError) as error:
-        lines = [line.removeprefix("sbatch: ") for line in str(error).splitlines() if line.strip()]
-        reason = "; ".join(line.removeprefix("error: ") for line in lines)
-        raise UserError(
-            f"the scheduler refused the jobs: {reason or 'it gave no reason'} (what was asked for "
-            "comes from --num-gpus, --num-nodes, the --slurm-* flags and the config's slurm block)."
-        ) from error
+    with refusals_told(request.nodes, executor), executor.batch():
+        for run, config in zip(runs, configs, strict=True):
+            jobs.append(executor.submit(SweepJob(manifest.folder, run.name), config))
     for run, job in zip(runs, jobs, strict=True):
         note_submitted(manifest, run, job.job_id)
         say(f"{run.name} is job {job.job_id}: {told[run.name]}, seed {run.seed}")
@@ -186,7 +173,7 @@ def submit(
 
 
 def _run_through(
-    executor: AutoExecutor,
+    executor: Executor,
     manifest: Manifest,
     waiting: list[tuple[Run, dict[str, Any]]],
     request: Request,
