@@ -1,4 +1,4 @@
-"""``fairchem main --submit`` on a real SLURM: one at hand, or one of two nodes started for this."""
+"""``fairchem main --submit`` on a real SLURM, of four nodes, started for this."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from commands import (
     write_run,
 )
 
+from fairchem_kd.submission import Executor
+
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -30,13 +32,17 @@ class Cluster:
     def __init__(self, root: Path, env: dict[str, str]) -> None:
         self.root, self.env = root, env
 
-    def submit(self, name: str, *more: str, ranks: int = 1) -> Command:
-        """The command that submits it."""
-        argv = [
+    def argv(self, name: str, *more: str, ranks: int = 1) -> list[str]:
+        return run_argv(
+            ranks,
             *("--identifier", name, "--run-dir", str(self.root), "--logdir", f"logs/{name}"),
             *("--submit", "--slurm-mem", "2", "--slurm-timeout", "1", *more),
-        ]
-        return Command(run_argv(ranks, *argv), self.root, self.root / f"{name}.log", **self.env)
+        )
+
+    def submit(self, name: str, *more: str, ranks: int = 1) -> Command:
+        """The command that submits it."""
+        argv = self.argv(name, *more, ranks=ranks)
+        return Command(argv, self.root, self.root / f"{name}.log", **self.env)
 
     def jobs(self, name: str, command: Command) -> list[str]:
         command.finish()
@@ -94,20 +100,25 @@ def jobs(cluster: Cluster) -> dict[str, list[str]]:
         "two": cluster.submit("two", "--num-gpus", "2", ranks=2),
         "failing": cluster.submit("failing", missing),
         "array": cluster.submit("array", "--sweep-yml", "grid.yml"),
+        "nodes": cluster.submit("nodes", "--num-nodes", "2", ranks=2),
+        "preempted": cluster.submit("preempted", "--slurm-partition", "low"),
     }
-    if len(set(cluster.ask("sinfo", "-h", "-N", "-o", "%N").split())) > 1:
-        commands["nodes"] = cluster.submit("nodes", "--num-nodes", "2", ranks=2)
     submitted = {name: cluster.jobs(name, command) for name, command in commands.items()}
-    to_be_sent = {"interrupted": "USR2", "killed": "KILL"}
+    important = ("sbatch", "--partition=high", "--exclusive", "--output=important.log")
+    to_be_done = {
+        "interrupted": ("scancel", "--signal=USR2", *submitted["interrupted"]),
+        "killed": ("scancel", "--signal=KILL", *submitted["killed"]),
+        "preempted": (*important, f"--chdir={cluster.root}", "--wrap=sleep 1"),
+    }
 
-    def all_sent() -> bool:
-        for name, number in list(to_be_sent.items()):
+    def all_done() -> bool:
+        for name, command in list(to_be_done.items()):
             if cluster.last_step(name) >= 4:
-                cluster.ask("scancel", f"--signal={number}", *submitted[name])
-                del to_be_sent[name]
-        return not to_be_sent
+                cluster.ask(*command)
+                del to_be_done[name]
+        return not to_be_done
 
-    wait_until(all_sent, f"the fourth steps of {to_be_sent}")
+    wait_until(all_done, f"the fourth steps of {to_be_done}")
     return submitted
 
 
@@ -121,6 +132,18 @@ def test_told_to_leave_ahead_of_a_time_out(cluster: Cluster, jobs: dict[str, lis
     assert steps(cluster.folder("interrupted")) == list(range(1, LAST_STEP + 1))
     cluster.wait_for_end(jobs["two"][0])
     assert_same_end(cluster.folder("interrupted"), cluster.folder("two"))
+
+
+def test_preempted(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
+    """By a job that takes the whole node: it makes room, and goes on when that has ended."""
+    (job,) = jobs["preempted"]
+    ended = cluster.wait_for_end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    assert (cluster.root / "important.log").is_file()
+    assert "Requeued job" in cluster.said("preempted")
+    assert steps(cluster.folder("preempted")) == list(range(1, LAST_STEP + 1))
+    cluster.wait_for_end(jobs["one"][0])
+    assert_same_end(cluster.folder("preempted"), cluster.folder("one"))
 
 
 def test_killed_and_requeued(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
@@ -154,8 +177,6 @@ def test_two_ranks(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
 
 def test_two_nodes(cluster: Cluster, jobs: dict[str, list[str]]) -> None:
     """The same ranks, one on each of two nodes."""
-    if "nodes" not in jobs:
-        pytest.skip("this SLURM has one node")
     ended = cluster.wait_for_end(jobs["nodes"][0])
     assert ended["JobState"] == "COMPLETED", cluster.said("nodes")
     assert "node=2" in ended["TRES"]
@@ -178,6 +199,47 @@ def test_a_sweep_is_an_array(cluster: Cluster, jobs: dict[str, list[str]]) -> No
         assert ended["JobState"] == "COMPLETED", cluster.said("array")
         folder = cluster.folder(f"array_run{number}")
         assert steps(folder) == list(range(1, LAST_STEP + 1))
+
+
+def test_ranks_get_their_gpus(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two nodes; what ranks make of these variables is tested without SLURM."""
+    for key, value in cluster.env.items():
+        monkeypatch.setenv(key, value)
+    executor = Executor(cluster.root / "gpus" / "%j")
+    executor.update_parameters(
+        name="gpus",
+        mem_gb=1,
+        timeout_min=5,
+        nodes=2,
+        tasks_per_node=2,
+        gpus_per_node=2,
+        cpus_per_task=3,
+        slurm_partition="gpu",
+    )
+
+    def seen() -> tuple[str | None, ...]:
+        names = ("NODEID", "LOCALID", "PROCID", "CPUS_PER_TASK")
+        step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+        shown = subprocess.check_output(["scontrol", "show", "step", step], text=True)
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return (*[os.environ[f"SLURM_{name}"] for name in names], devices, "cpu=12" in shown)
+
+    found = executor.submit(seen).results()
+    ranks = [("0", "0", "0"), ("0", "1", "1"), ("1", "0", "2"), ("1", "1", "3")]
+    assert found == [(*rank, "3", "0,1", True) for rank in ranks]
+
+
+def test_a_job_of_sixteen_gpus_is_taken(cluster: Cluster) -> None:
+    """And held, since they are not there."""
+    more = ("--num-nodes", "2", "--num-gpus", "8", "--slurm-partition", "gpu", "--slurm.hold=True")
+    argv = [word for word in cluster.argv("sixteen", *more) if word != "--cpu"]
+    command = Command(argv, cluster.root, cluster.root / "sixteen.log", **cluster.env)
+    (job,) = cluster.jobs("sixteen", command)
+    shown = cluster.show(job)
+    assert shown["JobState"] == "PENDING"
+    assert (shown["NumNodes"], shown["NumTasks"], shown["CPUs/Task"]) == ("2-2", "16", "1")
+    assert (shown["TresPerNode"], shown["Requeue"]) == ("gres:gpu:8", "1")
+    cluster.ask("scancel", job)
 
 
 def test_a_refused_job_is_a_sentence(cluster: Cluster) -> None:

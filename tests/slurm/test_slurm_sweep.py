@@ -113,7 +113,7 @@ def test_what_fails_or_is_refused_says_why(
     Path("sweep.yml").write_text(yaml.safe_dump(bad))
     assert main([*RUN, "--slurm-partition", "nowhere"]) == 2
     error = capsys.readouterr().err
-    assert "error: the scheduler refused the jobs: " in error
+    assert "error: the scheduler refused the job: " in error
     assert "partition" in error
     manifest = workplace()
     assert counts(manifest) == {PENDING: 1}
