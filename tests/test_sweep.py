@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fairchem_kd.sweep.job import claim, note_submitted
 from fairchem_kd.sweep.keys import with_values
 from fairchem_kd.sweep.manifest import expand, read_manifest, resolve, run_name
 from fairchem_kd.sweep.output import ATTEMPT, last_words
+from fairchem_kd.sweep.scheduler import Jobs, known_jobs
 from fairchem_kd.sweep.spec import read_sweep
 from fairchem_kd.sweep.state import Status, read_state, status, statuses, write_state
 from fairchem_kd.workarounds import sweep_grid
@@ -381,7 +383,7 @@ def test_editing_the_sweep_keeps_what_exists(place, capsys):
     ]
 
 
-def test_states(place):
+def test_states(place, monkeypatch):
     manifest = expand(write({"base": "base.yml", "seeds": [0, 1, 2, 3]}))
     done, killed, failed, away = manifest.runs
     assert {found.state for found in statuses(manifest).values()} == {"pending"}
@@ -412,31 +414,88 @@ def test_states(place):
 
     write_state(manifest, away, "running", host="elsewhere", pid=1, started="1")
     assert status(manifest, away).state == "running"
+    with monkeypatch.context() as skewed:  # files are stamped by another host's clock
+        skewed.setattr(time, "time", lambda now=time.time: now() + 3600)
+        assert status(manifest, away).state == "running"
     old = manifest.folder / "status" / f"{away.name}.json"
     os.utime(old, (1, 1))  # no sign of life since 1970
     assert status(manifest, away).state == "failed"
     write_state(manifest, away, "pending", job="12_0")
-    assert status(manifest, away, {"12_0": "pending"}) == Status(
-        "pending", "job 12_0 is pending", "12_0"
+    waiting, running, gone = (
+        Jobs({"12_0": "pending (Priority)"}),
+        Jobs({"12_0": "running"}),
+        Jobs({}),
     )
-    assert status(manifest, away, {"12_0": "running"}).state == "running"
-    assert status(manifest, away, {}).state == "failed"
+    assert status(manifest, away, waiting) == Status(
+        "pending", "job 12_0 is pending (Priority)", "12_0"
+    )
+    assert status(manifest, away, running).state == "running"
+    assert status(manifest, away, gone).state == "failed"
     write_state(manifest, away, "running", job="12_0", host="elsewhere", pid=1, started="1")
-    assert status(manifest, away, {"12_0": "running"}).state == "running"
-    assert status(manifest, away, {"12_0": "pending"}).state == "pending"  # queued again
-    found = status(manifest, away, {})  # however fresh the file
+    assert status(manifest, away, running).state == "running"
+    assert status(manifest, away, waiting).state == "pending"  # queued again
+    found = status(manifest, away, gone)  # however fresh the file
     assert found.state == "failed"
     assert "process 1 on elsewhere" in found.reason
     folder = manifest.folder / "jobs/12_0"
     folder.mkdir(parents=True)
     ended = "slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026 DUE TO TIME LIMIT ***"
     (folder / "12_0_0_log.err").write_text(ended + "\n")
-    assert "DUE TO TIME LIMIT" in status(manifest, away, {}).reason
+    assert "DUE TO TIME LIMIT" in status(manifest, away, gone).reason
+    ended = Jobs({}, {"12_0": "its node failed"})  # the scheduler knows better
+    assert status(manifest, away, ended).reason.startswith("job 12_0: its node failed; goes on")
     assert claim(manifest, away, "12_0")  # requeued
     assert not claim(manifest, away, "13_0")
     assert read_state(manifest, away)["job"] == "12_0"
     note_submitted(manifest, away, "12_0")  # it was faster than the one who submitted it
     assert read_state(manifest, away)["state"] == "running"
+
+
+SQUEUE = """\
+1|RUNNING|None
+2_0|PENDING|Priority
+2_1|COMPLETING|None
+3|OUT_OF_MEMORY|OutOfMemory
+4|TIMEOUT|TimeLimit
+5|NODE_FAIL|None
+6|FAILED|NonZeroExitCode
+7|PREEMPTED|None
+77|RUNNING|None
+"""
+SACCT = """\
+8|CANCELLED by 1000
+9|PREEMPTED
+10|REQUEUED
+"""
+
+
+def test_the_schedulers_words(tmp_path, monkeypatch):
+    """Of jobs that live, that ended minutes ago (squeue), and longer ago (sacct)."""
+    for name, said in (("squeue", SQUEUE), ("sacct", SACCT)):
+        command = tmp_path / name
+        command.write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    asked = ["1", "2_0", "2_1", *"3456789", "10", "11", "local-1"]
+    jobs = known_jobs(asked)
+    assert jobs.living == {
+        "1": "running",
+        "2_0": "pending (Priority)",
+        "2_1": "completing",
+        "10": "requeued",
+    }
+    assert jobs.ended == {
+        "3": "it was out of memory (--slurm-mem)",
+        "4": "it ran out of time (--slurm-timeout)",
+        "5": "its node failed",
+        "6": "",
+        "7": "it was pre-empted, and not queued again",
+        "8": "it was cancelled",
+        "9": "it was pre-empted, and not queued again",
+    }
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert known_jobs(asked) is None
+    assert known_jobs(["local-1"]) == Jobs({})
 
 
 def test_the_reason_is_the_last_attempts(tmp_path):

@@ -16,7 +16,7 @@ from fairchem_kd.sweep.columns import titles
 from fairchem_kd.sweep.job import TAKEN
 from fairchem_kd.sweep.manifest import Manifest, Run
 from fairchem_kd.sweep.output import last_words
-from fairchem_kd.sweep.state import DONE, FAILED, read_state, write_state
+from fairchem_kd.sweep.state import DONE, FAILED, PENDING, RUNNING, read_state, write_state
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -112,6 +112,9 @@ def run_locally(
     finally:
         signal.signal(signal.SIGTERM, handler)
         _stop([process for _, process in going.values()])
+        for run, _ in going.values():
+            if read_state(manifest, run).get("state") == RUNNING:
+                write_state(manifest, run, PENDING, reason="stopped")
     return failed
 
 
@@ -145,6 +148,7 @@ def _note_end(manifest: Manifest, run: Run, code: int, say: Callable[[str], None
         return True
     if code < 0:
         reason = f"killed by {signal.Signals(-code).name}"
+        reason += " (out of memory?)" if -code == signal.SIGKILL else ""
     else:
         reason = noted.get("reason") or last_words(manifest.output_path(run), f"exit code {code}")
     write_state(manifest, run, FAILED, reason=reason)

@@ -9,8 +9,11 @@ from typing import Any
 
 from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.errors import UserError
-from fairchem_kd.sweep.collect import Row
+from fairchem_kd.sweep.collect import CONFIDENCE, Row
 from fairchem_kd.sweep.columns import short_keys, swept_keys, titles
+
+#: Panels in a row.
+ACROSS = 3
 
 
 def plot(path: Path, rows: Sequence[Row], metrics: Sequence[str], title: str) -> Path:
@@ -29,29 +32,45 @@ def plot(path: Path, rows: Sequence[Row], metrics: Sequence[str], title: str) ->
     rows = [row for row in rows if row.metrics]
     places, name = _numbers(rows)
     told = titles([row.runs[0] for row in rows])
-    figure = Figure(figsize=(1.5 + 3.5 * len(metrics), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for panel, metric in zip(panels, metrics, strict=True):
+    across = min(len(metrics), ACROSS)
+    down = -(-len(metrics) // across)
+    figure = Figure(figsize=(1.0 + 3.5 * across, 0.6 + 3.0 * down), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for panel in panels[len(metrics) :]:
+        panel.set_axis_off()
+    for panel, metric in zip(panels, metrics, strict=False):
         for place, row in zip(places, rows, strict=True):
             found = row.metrics.get(metric)
             if found is None:
                 continue
-            panel.plot([place] * len(found.values), found.values, ".", color="0.6", zorder=1)
-            panel.errorbar(place, found.mean, yerr=found.half or 0, fmt="o", color="C0", capsize=4)
-        panel.set_title(metric)
+            panel.errorbar(place, found.mean, yerr=found.half or 0, fmt="_", color="C0", capsize=4)
+            seeds = [place] * len(found.values)
+            panel.plot(seeds, found.values, "o", color="C1", fillstyle="none", markersize=5)
+        panel.set_title(f"{metric} ({unit})" if (unit := unit_of(metric)) else metric)
         if name is None:
             panel.set_xticks(places, list(told.values()), rotation=30, ha="right")
         else:
             panel.set_xlabel(name)
             _set_scale(panel, places)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}: each seed, their mean and its {CONFIDENCE:.0%} interval", size=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=150)
     return write_whole(path, lambda file: file.write(buffer.getvalue()))
 
 
+def unit_of(metric: str) -> str:
+    """The unit of a validation's metric; empty for a ratio or a loss."""
+    if not metric.endswith(("mae", "mse", "magnitude_error")):
+        return ""
+    unit = {"energy": "eV", "forces": "eV/Å"}.get(metric.partition("_")[0], "")
+    return f"({unit})²" if unit and metric.endswith("mse") else unit
+
+
 def _set_scale(panel: Any, places: Sequence[float]) -> None:
-    """Logarithmic over a decade or more; with a 0 among the values, linear around it."""
+    """Logarithmic over a decade or more; with a 0 among the values, linear around it.
+
+    Ticks are the values themselves.
+    """
     positive = [place for place in places if place > 0]
     if not positive or max(positive) < 10 * min(positive):
         return
@@ -59,6 +78,9 @@ def _set_scale(panel: Any, places: Sequence[float]) -> None:
         panel.set_xscale("log")
     else:
         panel.set_xscale("symlog", linthresh=min(positive))
+    if len(places) <= 10:
+        panel.set_xticks(places, [f"{place:g}" for place in places])
+        panel.minorticks_off()
 
 
 def _numbers(rows: Sequence[Row]) -> tuple[list[float], str | None]:

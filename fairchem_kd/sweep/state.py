@@ -21,7 +21,7 @@ from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.records import RECORDS, read_records
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config
 from fairchem_kd.sweep.output import last_words
-from fairchem_kd.sweep.scheduler import LOCAL, living_jobs
+from fairchem_kd.sweep.scheduler import LOCAL, Jobs, known_jobs
 
 DONE, RUNNING, FAILED, PENDING = STATES = ("done", "running", "failed", "pending")
 #: Seconds between signs of life, and after how many without one a run counts as ended.
@@ -87,9 +87,21 @@ def _is_alive(state: Mapping[str, Any], path: Path) -> bool:
             return False
         return True
     try:
-        return time.time() - path.stat().st_mtime < SILENCE
+        return _clock(path.parent) - path.stat().st_mtime < SILENCE
     except FileNotFoundError:
         return False
+
+
+def _clock(folder: Path) -> float:
+    """The time by the clock that stamps files there, which on a network is not this host's."""
+    probe = folder / f".clock.{socket.gethostname()}.{os.getpid()}"
+    try:
+        probe.touch()
+        stamped = probe.stat().st_mtime
+        probe.unlink()
+    except OSError:
+        return time.time()
+    return stamped
 
 
 @contextmanager
@@ -111,12 +123,12 @@ def heartbeat(manifest: Manifest, run: Run) -> Iterator[None]:
         thread.join()
 
 
-def status(manifest: Manifest, run: Run, queued: Mapping[str, str] | None = None) -> Status:
+def status(manifest: Manifest, run: Run, jobs: Jobs | None = None) -> Status:
     """Where a run is now.
 
     Args:
-        queued: the scheduler's words for the jobs that it knows, by id; None where it was not
-            asked, and jobs are taken to be as they were noted.
+        jobs: what the scheduler says of jobs; None where it was not asked, and jobs are taken to
+            be as they were noted.
     """
     noted = read_state(manifest, run)
     state, job = noted.get("state"), noted.get("job")
@@ -124,52 +136,51 @@ def status(manifest: Manifest, run: Run, queued: Mapping[str, str] | None = None
         return Status(DONE)
     if state == FAILED:
         return Status(FAILED, noted.get("reason", ""))
-    if job is not None and queued is not None and (job in queued or state == PENDING):
-        return _of_job(manifest, run, noted, queued)
+    if job is not None and jobs is not None and (job in jobs.living or state == PENDING):
+        return _of_job(manifest, run, noted, jobs)
     # Of a job on another host the scheduler knows more than a file that is still fresh.
-    heard = job is None or queued is None or _is_here(noted)
+    heard = job is None or jobs is None or _is_here(noted)
     if state == RUNNING and heard and _is_alive(noted, state_path(manifest, run)):
         return Status(RUNNING, f"{progress(manifest, run)}, {_place(noted)}", job)
     if state == PENDING and job is not None:
         return Status(PENDING, f"job {job} was queued", job)
-    if state in (RUNNING, PENDING):
-        why = _last_words(manifest, job) or f"killed ({_place(noted)})"
+    if state == RUNNING:
+        why = _why_ended(manifest, job, jobs) or f"killed ({_place(noted)})"
         return Status(FAILED, f"{why}; goes on from {_kept(manifest, run)}")
+    if state == PENDING:
+        return Status(PENDING, f"{noted['reason']}; goes on from {_kept(manifest, run)}")
     started = (manifest.run_folder(run) / "checkpoint.pt").exists()
     return Status(PENDING, f"goes on from {_kept(manifest, run)}" if started else "not started")
 
 
-def _of_job(
-    manifest: Manifest, run: Run, noted: Mapping[str, Any], queued: Mapping[str, str]
-) -> Status:
+def _of_job(manifest: Manifest, run: Run, noted: Mapping[str, Any], jobs: Jobs) -> Status:
     """The status of a run whose job waits or runs, or has left the queue without having run."""
     job = noted["job"]
-    word = queued.get(job)
+    word = jobs.living.get(job)
     if word is None:
-        why = _last_words(manifest, job) or f"job {job} is gone"
+        why = _why_ended(manifest, job, jobs) or f"job {job} is gone"
         return Status(FAILED, f"{why}; goes on from {_kept(manifest, run)}")
     if noted["state"] == RUNNING and word == "running":
         return Status(RUNNING, f"{progress(manifest, run)}, {_place(noted)}", job)
     return Status(RUNNING if word == "running" else PENDING, f"job {job} is {word}", job)
 
 
-def _last_words(manifest: Manifest, job: str | None) -> str:
-    """Why a job ended that could not note it, from what it wrote last."""
+def _why_ended(manifest: Manifest, job: str | None, jobs: Jobs | None) -> str:
+    """Why a job ended that could not note it: what the scheduler says, or what it wrote last."""
     if job is None:
         return ""
     name = job.removeprefix(LOCAL)
     words = last_words(manifest.folder / "jobs" / name / f"{name}_0_log.err", "")
+    words = (jobs.ended.get(job) if jobs else "") or words
     return f"job {job}: {words}" if words else ""
 
 
 def statuses(manifest: Manifest) -> dict[str, Status]:
     """The status of every run of the manifest, by name; the scheduler is asked once, if at all."""
-    jobs = [job for run in manifest.runs if (job := read_state(manifest, run).get("job"))]
-    queued = living_jobs(jobs) if jobs else {}
-    found = {}
-    for run in manifest.runs:
-        found[run.name] = status(manifest, run, queued)
-    return found
+    noted = [read_state(manifest, run) for run in manifest.runs]
+    asked = [n["job"] for n in noted if n.get("job") and n.get("state") in (RUNNING, PENDING)]
+    jobs = known_jobs(asked) if asked else Jobs({})
+    return {run.name: status(manifest, run, jobs) for run in manifest.runs}
 
 
 def _place(noted: Mapping[str, Any]) -> str:
@@ -189,5 +200,5 @@ def progress(manifest: Manifest, run: Run) -> str:
 
 def _kept(manifest: Manifest, run: Run) -> str:
     if (manifest.run_folder(run) / "checkpoint.pt").exists():
-        return f"its last checkpoint ({progress(manifest, run)})"
+        return f"its last checkpoint (it had come to {progress(manifest, run)})"
     return "the start"
