@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from fairchem_kd.errors import UserError
 
@@ -73,22 +75,67 @@ def check_same_on_ranks(seen: Mapping[str, Any]) -> None:
                 )
 
 
-def seen_by_rank(config: Mapping[str, Any], datasets: Sequence[Dataset | None]) -> dict[str, str]:
+@contextmanager
+def refused_by_all() -> Iterator[None]:
+    """Within the block ranks work apart; an error of one of them is one of all at its end.
+
+    A rank that ends alone leaves the others waiting for it, for as long as the backend has
+    patience. A collective.
+
+    Raises:
+        UserError: on the ranks that had no error of their own.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as failure:
+        error = failure
+    if world_size() > 1:
+        said = "" if error is None else str(error) or type(error).__name__
+        everywhere: list[Any] = [None] * world_size()
+        dist.all_gather_object(everywhere, (socket.gethostname(), said))
+        for rank, (host, theirs) in enumerate(everywhere):
+            if theirs and error is None:
+                error = UserError(f"{theirs} (On rank {rank}, {host}, but not on all.)")
+    if error is not None:
+        raise error
+
+
+def seen_by_rank(
+    config: Mapping[str, Any], datasets: Mapping[str, Dataset | None]
+) -> dict[str, str]:
     """What this rank trains on, in short, for :func:`check_same_on_ranks`.
 
     Args:
         config: the trainer's.
-        datasets: those for training, validation and test.
+        datasets: by what a user calls them.
     """
     keys = ("task", "model", "outputs", "optim", "loss_functions")
     seen = {"the config": _digest(json.dumps([config[key] for key in keys], default=str).encode())}
-    for name, dataset in zip(("train", "val", "test"), datasets, strict=True):
+    for name, dataset in datasets.items():
         if dataset is not None:
-            seen[f"dataset.{name}"] = f"{len(dataset)} samples"  # type: ignore[arg-type]
-            if dataset.metadata_hasattr("natoms"):  # type: ignore[attr-defined]
-                sizes = dataset._metadata["natoms"]  # type: ignore[attr-defined]
-                seen[f"dataset.{name}"] += f" (digest {_digest(np.asarray(sizes).tobytes())})"
+            count = len(dataset)  # type: ignore[arg-type]
+            contents = b"".join(_contents(dataset[i]) for i in {0, count // 2, count - 1})
+            whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+            if whole.metadata_hasattr("natoms"):  # type: ignore[attr-defined]
+                contents += np.asarray(whole._metadata["natoms"]).tobytes()  # type: ignore[attr-defined]
+            seen[name] = f"{count} samples (digest {_digest(contents)})"
     return seen
+
+
+def file_seen(path: str | Path) -> str:
+    """A file in short, for :func:`check_same_on_ranks`."""
+    try:
+        contents = Path(path).read_bytes()
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+    return f"{len(contents)} bytes (digest {_digest(contents)})"
+
+
+def _contents(sample: Any) -> bytes:
+    """A structure and its labels, as far as it has them."""
+    values = [getattr(sample, name, None) for name in ("atomic_numbers", "pos", "energy", "forces")]
+    return b"".join(np.asarray(value).tobytes() for value in values if value is not None)
 
 
 def _digest(contents: bytes) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fairchem_kd.errors import UserError
+
 RECORDS = "records.jsonl"
 
 
@@ -36,6 +38,9 @@ class Records:
     Each line has ``kind`` (``config``, ``train``, ``val``, ...) and ``seconds`` since the start of
     this process's run, beside what is given to :meth:`write`. A line cut off by a crash is ended
     before the next one, so that :func:`read_records` loses that line alone.
+
+    Raises:
+        UserError: a line cannot be written, e.g. for a full disk.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -49,8 +54,14 @@ class Records:
     def write(self, kind: str, **values: Any) -> None:
         seconds = round(time.perf_counter() - self._start, 3)
         line = json.dumps({"kind": kind, "seconds": seconds, **plain(values)}, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path} could not be written ({error.strerror}): make room, then start the "
+                f"same command again with --timestamp-id {self.path.parent.name}."
+            ) from error
 
 
 def read_records(folder: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:

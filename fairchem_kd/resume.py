@@ -112,6 +112,31 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], run: str
         logging.warning(f"Going on with other settings than {run} had: {', '.join(changed[:8])}")
 
 
+def check_same_steps(saved: Mapping[str, Any], steps: int, run: str) -> None:
+    """Refuse to go on where an epoch has another number of steps than the run had.
+
+    Its position in the data, its schedules and its end are all counted in steps: it would end early
+    or late, somewhere else in its schedules, without a word.
+
+    Args:
+        saved: the contents of the run's checkpoint.
+        steps: of an epoch now.
+        run: the run's folder name.
+
+    Raises:
+        UserError: they differ.
+    """
+    step, epoch = saved.get("step", 0), saved.get("epoch", 0)
+    then = round(step / epoch) if step and epoch else steps
+    if then != steps:
+        raise UserError(
+            f"--timestamp-id {run}: an epoch of that run had {then} steps, and would have {steps} "
+            "now; give the training set that it was started with, and the same number of "
+            "structures per step (ranks times optim.batch_size), or leave out --timestamp-id to "
+            "start a new run."
+        )
+
+
 def _differences(then: Any, now: Any, key: str) -> Iterator[str]:
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in sorted({*then, *now}, key=str):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,12 @@ from fairchem_kd.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.denormals import flush_denormals, flush_in_workers
 from fairchem_kd.distillation import Distillation
-from fairchem_kd.distributed import check_same_on_ranks, seen_by_rank
+from fairchem_kd.distributed import (
+    check_same_on_ranks,
+    file_seen,
+    refused_by_all,
+    seen_by_rank,
+)
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.wrappers import stock_model_config
 from fairchem_kd.interruption import Ask, Interruption
@@ -42,6 +48,7 @@ from fairchem_kd.resume import (
     STATE_KEY,
     check_format,
     check_same_run,
+    check_same_steps,
     has_checkpoint,
     random_state_for,
     random_states,
@@ -129,30 +136,34 @@ class DistillationTrainer(OCPTrainer):
             logging.info("No distillation losses: plain training")
             return
         with isolated_random_state():
-            teacher = Teacher.from_checkpoint(
-                config.teacher.checkpoint,
-                trust=config.teacher.trust_checkpoint,
-                elements=config.teacher.elements,
-                device=self.device,
-            )
-            self.distillation = Distillation(
-                config,
-                self._unwrapped_model,
-                teacher,
-                Units(self.normalizers, self.elementrefs),
-                label_losses=self.loss_functions,
-                outputs=self.output_targets,
-                learning_rate=self.config["optim"]["lr_initial"],
-                clip_grad_norm=self.clip_grad_norm,
-                seed=self.config["cmd"]["seed"] or 0,
-                last_step=self.config["optim"]["max_epochs"] * len(self.train_loader),
-                device=self.device,
-            )
-            if self._continues_run:
-                self.distillation.load_state_dict((self._resumed or {}).get("distillation"))
-            else:
+            with refused_by_all():
+                teacher = Teacher.from_checkpoint(
+                    config.teacher.checkpoint,
+                    trust=config.teacher.trust_checkpoint,
+                    elements=config.teacher.elements,
+                    device=self.device,
+                )
+                self.distillation = Distillation(
+                    config,
+                    self._unwrapped_model,
+                    teacher,
+                    Units(self.normalizers, self.elementrefs),
+                    label_losses=self.loss_functions,
+                    outputs=self.output_targets,
+                    learning_rate=self.config["optim"]["lr_initial"],
+                    clip_grad_norm=self.clip_grad_norm,
+                    seed=self.config["cmd"]["seed"] or 0,
+                    last_step=self.config["optim"]["max_epochs"] * len(self.train_loader),
+                    device=self.device,
+                )
+                if self._continues_run:
+                    self.distillation.load_state_dict((self._resumed or {}).get("distillation"))
+                self.companions = self._companions()
+            if self.companions is not None and self.companions.unlabelled is not None:
+                more = {"task.distillation.unlabelled": self.companions.unlabelled.dataset}
+                check_same_on_ranks(seen_by_rank(self.config, more))
+            if not self._continues_run:
                 self.distillation.fit_statistics(self.train_dataset, self.collater)
-            self.companions = self._companions()
 
     def _companions(self) -> Companions | None:
         """What goes with the labelled structures of a step."""
@@ -180,6 +191,19 @@ class DistillationTrainer(OCPTrainer):
             unlabelled.check(self.distillation.teacher.check_elements)
         return Companions(rattler, unlabelled)
 
+    def _check_ranks(self) -> None:
+        """Make sure that all ranks go on from the same, with the same data, config and teacher."""
+        if distutils.get_world_size() == 1:
+            return
+        loaders = {"train": self.train_loader, "val": self.val_loader, "test": self.test_loader}
+        datasets = {f"dataset.{name}": it and it.dataset for name, it in loaders.items()}
+        seen = seen_by_rank(self.config, datasets)
+        seen["the run's checkpoint"] = f"step {self.step}"
+        if self.distillation_config.active_terms:
+            path = self.distillation_config.teacher.checkpoint
+            seen["task.distillation.teacher.checkpoint"] = file_seen(path or "")
+        check_same_on_ranks(seen)
+
     # -- training ---------------------------------------------------------------------------------
 
     def train(self, disable_eval_tqdm: bool = False) -> None:
@@ -193,12 +217,8 @@ class DistillationTrainer(OCPTrainer):
         self._training = True
         with self.interruption:
             self._resume_own_run()
-            loaders = (self.train_loader, self.val_loader, self.test_loader)
-            seen = seen_by_rank(self.config, [it and it.dataset for it in loaders])
-            check_same_on_ranks({**seen, "the run's checkpoint": f"step {self.step}"})
+            self._check_ranks()
             self._set_up_distillation()
-            if self.distillation:
-                check_same_on_ranks({"the teacher": self.distillation.identity["teacher"][:8]})
             if distutils.is_master() and not self.is_debug:
                 self.records = Records(self.config["cmd"]["checkpoint_dir"])
                 self.records.write("config", step=self.step, config=self.config)
@@ -364,6 +384,8 @@ class DistillationTrainer(OCPTrainer):
             checkpoint = read_student(checkpoint_path, own=own)
         if own:
             check_same_run(checkpoint["config"], self.config, self.timestamp_id)
+            if self.train_loader is not None:
+                check_same_steps(checkpoint, len(self.train_loader), self.timestamp_id)
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         if inference_only:
             return
@@ -418,7 +440,10 @@ class DistillationTrainer(OCPTrainer):
             self.update_best(self.primary_metric, metrics, disable_eval_tqdm=disable_eval_tqdm)
         if not state["scheduler_stepped"]:
             if self.scheduler.scheduler_type != "ReduceLROnPlateau":
-                self.scheduler.step()
+                with warnings.catch_warnings():
+                    # The optimiser has taken its step, but in the interrupted run.
+                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                    self.scheduler.step()
             elif eval_due and self._validated is not None:
                 self.scheduler.step(metrics=self._validated["metric"])
         self._scheduled_step = self.step

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from fairchem_kd.errors import UserError
 from fairchem_kd.records import RECORDS, Records, read_records
 
 
@@ -30,3 +33,18 @@ def test_a_resumed_run_goes_on_after_a_line_that_a_crash_cut_off(tmp_path: Path)
     assert [r["step"] for r in read_records(tmp_path)] == [1, 2]
     assert [r["step"] for r in read_records(tmp_path, "val")] == [2]
     assert json.loads((tmp_path / RECORDS).read_text().splitlines()[-1])["step"] == 2
+
+
+def test_a_full_disk_is_a_sentence_and_costs_one_line(tmp_path: Path) -> None:
+    records = Records(tmp_path / "mine")
+    records.write("train", step=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = records.path.stat().st_size + 10
+    resource.setrlimit(resource.RLIMIT_FSIZE, (full, limits[1]))  # writing fails half-way
+    try:
+        with pytest.raises(UserError, match=r"could not be written .* --timestamp-id mine\."):
+            records.write("train", step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    Records(tmp_path / "mine").write("train", step=2)
+    assert [r["step"] for r in read_records(tmp_path / "mine")] == [1, 2]

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 import resource
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from submitit.core.job_environment import SignalHandler
+from submitit.core.utils import DelayedSubmission
 from trainings import assert_same, config, trainer, weights, write_lmdb, write_teacher
 
+from fairchem_kd import workarounds
 from fairchem_kd.checkpoint import read_checkpoint
+from fairchem_kd.distillation import Distillation
 from fairchem_kd.errors import UserError
+from fairchem_kd.launch import KDRunner
+from fairchem_kd.records import read_records
 from fairchem_kd.resume import STATE_FORMAT, STATE_KEY, previous_of
+from fairchem_kd.trainer import DistillationTrainer
 
 FORMAT_1 = Path(__file__).parent / "checkpoints" / "format1.pt.gz"
 
@@ -33,7 +43,9 @@ def arguments(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str,
     """Those of the run whose checkpoint is kept in format 1: PaiNN of four channels, n2n."""
     root = tmp_path_factory.mktemp("runs")
     teacher = write_teacher(root, data, "painn")
-    made = config(root, data, teacher=teacher, losses={"n2n": {}}, checkpoint_every=3)
+    made = config(
+        root, data, teacher=teacher, losses={"n2n": {}}, checkpoint_every=3, eval_batch_size=2
+    )
     made["model"].update(hidden_channels=4, num_layers=1, num_rbf=2)
     return made
 
@@ -137,6 +149,97 @@ def test_a_folder_of_another_model_is_refused(
         built.train(disable_eval_tqdm=True)
         assert built.step == 12
     assert "optim.max_epochs: 2 there, 3 here" in caplog.text
+
+
+def test_an_epoch_of_other_steps_is_refused(copy: Path, arguments: dict[str, Any]) -> None:
+    """As with another number of ranks: the run would end early or late without a word."""
+    path = str(copy / "checkpoint.pt")
+    for batch_size, steps in ((2, 6), (6, 2)):
+        optimizer = {**arguments["optimizer"], "batch_size": batch_size}
+        other = {**arguments, "optimizer": optimizer}
+        with trainer(other, timestamp_id=copy.name) as built:
+            said = rf"--timestamp-id {copy.name}: .* had 4 steps, and would have {steps} now"
+            with pytest.raises(UserError, match=said):
+                built.load_checkpoint(path)
+            with pytest.raises(UserError, match=said):
+                built.train()
+
+
+def test_a_run_that_has_ended_stays_as_it_is(copy: Path, arguments: dict[str, Any]) -> None:
+    at_its_end = {**arguments["optimizer"], "checkpoint_every": 4}
+    ended = {**arguments, "optimizer": at_its_end}
+    with trainer(ended, timestamp_id=copy.name) as built:
+        built.train(disable_eval_tqdm=True)
+        assert built.step == 8
+    before = {path.name: path.read_bytes() for path in copy.glob("*checkpoint.pt")}
+    assert read_checkpoint(copy / "checkpoint.pt")["step"] == 8
+    with trainer(ended, timestamp_id=copy.name) as built:
+        built.train(disable_eval_tqdm=True)
+        assert built.step == 8
+    assert {path.name: path.read_bytes() for path in copy.glob("*checkpoint.pt")} == before
+
+
+#: What is at work when the signals come, and the step at which the run then leaves.
+MOMENTS = {
+    "statistics": (Distillation, "fit_statistics", 1),
+    "first step": (DistillationTrainer, "_backward", 1),
+    "save": (workarounds, "write_checkpoint", 3),
+    "evaluation": (DistillationTrainer, "_compute_metrics", 3),  # in its midst
+    "best": (DistillationTrainer, "update_best", 4),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("signals", [["SIGUSR2"], ["SIGTERM", "SIGUSR2", "SIGUSR2"]])
+def test_signals_at_awkward_moments(
+    run: Path,
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    signals: list[str],
+) -> None:
+    """submitit is asked to leave, and the run goes on like one that was left alone."""
+    name = f"{moment}-{len(signals)}".replace(" ", "-")
+    runner, requeued = KDRunner(), []
+    delayed = DelayedSubmission(runner, {})
+    delayed.set_timeout(60, 3)
+    job = SimpleNamespace(global_rank=0, _requeue=requeued.append)
+    handler = SignalHandler(job, SimpleNamespace(submitted_pickle=tmp_path / "job.pkl"), delayed)
+    where, method, step = MOMENTS[moment]
+    original = getattr(where, method)
+
+    def signalled(*given: Any, **more: Any) -> Any:
+        if moment != "evaluation" or runner.trainer._evaluating:
+            while waiting:
+                os.kill(os.getpid(), getattr(signal, waiting.pop(0)))
+        return original(*given, **more)
+
+    waiting = list(signals)
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGUSR2, signal.SIGTERM)]
+    signal.signal(signal.SIGUSR2, handler.checkpoint_and_try_requeue)
+    signal.signal(signal.SIGTERM, handler.bypass)
+    try:
+        with monkeypatch.context() as patched, trainer(arguments, timestamp_id=name) as built:
+            runner.trainer = built
+            patched.setattr(where, method, signalled)
+            with pytest.raises(SystemExit):
+                built.train(disable_eval_tqdm=True)
+            left_at = built.step
+    finally:
+        for number, previous in before:
+            signal.signal(number, previous)
+    assert not waiting
+    assert requeued == [3]  # once, with as many time-outs left as before
+    folder = run.with_name(name)
+    assert left_at == read_checkpoint(folder / "checkpoint.pt")["step"] == step
+    with trainer(arguments, timestamp_id=name) as built:
+        built.train(disable_eval_tqdm=True)
+    for file in ("checkpoint.pt", "best_checkpoint.pt"):
+        ended, expected = read_checkpoint(folder / file), read_checkpoint(run / file)
+        for key in expected.keys() - {"config"}:
+            assert_same(ended[key], expected[key], f"{file}: {key}")
+    assert [r["step"] for r in read_records(folder, "train")] == list(range(1, 9))
 
 
 def test_a_named_folder_without_a_checkpoint_starts_from_the_beginning(
