@@ -606,4 +606,5 @@ def test_shipped_sweeps_expand(monkeypatch):
     for path in paths:
         runs = expand(path, write=False).runs
         assert runs
-        assert len(runs) % 8 == 0, path  # for nodes of 8 GPUs
+        if path.stem != "collisions_coefficients":  # which is to try
+            assert len(runs) % 8 == 0, path  # for nodes of 8 GPUs
