@@ -177,15 +177,20 @@ def test_a_model_with_itself_on_a_file_of_ase(
     file = tmp_path / "slabs.traj"
     ase.io.write(file, [slab for seed in range(3) for slab in structures(4, seed=seed)])
     argv = ["cka", "--teacher", "plain.pt", "--student", "plain.pt", "--data", str(file), "--json"]
-    assert cli.main([*argv, "--cpu", "--pair", "vector:vector@2", "--samples", "9"]) == 0
+    argv += ["--cpu", "--pair", "vector:vector@2", "--samples", "9", "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    text = (tmp_path / "cka.md").read_text()  # nothing was distilled, so nothing says so
+    assert text.startswith("### CKA at the marked layers (plain (student))")
+    assert "framed: chosen to be marked" in (tmp_path / "cka_vector.svg").read_text()
+    assert "distill" not in text
     results = json.loads(capsys.readouterr().out)
     assert results["structures"] == 9
     assert results["models"]["student"]["name"] == "plain (student)"
     for shown in results["maps"]:
         np.testing.assert_allclose(np.diag(np.array(shown["cka"], dtype=float)), 1.0, atol=1e-9)
-    assert [(r["student"], r["teacher"]) for r in results["distilled"]] == [
-        ("vector@3", "vector@2")
-    ]
+    [row] = results["distilled"]
+    assert (row["student"], row["teacher"]) == ("vector@3", "vector@2")
+    assert (row["is_marked"], row["is_distilled"]) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,12 @@ class Study:
     paths: dict[str, str]
     marks: list[Mark]
     data: str
+    distilled: bool = True  #: the marked layers are those that distillation brought together
+
+    @property
+    def meaning(self) -> str:
+        """What a mark says of its layers."""
+        return "brought together by distillation" if self.distilled else "chosen to be marked"
 
     @property
     def has_before(self) -> bool:
@@ -70,6 +76,7 @@ def study(
     *,
     names: dict[str, str],
     marks: Sequence[Mark] = (),
+    distilled: bool = True,
     batch_size: int = 16,
     progress: bool = False,
 ) -> Study:
@@ -81,7 +88,8 @@ def study(
         structures: on which they are compared; every atom is a sample.
         layers: of teacher and student, as :func:`fairchem_kd.analysis.layers.layers_of` gives them.
         names: what to call each.
-        marks: the pairs of layers that were distilled; layers of theirs are compared in any case.
+        marks: pairs of layers to mark, which are compared in any case.
+        distilled: they are those that were distilled.
         batch_size: structures at a time.
         progress: show a bar on a terminal.
 
@@ -113,7 +121,7 @@ def study(
             "very least (hundreds, to say anything): take more structures."
         )
     paths = {role: model.name for role, model in models.items()}
-    return Study(compared, names, paths, settled, structures.path)
+    return Study(compared, names, paths, settled, structures.path, distilled)
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -173,7 +181,7 @@ def map_notes(found: Study, shown: Map, marked: bool) -> list[str]:
         "for unrelated features."
     ]
     if marked:
-        notes.append("* brought together by distillation.")
+        notes.append(f"* {found.meaning}.")
     return notes
 
 
@@ -230,9 +238,10 @@ def rises(found: Study) -> list[Rise]:
 
 def marks_table(found: Study) -> Table:
     """The distilled pairs, and the student's layers behind them."""
-    header = ["loss", "teacher's layer", "student's layer"]
+    header = ["loss" if found.distilled else "pair", "teacher's layer", "student's layer"]
     header += ["before", "after", "difference", "verdict"] if found.has_before else ["CKA"]
-    table = Table(f"CKA at the distilled layers ({found.names[STUDENT]})", header)
+    kind = "distilled" if found.distilled else "marked"
+    table = Table(f"CKA at the {kind} layers ({found.names[STUDENT]})", header)
     for rise in rises(found):
         layer = rise.layer + ("*" if rise.layer == rise.mark.student else "")
         cells = [rise.mark.term, rise.mark.teacher, layer]
@@ -242,7 +251,7 @@ def marks_table(found: Study) -> Table:
         else:
             cells.append(_with_error(rise.after))
         table.add(*cells)
-    table.notes.append("± standard error. * distilled; the layers after it follow.")
+    table.notes.append(f"± standard error. * {kind}; the layers after it follow.")
     if found.has_before:
         table.notes.append(
             f"Before: {found.names[BEFORE]}. The verdict asks the 95 % interval of the difference, "
@@ -291,7 +300,8 @@ def as_dict(found: Study) -> dict[str, Any]:
                     "form": rise.mark.form,
                     "teacher": rise.mark.teacher,
                     "student": rise.layer,
-                    "is_distilled": rise.layer == rise.mark.student,
+                    "is_marked": rise.layer == rise.mark.student,
+                    "is_distilled": found.distilled and rise.layer == rise.mark.student,
                     "before": _estimate(rise.before),
                     "after": _estimate(rise.after),
                     "difference": _estimate(rise.difference),
@@ -347,7 +357,12 @@ def figures(found: Study) -> dict[str, Figure]:
         if before is not None:
             titles = [found.names[BEFORE], found.names[STUDENT], "difference"]
         drawn[f"cka_{form}"] = heat_maps(
-            shown, titles, f"layer of {found.names[TEACHER]}", "student's layer", marked
+            shown,
+            titles,
+            f"layer of {found.names[TEACHER]}",
+            "student's layer",
+            marked,
+            found.meaning,
         )
         own = found.compared.map(form, BEFORE, STUDENT)
         if own is not None:

@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
             layers,
             names=_names(files),
             marks=marks,
+            distilled=not args.pair,
             batch_size=args.batch_size,
             progress=True,
         )

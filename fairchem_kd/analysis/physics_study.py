@@ -203,7 +203,7 @@ def tables(found: Physics) -> list[Table]:
             figure(row["md_stable"], 100, 0),
             figure(row["md_drift"], 1000),
             figure(row["md_fluctuation"], 1000),
-            "; ".join(list(dict.fromkeys(reasons))[:2]) or "-",
+            "-" if not reasons else f"{reasons[0]}{' and others' * (len(reasons) > 1)}",
         )
         relaxations.add(
             label,
@@ -241,8 +241,8 @@ def tables(found: Physics) -> list[Table]:
         )
     forces.notes.append(
         "Forces against central differences of the energy, along random directions of all free "
-        "atoms, and along the tightest bond of each structure. A potential has no difference; a "
-        "model with direct forces is none. Turns: extrema of the energy along the bond, 1 in a "
+        "atoms, and along a bond of each structure. A potential has no difference; a model with "
+        "direct forces is none. Turns: extrema of the energy along the bond, 1 in a "
         "single well."
     )
     if found.method is not None:

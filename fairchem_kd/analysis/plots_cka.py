@@ -24,6 +24,7 @@ def heat_maps(
     row_label: str,
     column_label: str,
     marked: Sequence[tuple[str, str]] = (),
+    meaning: str = "",
 ) -> Figure:
     """Maps of the same layers side by side; a third one is the difference of the first two.
 
@@ -32,7 +33,8 @@ def heat_maps(
         titles: of the panels.
         row_label: what the rows are.
         column_label: what the columns are.
-        marked: (row, column) of the distilled pairs, which get a frame.
+        marked: (row, column) of pairs that get a frame.
+        meaning: of the frame.
     """
     rows, columns = maps[0].values.shape
     width = max(2.4, 0.52 * columns)
@@ -63,7 +65,7 @@ def heat_maps(
     panels[0].set_yticks(range(rows), maps[0].rows, fontsize=8)
     panels[0].set_ylabel(row_label, fontsize=9)
     if marked:
-        figure.supxlabel("framed: brought together by distillation", fontsize=8)
+        figure.supxlabel(f"framed: {meaning}", fontsize=8)
     return figure
 
 

@@ -20,7 +20,7 @@ SHOWN = {
     "md_drift": ("NVE drift (meV/atom/ps)", 1000.0),
     "force_mismatch": ("|F + dE/dx| (meV/Å)", 1000.0),
     "relax_energy_above": ("relaxed energy above the method's (meV)", 1000.0),
-    "scan_error": ("error along a bond (meV)", 1000.0),
+    "scan_error": ("energy error along a bond (meV)", 1000.0),
 }
 
 
@@ -61,7 +61,8 @@ def plot_summary(found: Physics) -> Figure:
                 values = [factor * one.value for one in each if one is not None]
                 axes.plot(values, [place] * len(values), "|", color=looks["color"], ms=11)
         axes.set_xlabel(label, fontsize=9)
-        axes.set_xlim(left=min(0.0, axes.dataLim.x0))
+        low, high = min(0.0, axes.dataLim.x0), max(0.0, axes.dataLim.x1)
+        axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes.set_yticks(range(len(summaries)), list(summaries))
         axes.set_ylim(len(summaries) - 0.5, -0.5)
         axes.grid(axis="x", color="0.9")
