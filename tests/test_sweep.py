@@ -31,6 +31,7 @@ from fairchem_kd.sweep.output import ATTEMPT, last_words
 from fairchem_kd.sweep.scheduler import Jobs, known_jobs
 from fairchem_kd.sweep.spec import read_sweep
 from fairchem_kd.sweep.state import Status, read_state, status, statuses, write_state
+from fairchem_kd.sweep.submit import SweepJob
 from fairchem_kd.workarounds import sweep_grid
 
 E2N = "task.distillation.losses.e2n"
@@ -449,6 +450,18 @@ def test_states(place, monkeypatch):
     assert read_state(manifest, away)["job"] == "12_0"
     note_submitted(manifest, away, "12_0")  # it was faster than the one who submitted it
     assert read_state(manifest, away)["state"] == "running"
+
+
+def test_a_job_that_is_told_to_leave_before_it_has_begun(place, monkeypatch):
+    manifest = expand(write({"base": "base.yml", "seeds": [0]}))
+    [run] = manifest.runs
+    for name, value in {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "12"}.items():
+        monkeypatch.setenv(name, value)
+    again = SweepJob(manifest.folder, run.name).checkpoint({"a": 1})
+    assert isinstance(again.function, SweepJob)
+    assert again.args == ({"a": 1},)
+    waiting = Status("pending", "job 12 is pending", "12")
+    assert status(manifest, run, Jobs({"12": "pending"})) == waiting
 
 
 SQUEUE = """\

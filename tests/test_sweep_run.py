@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import assert_same_end
 from trainings import write_sweep_base
 
 from fairchem_kd.cli import main
@@ -113,6 +114,13 @@ def test_interrupted_and_resumed(
     assert "4 done, 0 running, 0 failed, 0 pending; 0 to run" in capsys.readouterr().out
     assert main(["sweep", "status", "sweep.yml"]) == 0
     assert capsys.readouterr().out.endswith("4 done, 0 running, 0 failed, 0 pending\n")
+
+    # what was killed twice, and gone on with, is what it would have been
+    point = {"base": "base.yml", "seeds": [begun.seed], "points": [begun.values]}
+    Path("one.yml").write_text(yaml.safe_dump(point))
+    assert main([*run[:2], "one.yml", "--out", "undisturbed", "--threads", "1"]) == 0
+    assert "1 of 1 runs done" in capsys.readouterr().out
+    assert_same_end(half_done, Path("undisturbed/checkpoints") / begun.name)
 
     assert main(["sweep", "collect", "sweep.yml"]) == 0
     table = capsys.readouterr().out

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from submitit import Job, JobEnvironment
 from submitit.helpers import Checkpointable, DelayedSubmission
@@ -19,6 +19,9 @@ from fairchem_kd.sweep.job import TAKEN, claim, note_submitted
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config, read_manifest
 from fairchem_kd.sweep.scheduler import LOCAL
 from fairchem_kd.sweep.state import DONE, FAILED, PENDING, heartbeat, statuses, write_state
+
+if TYPE_CHECKING:
+    from fairchem_kd.launch import KDRunner
 
 #: How often a job may run into its time limit and be queued again.
 TIMEOUTS = 100
@@ -46,6 +49,7 @@ class SweepJob(Checkpointable):
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self._leaving = False
+        self._runner: KDRunner | None = None
 
     def __call__(self, config: dict[str, Any]) -> None:
         """Train the run, or go on with it."""
@@ -73,12 +77,12 @@ class SweepJob(Checkpointable):
 
     def checkpoint(self, config: dict[str, Any]) -> DelayedSubmission:
         """Called by submitit on the first rank, before the job is queued again."""
-        again = self._runner.checkpoint(config)
+        if self._runner is not None:  # else it was still being set up
+            config = self._runner.checkpoint(config).args[0]
         manifest, run = self._find()
         self._leaving = True
         write_state(manifest, run, PENDING, job=_job_id(JobEnvironment()), reason="queued again")
-        job = SweepJob(self.folder, self.name)
-        return DelayedSubmission(job, *again.args, **again.kwargs)
+        return DelayedSubmission(SweepJob(self.folder, self.name), config)
 
     def _find(self) -> tuple[Manifest, Run]:
         manifest = read_manifest(self.folder)
