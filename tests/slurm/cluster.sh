@@ -99,6 +99,13 @@ start() {
 
 stop() {
     local file
+    export SLURM_CONF=$1/slurm.conf
+    # Jobs first: what they have started would wait for the cluster for ever.
+    scancel --user="$(id -un)" 2>/dev/null || true
+    for _ in $(seq 20); do
+        [ -z "$(squeue -h 2>/dev/null)" ] && break
+        sleep 0.5
+    done
     for file in "$1"/slurmd.*.pid "$1/slurmctld.pid" "$1/munged.pid"; do
         [ -f "$file" ] && kill "$(cat "$file")" 2>/dev/null || true
     done
