@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fairchem_kd.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch_geometric.data import Batch
+
+
+#: What OCP's data sets call their labels.
+_OLD_LABELS = {"energy": ("y", "y_relaxed"), "forces": ("force",)}
+
+
+def check_labels(sample: Any, targets: Iterable[str], where: str) -> None:
+    """Refuse a data set whose samples lack a label that a loss is for.
+
+    Args:
+        sample: one of them, with ``key_mapping`` and transforms applied.
+        targets: of the losses.
+        where: the data set's key in the config.
+
+    Raises:
+        UserError: naming the label, and the keys that may be it under another name.
+    """
+    missing = [name for name in targets if name not in sample]
+    if not missing:
+        return
+    held = [str(key) for key in sample.to_dict()]
+    old = {key: name for name in missing for key in _OLD_LABELS.get(name, ()) if key in held}
+    if old:
+        pairs = ", ".join(f"{key}: {name}" for key, name in old.items())
+        mend = f"set {where}.key_mapping: {{{pairs}}}"
+    else:
+        mend = (
+            f"name the key that holds it in {where}.key_mapping, or for ASE's formats set "
+            f"{where}.a2g_args: {{r_energy: true, r_forces: true}}"
+        )
+    raise UserError(
+        f"The samples of {where} have no '{missing[0]}' to train on (they have {', '.join(held)}): "
+        f"{mend}."
+    )
 
 
 def check_finite(batch: Batch, targets: tuple[str, ...]) -> None:

@@ -10,7 +10,6 @@ process, and once more in every data-loader worker.
 from __future__ import annotations
 
 import torch
-from torch.utils.data import DataLoader
 
 
 def flush_denormals(enabled: bool = True) -> None:
@@ -21,9 +20,3 @@ def flush_denormals(enabled: bool = True) -> None:
 def flush_worker(worker_id: int) -> None:
     """Set the flag in a data-loader worker; a module-level function, so that it pickles."""
     flush_denormals()
-
-
-def flush_in_workers(loader: DataLoader) -> DataLoader:
-    """Make the loader's workers flush denormals as well."""
-    loader.worker_init_fn = flush_worker
-    return loader

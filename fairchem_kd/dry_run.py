@@ -61,13 +61,22 @@ def dry_run(config: Mapping[str, Any], where: Path, repeats: int = 3) -> DryRun:
 def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
     trainer = _trainer(config, where)
     assert trainer.train_loader is not None
+    trainer.check_labels()
     trainer._set_up_distillation()
     batch = next(iter(trainer.train_loader), None)
     if batch is None:
         raise UserError(f"{where}: dataset.train gives no batch; it is empty.")
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    loss, seconds = _steps(trainer, batch, repeats)
+    try:
+        loss, seconds = _steps(trainer, batch, repeats)
+    except UserError:
+        raise
+    except Exception as error:  # of a model, or of an output that is not there
+        raise UserError(
+            f"{where}: a training step fails ({type(error).__name__}: {error}); see that plain "
+            "training with this config starts, and that the teacher takes such structures."
+        ) from error
     distillation = trainer.distillation
     terms = distillation.read_values() if distillation is not None else {}
     memory = _memory(trainer.device)

@@ -7,7 +7,6 @@ and one batch is tried before anything is written.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any
 import yaml
 
 from fairchem_kd.checkpoint import write_whole
+from fairchem_kd.data.build import ensure_built
 from fairchem_kd.dry_run import DryRun, dry_run
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.inspect import build
+from fairchem_kd.legacy import modern_training_config, predicts_relaxed_energy
 from fairchem_kd.pairing import (
     Choice,
     check_targets,
@@ -31,7 +32,7 @@ from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.teacher import Teacher
 
 #: Without these a config trains nothing.
-_NEEDED = ("model", "dataset", "optim", "loss_functions")
+_NEEDED = ("model", "dataset", "optim", "loss_functions", "outputs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
     )
     print("\n".join(["normalisers, in eV and eV/Å:", *(lines or ["  none in either"])]))
     notes += differences(ours, theirs) + strange + _unfitted(config, student, args.student)
+    if predicts_relaxed_energy({**config, "dataset": config["dataset"]["train"]}):
+        notes.append(
+            "The student's labels are energies of relaxed structures (IS2RE): the energies of a "
+            "teacher of another task are not what it is to learn; features are."
+        )
     for choice in choices:
         for side, comment in choice.comments.items():
             print(f"{choice.kind}: {side} {choice.options[side]}, {comment}")
@@ -137,6 +143,7 @@ def read_training_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--student {path} cannot be read as a config: {error}") from error
     if conflicts:
         raise UserError(f"--student {path}: its includes give a key twice: {', '.join(conflicts)}.")
+    config = modern_training_config(config, f"--student {path}")
     missing = [key for key in _NEEDED if not config.get(key)]
     dataset = config.get("dataset")
     if "dataset" not in missing and not (isinstance(dataset, dict) and dataset.get("train")):
@@ -153,14 +160,17 @@ def read_training_config(path: Path) -> dict[str, Any]:
             f"--student {path} distils already (task.distillation.losses); give the student's "
             "plain config, or edit the losses in this one."
         )
-    return copy.deepcopy(config)
+    ensure_built(config)  # also those splits that the dry run does not open are there
+    return config
 
 
 def _normalizer(config: dict[str, Any]) -> dict[str, Any]:
-    """``normalizer`` of the training set's transforms, by output."""
+    """``normalizer`` of the training set's transforms, by output; ``{}`` where it is fitted."""
     transforms = config["dataset"]["train"].get("transforms") or {}
-    found = transforms.get("normalizer") or {}
-    return {name: values for name, values in found.items() if isinstance(values, dict)}
+    found = dict(transforms.get("normalizer") or {})
+    fitted = (found.pop("fit", None) or {}).get("targets") or {}
+    given = {name: values for name, values in found.items() if isinstance(values, dict)}
+    return {**{name: {} for name in fitted}, **given}
 
 
 def _unfitted(config: dict[str, Any], student: Any, path: Path) -> list[str]:

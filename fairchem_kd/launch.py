@@ -37,6 +37,7 @@ from fairchem_kd.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.denormals import flush_denormals
 from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.legacy import refuse_renamed_keys
 from fairchem_kd.plugin import register
 from fairchem_kd.submission import Executor, refusals_told
 
@@ -158,6 +159,7 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
         config = build_config(args, overrides)
     except (ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"the config {path} cannot be used: {error}") from error
+    refuse_renamed_keys(config, f"the config {path}")
     missing = [key for key in ("model", "dataset", "optim") if key not in config]
     if missing:
         raise UserError(f"the config {path} has no {' and no '.join(missing)} block.")

@@ -34,6 +34,9 @@ _GONE_BUFFERS = {"schnet": ("atomic_mass",)}
 #: The dataset format of IS2RE, whose label is the energy of the relaxed structure.
 _RELAXED_FORMAT = "single_point_lmdb"
 
+#: Keys of configs before fairchem-core 1.0.
+_RENAMED = {"loss_fns": "loss_functions", "eval_metrics": "evaluation_metrics"}
+
 _ENERGY: dict[str, Any] = {"level": "system"}
 
 
@@ -71,7 +74,7 @@ def modern_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if model.get("name") == "schnet" and model.get("readout") == "add":
             model["readout"] = "sum"
     new["model"] = copy.deepcopy(dict(model))
-    for old, key in (("loss_fns", "loss_functions"), ("eval_metrics", "evaluation_metrics")):
+    for old, key in _RENAMED.items():
         if old in new and not new.get(key):
             new[key] = new.pop(old)
     old_layout = not new.get("loss_functions")
@@ -84,6 +87,56 @@ def modern_config(config: Mapping[str, Any]) -> dict[str, Any]:
         new["evaluation_metrics"] = _metrics(new)
         new["dataset"] = _dataset(new)
         new["trainer"] = "ocp"  # forces and energy, the two of OCP, are one now
+    return new
+
+
+def refuse_renamed_keys(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a training config with keys that fairchem-core 1.10 calls otherwise and ignores.
+
+    Raises:
+        UserError: naming the first of them and its name today.
+    """
+    for old, key in _RENAMED.items():
+        if config.get(old) and not config.get(key):
+            raise UserError(
+                f"{where} has '{old}', which fairchem-core 1.x calls '{key}': rename it."
+            )
+    if isinstance(config.get("model"), str):
+        raise UserError(
+            f"{where} names its model as checkpoints of OCP did (model: {config['model']}): write "
+            f"its arguments under model, with name: {config['model']} among them."
+        )
+
+
+def modern_training_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A training config as stock's trainer understands it, splits by name.
+
+    OCP's configs list train, val and test under ``dataset``, and have ``task.dataset`` and
+    coefficients under ``optim`` in place of ``loss_functions`` and ``outputs``. Stock's own
+    function makes these out of them, as it does in a training with that config.
+
+    Raises:
+        UserError: it has keys of another release, or no losses.
+    """
+    from fairchem.core.common.utils import update_config
+
+    refuse_renamed_keys(config, where)
+    new = copy.deepcopy(dict(config))
+    splits = new.get("dataset")
+    if isinstance(splits, (list, tuple)):
+        splits = dict(zip(("train", "val", "test"), splits, strict=False))
+    if not isinstance(splits, Mapping) or not isinstance(splits.get("train"), Mapping):
+        return new
+    new["dataset"] = dict(splits)
+    if not new.get("loss_functions") and (new.get("task") or {}).get("dataset"):
+        try:
+            new = {**update_config({**new, "dataset": splits["train"]})}
+        except NotImplementedError:
+            raise UserError(
+                f"{where} is for the task dataset '{new['task']['dataset']}', which fairchem-core "
+                "1.10 does not train: give a config with loss_functions and outputs."
+            ) from None
+        new["dataset"] = {**splits, "train": new["dataset"]}
     return new
 
 

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fairchem.core.models.dimenet_plus_plus import DimeNetPlusPlusWrap
+from fairchem.core.models.schnet import SchNetWrap
 from torch import nn
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import FeatureExtractor, Request, architecture_of
 from fairchem_kd.features.address import FeatureSpec
+from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.losses import DEFAULT_COEFFICIENTS, Loss, loss_class
 from fairchem_kd.teacher import Teacher
 
 _SIDES = ("student", "teacher")
+_WITHOUT_FORCE_HEAD = (SchNetWrap, DimeNetPlusPlusWrap)
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,12 @@ def _shown(specs: Iterable[FeatureSpec]) -> str:
 
 def facts(model: nn.Module) -> dict[str, Any]:
     """Parameters, cutoff, neighbours and forces of a model, as far as it has them."""
-    backbone = getattr(model, "backbone", model)
+    backbone = backbone_of(model)
+    # EquiformerV2 and eSCN have a head for forces and no such switch
+    direct = getattr(backbone, "direct_forces", not isinstance(backbone, _WITHOUT_FORCE_HEAD))
     forces = "none"
     if getattr(backbone, "regress_forces", True):
-        forces = "direct" if getattr(backbone, "direct_forces", False) else "as a gradient"
+        forces = "direct" if direct else "as a gradient"
     return {
         "model": type(backbone).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -146,7 +152,7 @@ def compare_normalizers(
     """Lines of a table of both models' normalisers, and notes on what is strange.
 
     Args:
-        student: ``normalizer`` of the config's transforms; other than numbers where it is fitted.
+        student: ``normalizer`` of the config's transforms; without numbers where it is fitted.
         teacher: ``mean`` and ``rmsd`` by output, in eV or eV/Å.
     """
     lines, notes = [], []
@@ -154,7 +160,7 @@ def compare_normalizers(
         ours, theirs = student.get(name), teacher.get(name)
         lines.append(f"  {name:<8} student {_numbers(ours):<28} teacher {_numbers(theirs)}")
         try:
-            ratio = float((ours or {})["rmsd"]) / float((theirs or {})["rmsd"])
+            ratio = _spread(ours or {}) / _spread(theirs or {})
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             continue
         if not 0.1 < ratio < 10:
@@ -163,6 +169,10 @@ def compare_normalizers(
                 "compared in eV and eV/Å, so this is no error, but are units and data the same?"
             )
     return lines, notes
+
+
+def _spread(values: Mapping[str, Any]) -> float:
+    return float(values["rmsd"] if "rmsd" in values else values["stdev"])
 
 
 def _numbers(values: Mapping[str, Any] | None) -> str:

@@ -27,10 +27,10 @@ from fairchem.core.trainers import OCPTrainer
 from fairchem_kd import workarounds
 from fairchem_kd.augment import Companions, Rattler, UnlabelledLoader
 from fairchem_kd.augment.companions import labelled_part
-from fairchem_kd.checks import check_finite
+from fairchem_kd.checks import check_finite, check_labels
 from fairchem_kd.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.data.build import ensure_built
-from fairchem_kd.denormals import flush_denormals, flush_in_workers
+from fairchem_kd.denormals import flush_denormals, flush_worker
 from fairchem_kd.distillation import Distillation
 from fairchem_kd.distributed import (
     check_same_on_ranks,
@@ -39,6 +39,7 @@ from fairchem_kd.distributed import (
     seen_by_rank,
 )
 from fairchem_kd.errors import UserError
+from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.features.wrappers import stock_model_config
 from fairchem_kd.interruption import Ask, Interruption
 from fairchem_kd.random_state import isolated_random_state, random_state, set_random_state
@@ -109,9 +110,8 @@ class DistillationTrainer(OCPTrainer):
 
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> DataLoader:
         loader = super().get_dataloader(dataset, sampler, workers)
-        if self.distillation_config.flush_denormal and self.device.type == "cpu":
-            flush_in_workers(loader)
-        return loader
+        flush = self.distillation_config.flush_denormal and self.device.type == "cpu"
+        return workarounds.with_own_databases(loader, flush_worker if flush else None)
 
     def load_extras(self) -> None:
         super().load_extras()
@@ -123,6 +123,19 @@ class DistillationTrainer(OCPTrainer):
             self._scheduled_step = self.step
 
         self.scheduler.step = step_and_note  # a resume has to know whether it was taken
+
+    def check_labels(self) -> None:
+        """Refuse data without the labels that the losses are for; stock would fail in a step."""
+        targets = [name for name, _ in self.loss_functions]
+        for split, loader in (("train", self.train_loader), ("val", self.val_loader)):
+            if loader is not None and len(loader.dataset) > 0:
+                check_labels(loader.dataset[0], targets, f"dataset.{split}")
+
+    def load_task(self) -> None:
+        self.config["evaluation_metrics"] = workarounds.with_primary_metric(
+            self.config.get("evaluation_metrics"), self.config["outputs"]
+        )
+        super().load_task()
 
     def _set_up_distillation(self) -> None:
         """Teacher, taps, terms and statistics; leaves the global random states as they were."""
@@ -170,10 +183,11 @@ class DistillationTrainer(OCPTrainer):
         config, seed = self.distillation_config, self.config["cmd"]["seed"] or 0
         if config.rattle is None and config.unlabelled is None:
             return None
-        if not self.config["model"].get("otf_graph", False):
+        if not getattr(backbone_of(self._unwrapped_model), "otf_graph", False):
             raise UserError(
-                "task.distillation.rattle and unlabelled need model.otf_graph: true, since a graph "
-                "read from the data set does not know the structures that they add."
+                "task.distillation.rattle and unlabelled need model.otf_graph: true (of a hydra, "
+                "model.backbone.otf_graph), since a graph read from the data set does not know "
+                "the structures that they add."
             )
         rattler = unlabelled = None
         if config.rattle is not None and config.rattle.copies > 0:
@@ -218,6 +232,7 @@ class DistillationTrainer(OCPTrainer):
         with self.interruption:
             self._resume_own_run()
             self._check_ranks()
+            self.check_labels()
             self._set_up_distillation()
             if distutils.is_master() and not self.is_debug:
                 self.records = Records(self.config["cmd"]["checkpoint_dir"])

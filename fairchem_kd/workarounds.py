@@ -6,8 +6,9 @@ import copy
 import datetime
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fairchem.core.common import distutils
 from fairchem.core.trainers import base_trainer
 from submitit import AutoExecutor, JobEnvironment
 from torch.distributed.launcher.api import LaunchConfig
+from torch.utils.data import DataLoader, Subset, get_worker_info
 
 from fairchem_kd.checkpoint import write_checkpoint
 from fairchem_kd.errors import UserError
@@ -194,3 +196,48 @@ def stock_command_with(
     finally:
         for name, original in originals.items():
             setattr(_cli, name, original)
+
+
+def with_own_databases(
+    loader: DataLoader, start_worker: Callable[[int], None] | None = None
+) -> DataLoader:
+    """``loader`` with workers that open the ASE databases in LMDB (``.aselmdb``) for themselves.
+
+    A worker is forked with its parent's databases open. ase-db-backends then opens them again,
+    which newer lmdb refuses: the environment is already open in this process. So each worker closes
+    its copies first; the parent's stay open.
+
+    Args:
+        start_worker: what else a worker does at its start.
+    """
+    loader.worker_init_fn = partial(_start_worker, start_worker)
+    return loader
+
+
+def _start_worker(start_worker: Callable[[int], None] | None, worker_id: int) -> None:
+    if start_worker is not None:
+        start_worker(worker_id)
+    worker = get_worker_info()
+    dataset: Any = worker.dataset if worker is not None else None
+    while isinstance(dataset, Subset):  # fairchem's, and ours of unlabelled structures
+        dataset = dataset.dataset
+    for database in getattr(dataset, "dbs", []):
+        if getattr(database, "_env", None) is not None:
+            database._env.close()
+            database._env = None
+
+
+def with_primary_metric(given: dict[str, Any] | None, outputs: Iterable[str]) -> dict[str, Any]:
+    """``evaluation_metrics`` with a primary metric: where none is given, an MAE, of forces first.
+
+    Stock's ``update_best`` fails without one (``"mae" in None``). Where a config names ``trainer:
+    forces`` or ``energy``, stock has defaults, but those go with these names.
+    """
+    chosen = dict(given or {})
+    chosen["metrics"] = chosen.get("metrics") or {name: ["mae"] for name in outputs}
+    if not chosen.get("primary_metric"):
+        measured = [name for name, metrics in chosen["metrics"].items() if "mae" in metrics]
+        if measured:
+            name = "forces" if "forces" in measured else measured[0]
+            chosen["primary_metric"] = f"{name}_mae"
+    return chosen

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ase.data import covalent_radii
-from models import structures, to_data
+from models import model_config, structures, to_data
 from torch_geometric.data import Batch, Data
 from trainings import config, trainer, write_lmdb, write_teacher
 
@@ -389,6 +389,30 @@ def test_the_labelled_lmdb_cannot_be_the_unlabelled_one_too(
     more = {"dataset": {"format": "lmdb", "src": str(data / "train")}}
     arguments = distilled(tmp_path, data, teacher, unlabelled=more)
     with pytest.raises(UserError, match=r"unlabelled.dataset.src and dataset.train.src are both"):
+        trainer(arguments).__enter__()
+
+
+def test_a_hydra_student_has_companions(tmp_path: Path, data: Path, teacher: Path) -> None:
+    """Its backbone makes the graph, and has the switch."""
+    more = {"dataset": {"format": "lmdb", "src": str(data / "more")}, **UNLABELLED}
+    arguments = distilled(tmp_path, data, teacher, rattle={"copies": 1}, unlabelled=more)
+    arguments["model"] = model_config("painn_hydra")
+    _, _, extended = first_losses(arguments)
+    assert len(extended["natoms"]) == 12
+    arguments["model"]["backbone"]["otf_graph"] = False
+    with trainer(arguments) as built, pytest.raises(UserError, match=r"model\.backbone\.otf_graph"):
+        built._set_up_distillation()
+
+
+@pytest.mark.parametrize("name", ["lmdb", "trajectory_lmdb"])
+def test_one_lmdb_under_another_format_is_noticed(
+    tmp_path: Path, data: Path, teacher: Path, name: str
+) -> None:
+    """fairchem has three names for the format."""
+    more = {"dataset": {"format": name, "src": str(data / "train" / "data.0000.lmdb")}}
+    arguments = distilled(tmp_path, data, teacher, unlabelled=more)
+    arguments["dataset"]["train"]["format"] = "trajectory_lmdb"
+    with pytest.raises(UserError, match="can open an LMDB only once"):
         trainer(arguments).__enter__()
 
 

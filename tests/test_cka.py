@@ -202,7 +202,10 @@ def test_a_model_with_itself_on_a_file_of_ase(
         (["--student", "DISTILLED", "--teacher-layers", "node@7"], "no feature 'node@7'"),
         (["--student", "DISTILLED", "--before", "schnet.pt"], "has not the layers of"),
         (["--student", "DISTILLED", "--data", "data/none"], "data/none does not exist"),
-        (["--student", "DISTILLED", "--data", "data"], r"has no \*.lmdb file"),
+        (
+            ["--student", "DISTILLED", "--data", "data"],
+            r"has no \*\.lmdb file and no file that ASE",
+        ),
         (["--student", "DISTILLED", "--data", "teacher.pt"], "cannot be read by ASE"),
         (["--student", "DISTILLED", "--pair", "node"], "does not read STUDENT:TEACHER"),
         (["--student", "DISTILLED", "--pair", "node:vector"], "cannot be had as a node feature"),

@@ -319,10 +319,10 @@ def test_a_file_that_is_not_lmdb_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_formats_and_absent_splits_are_left_to_fairchem(tmp_path: Path) -> None:
-    missing = str(tmp_path / "nowhere")
-    ensure_built({"dataset": {"train": {"format": "ase_db", "src": missing}, "val": None}})
+    empty = str(tmp_path)
+    ensure_built({"dataset": {"train": {"format": "ase_db", "src": empty}, "val": None}})
     # val takes its format from train, unless it is told not to.
-    dataset = {"train": {"format": "ase_db", "src": missing}, "val": {"src": missing}}
+    dataset = {"train": {"format": "ase_db", "src": empty}, "val": {"src": empty}}
     ensure_built({"dataset": dataset})
     dataset["val"]["use_train_settings"] = False  # type: ignore[assignment]
     assert refusal(dataset).startswith("dataset.val.src")

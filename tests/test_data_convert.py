@@ -404,6 +404,63 @@ def test_mixed_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "so their units seem to differ" in refused(capsys, tmp_path, source)
 
 
+def test_what_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that is certainly wrong, and so nothing that is refused."""
+    monkeypatch.chdir(tmp_path)
+    Path("xyz").mkdir()
+
+    def notes(*argv: str, **files: list[ase.Atoms]) -> list[str]:
+        for file in Path("xyz").iterdir():
+            file.unlink()
+        for name, frames in files.items():
+            Path("xyz", f"{name}.xyz").write_text(coll_text(frames))
+        assert main(["data", "convert", "xyz", "out", "--processes", "1", "--force", *argv]) == 0
+        shown = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
+        assert read_card(Path("out"))["notes"] == [line.removeprefix("note: ") for line in shown]
+        return read_card(Path("out"))["notes"]
+
+    train, val = molecules(24, 0), molecules(8, 1)
+    assert notes(train=train, val=val) == []
+    assert notes(train=train + train[:3], val=val + train[:2]) == [
+        "3 of the 27 frames of train are there already.",
+        "2 structures of val are in train too: errors on val look better than they are.",
+    ]
+    [said] = notes("--force-unit", "Hartree/Angstrom", "--energy-unit", "meV", train=train)
+    assert "are --energy-unit and --force-unit right" in said
+    [said] = notes(
+        "--references", "fit", "--allow-mixed", train=molecules(24, 0, ("H2O", "H2")), val=val
+    )
+    assert said.startswith("val holds C, for which train gives no reference energy")
+
+
+def test_what_is_refused_leaves_nothing(
+    tmp_path: Path, coll: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even the hidden folder, where no part of it is complete."""
+
+    def say(*argv: object) -> str:
+        sentence = refused(capsys, tmp_path, *argv)
+        assert [path.name for path in tmp_path.glob(".*.converting")] == []
+        return sentence
+
+    assert "there is no energy under 'e'" in say(coll, "--energy-key", "e")
+    for name in ("a/b", "../train", "", "."):
+        assert "a split is a folder in DEST" in say(coll, "--into", name)
+
+
+def test_a_frame_without_atoms_is_left_out(tmp_path: Path) -> None:
+    text = coll_text(molecules(3, 0))
+    for name, empty in (("blank", "0\n\n"), ("named", "0\nProperties=species:S:1:pos:R:3\n")):
+        (tmp_path / f"{name}.xyz").write_text(text + empty + text)
+    reading = Reading(references="atomization")
+    conversion = Conversion((tmp_path,), reading, into="train", max_skipped=0.2)
+    card = convert(conversion, tmp_path.parent / f"{tmp_path.name}_out", 1)
+    assert card["splits"]["train"]["frames"] == 12
+    assert card["splits"]["train"]["skipped_frames"] == {"no atoms": 2}
+
+
 def test_given_references(tmp_path: Path, coll: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "references.json"
     file.write_text(json.dumps(FREE_ATOMS))
@@ -412,6 +469,10 @@ def test_given_references(tmp_path: Path, coll: Path, capsys: pytest.CaptureFixt
     energies = [sample.energy for sample in read(tmp_path / "out" / "val")]
     expected = [atoms.get_potential_energy() for atoms in molecules(5, 1)]
     assert energies == pytest.approx(expected, abs=1e-6)
+    file.write_text(json.dumps({"H": -13.6}))
+    assert "has no energy for C, O, which the frames hold" in refused(
+        capsys, tmp_path, coll, "--references", file
+    )
     file.write_text("[]")
     assert "has to be auto, fit, none, or a JSON file" in refused(
         capsys, tmp_path, coll, "--references", file

@@ -9,12 +9,13 @@ import pytest
 import yaml
 from fairchem.core.common.utils import load_config
 from fixtures.make_old_checkpoints import FOLDER
-from models import small_model
+from models import build_model, small_model
 from trainings import config, trainer, write_lmdb, write_teacher, write_yaml
 
-from fairchem_kd.cli import main
+from fairchem_kd.cli import fairchem, main
 from fairchem_kd.config import parse_distillation
 from fairchem_kd.errors import UserError
+from fairchem_kd.init import _normalizer
 from fairchem_kd.pairing import check_targets, choose, compare_normalizers, differences, facts
 from fairchem_kd.teacher import Teacher
 from fairchem_kd.units import Units
@@ -117,6 +118,102 @@ def test_refusals(
     assert [path.name for path in tmp_path.iterdir()] == ["edited.yml"]
 
 
+def ocp_era(plain: dict[str, Any], root: Path) -> dict[str, Any]:
+    """A config as OCP's users have it: a list of splits, labels' numbers and losses elsewhere."""
+    numbers = {"target_mean": 10.0, "target_std": 2.0, "grad_target_std": 1.5}
+    return {
+        "trainer": "forces",
+        "logger": "tensorboard",
+        "task": {"dataset": "trajectory_lmdb", "train_on_free_atoms": True},
+        "dataset": [
+            {"src": str(root / "train"), "normalize_labels": True, **numbers},
+            {"src": str(root / "val")},
+        ],
+        "model": plain["model"],
+        "optim": {**plain["optim"], "force_coefficient": 7, "max_epochs": 1, "eval_every": 2},
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Use of 'stdev' is deprecated")  # stock's own spelling
+def test_a_config_of_ocp(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock trains with it, and so does what is written: with its losses and normalisers."""
+    monkeypatch.chdir(tmp_path)
+    plain = yaml.safe_load((root / "painn.yml").read_text())
+    Path("old.yml").write_text(yaml.safe_dump(ocp_era(plain, root)))
+    teacher = str(root / "teacher.pt")
+    argv = ["init", "--student", "old.yml", "--teacher", teacher, "--strategy", "vanilla"]
+    assert main(argv) == 0
+    assert "energy   student mean 10, stdev 2" in capsys.readouterr().out
+    found, _, _ = load_config("old_vanilla.yml")
+    arguments = config(tmp_path, root)
+    for key in ("outputs", "loss_functions", "evaluation_metrics"):
+        arguments[key] = {}
+    arguments |= {"task": found["task"], "dataset": found["dataset"], "optimizer": found["optim"]}
+    with trainer(arguments) as built:
+        coefficients = {name: loss["coefficient"] for name, loss in built.loss_functions}
+        assert coefficients == {"energy": 1, "forces": 7}
+        assert built.normalizers["forces"].rmsd == 1.5
+        built.train(disable_eval_tqdm=True)
+        assert built.step == 2
+        assert built.best_val_metric < 1e9  # the primary metric that stock has for `forces`
+
+
+def test_keys_of_other_releases_are_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = yaml.safe_load((root / "painn.yml").read_text())
+
+    def say(**changes: Any) -> str:
+        kept = {key: value for key, value in {**plain, **changes}.items() if value is not None}
+        Path("edited.yml").write_text(yaml.safe_dump(kept))
+        assert fairchem(["--mode", "train", "--config-yml", "edited.yml", "--cpu"]) == 2
+        trained = capsys.readouterr().err.splitlines()[-1]
+        shown = refused(capsys, "--student", "edited.yml", "--teacher", root / "teacher.pt")
+        assert trained == shown.replace("--student edited.yml", "the config edited.yml")
+        return shown
+
+    assert "'loss_fns', which fairchem-core 1.x calls 'loss_functions': rename it" in say(
+        loss_fns=plain["loss_functions"], loss_functions=None
+    )
+    assert "'eval_metrics'" in say(
+        eval_metrics=plain["evaluation_metrics"], evaluation_metrics=None
+    )
+    assert "names its model as checkpoints of OCP did (model: painn)" in say(
+        model="painn", model_attributes={"hidden_channels": 16}
+    )
+
+
+def test_what_only_a_training_would_find(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = yaml.safe_load((root / "painn.yml").read_text())
+
+    def say(**changes: Any) -> str:
+        Path("edited.yml").write_text(yaml.safe_dump({**plain, **changes}))
+        return refused(capsys, "--student", "edited.yml", "--teacher", root / "teacher.pt")
+
+    assert "it has no outputs" in say(outputs={})
+    nowhere = {**plain["dataset"], "val": {"format": "lmdb", "src": "nowhere"}}
+    assert "dataset.val.src" in say(dataset=nowhere)
+    energy_alone = {"energy": plain["outputs"]["energy"]}
+    assert "a training step fails (KeyError: 'forces')" in say(outputs=energy_alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["edited.yml"]
+
+
+def test_a_fitted_normalizer_is_said_to_be_fitted() -> None:
+    fit = {"fit": {"targets": {"energy": {"mean": 0.0}, "forces": {"mean": 0.0}}}}
+    train = {"transforms": {"normalizer": fit}}
+    lines, _ = compare_normalizers(_normalizer({"dataset": {"train": train}}), {})
+    assert [line.split()[0] for line in lines] == ["energy", "forces"]
+    assert all("fitted to the data" in line for line in lines)
+    _, notes = compare_normalizers({"energy": {"stdev": 1.0}}, {"energy": {"rmsd": 23.06}})
+    assert "differ by a factor of 0.0434" in notes[0]
+
+
 def test_the_last_layer_stands_in_for_a_default() -> None:
     """A GemNet-OC with gradient forces has no head of its edges: its last edges are taken."""
     found = choose("e2n", small_model("painn"), as_teacher("gemnet_oc_gradient"))
@@ -143,6 +240,23 @@ def test_differences_are_named() -> None:
     assert "sees 3 Å and the teacher 4.5 Å" in notes
     assert "use_pbc: false and the teacher true" in notes
     assert differences(theirs, {**theirs, "parameters": 10**9}) == []
+
+
+def test_how_forces_are_made_is_named() -> None:
+    """EquiformerV2 and eSCN have a head for them; DimeNet++ and SchNet have none."""
+    block = {"use_pbc": True, "regress_forces": True, "otf_graph": True}
+    small = {"sphere_channels": 4, "edge_channels": 4, "num_layers": 1, "num_sphere_samples": 8}
+    small |= {"lmax_list": [1], "mmax_list": [1]}
+    hidden = {"hidden_channels": 8, "out_emb_channels": 8, "num_blocks": 1}
+    models = {
+        "direct": {"name": "escn", "hidden_channels": 4, **small},
+        "as a gradient": {"name": "dimenetplusplus", **hidden},
+    }
+    for expected, options in models.items():
+        assert facts(build_model({**block, **options}, fitted=False))["forces"] == expected
+    assert facts(small_model("schnet"))["forces"] == "as a gradient"
+    assert facts(small_model("painn_hydra"))["forces"] == "direct"
+    assert facts(small_model("painn_energy"))["forces"] == "none"
 
 
 def test_strange_normalizers_are_named() -> None:

@@ -26,6 +26,7 @@ from fairchem_kd.features import FeatureExtractor, Request
 from fairchem_kd.records import read_records
 from fairchem_kd.teacher import Teacher
 from fairchem_kd.trainer import STATE_KEY, DistillationTrainer
+from fairchem_kd.workarounds import with_primary_metric
 
 FEATURE_LOSSES: dict[str, Any] = {"n2n": {}, "e2n": {}, "v2v": {}}
 ALL_LOSSES = {**FEATURE_LOSSES, "vanilla": {}, "per_atom_energy": {}}
@@ -412,3 +413,17 @@ def test_records_are_json_lines(tmp_path: Path, data: Path) -> None:
     lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if r["kind"] == "train"] == [1, 2, 3, 4]
     assert all(r["lr"] > 0 for r in lines if r["kind"] == "train")
+
+
+def test_a_primary_metric_is_found_where_none_is_given() -> None:
+    """Stock fails at the first evaluation without one."""
+    both = {"energy": {}, "forces": {}}
+    found = with_primary_metric(None, both)
+    assert found == {
+        "metrics": {"energy": ["mae"], "forces": ["mae"]}, "primary_metric": "forces_mae"
+    }  # fmt: skip
+    given = {"metrics": {"energy": ["mae", "mse"], "forces": ["cosine_similarity"]}}
+    assert with_primary_metric(given, both) == {**given, "primary_metric": "energy_mae"}
+    chosen = {**given, "primary_metric": "energy_mse"}
+    assert with_primary_metric(chosen, both) == chosen
+    assert "primary_metric" not in given

@@ -110,7 +110,9 @@ def count_structures(settings: Mapping[str, Any]) -> int:
 
 def close_dataset(dataset: Any) -> None:
     """Close an LMDB now, not when the last reference goes, so that it can be opened again."""
-    for environment in [*getattr(dataset, "envs", []), getattr(dataset, "env", None)]:
+    opened = [*getattr(dataset, "envs", []), getattr(dataset, "env", None)]
+    opened += [getattr(base, "_env", None) for base in getattr(dataset, "dbs", [])]  # aselmdb
+    for environment in opened:
         if environment is not None:
             environment.close()
 

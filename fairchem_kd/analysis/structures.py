@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,6 +13,7 @@ import numpy as np
 
 from fairchem_kd.analysis.splits import close_dataset, splits_of_run
 from fairchem_kd.data.build import LMDB_FORMATS, check_dataset, ensure_built
+from fairchem_kd.data.sources import find_files
 from fairchem_kd.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def open_structures(
     """The structures of ``source``, as long as the block runs.
 
     Args:
-        source: a folder of ``*.lmdb`` files, one such file, any other file that ASE reads, or a
-            dataset's config (``{"format": "lmdb", "src": ...}``, whose ``build`` is honoured).
+        source: a folder of ``*.lmdb`` files, one such file, any other file that ASE reads, a
+            folder of those, or a dataset's config (``{"format": "lmdb", "src": ...}``, whose
+            ``build`` is honoured).
         limit: so many structures at most: of an LMDB evenly spread over it, of another file the
             first ones, since it is read as it comes.
         name: what tables call it; by default the last part of its path.
@@ -87,8 +89,9 @@ def open_structures(
         path = Path(source)
         if not path.exists():
             raise UserError(f"{path} does not exist in {Path.cwd()}; name a file of structures.")
-        if not path.is_dir() and path.suffix != ".lmdb":
-            yield Structures(name or path.name, str(path), None, lambda: _ase(path, limit))
+        if path.suffix != ".lmdb" and not (path.is_dir() and any(path.glob("*.lmdb"))):
+            files = _files(path)
+            yield Structures(name or path.name, str(path), None, lambda: _ase(files, limit))
             return
         source = {"format": "lmdb", "src": str(path)}
     dataset = _open_dataset(source)
@@ -127,18 +130,31 @@ def _open_dataset(settings: Mapping[str, Any]) -> Any:
     return dataset
 
 
-def _ase(path: Path, limit: int | None) -> Iterator[Data]:
-    """The structures of a file that ASE reads, one after the other."""
+def _files(path: Path) -> list[Path]:
+    try:
+        return find_files([path])
+    except UserError as error:
+        raise UserError(
+            f"The folder {path} has no *.lmdb file and no file that ASE is known to read (.extxyz, "
+            ".traj, .db, ...); name the folder that has them, or a file."
+        ) from error
+
+
+def _ase(files: Sequence[Path], limit: int | None) -> Iterator[Data]:
+    """The structures of files that ASE reads, one after the other."""
+    found = (atoms for file in files for atoms in _read(file))
+    for number, atoms in enumerate(islice(found, limit)):
+        yield to_sample(atoms, number)
+
+
+def _read(file: Path) -> Iterator[ase.Atoms]:
     from ase.io import iread
 
     try:
-        for number, atoms in enumerate(islice(iread(path, index=":"), limit)):
-            yield to_sample(atoms, number)
-    except UserError:
-        raise
+        yield from iread(file, index=":")
     except Exception as error:  # each of ASE's many readers fails in its own way
         raise UserError(
-            f"{path} cannot be read by ASE ({type(error).__name__}: {error}); name an LMDB, or a "
+            f"{file} cannot be read by ASE ({type(error).__name__}: {error}); name an LMDB, or a "
             "file in a format of ase.io."
         ) from error
 

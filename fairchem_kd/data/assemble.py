@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ SPLITS = ("train", "val", "test")
 #: Forces of one file over another's, where the units of one are Hartree/Bohr, kcal/mol/Å or so.
 _MIXED_UNITS = 15.0
 _ENOUGH_FRAMES = 20
+#: Å: what the spread of energies over forces may be before units are asked about.
+_SHIFTS = (0.015, 6.0)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
         for name in names
     }
     references = _references(names[0], tallies[names[0]], conversion)
+    if conversion.reading.references == "file":
+        _check_given(done, references or {})
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     totals = {}
@@ -94,6 +99,9 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
         taken_off = references if conversion.reading.references in ("fit", "file") else None
         totals[name] = _write(out / name, name, folders, taken_off)
     card = _card(totals, skipped, references, conversion)
+    card["notes"] = [*_repeated(totals), *_implausible(card)]
+    if conversion.reading.references == "fit":
+        card["notes"] += _unexplained(totals, references or {})
     write_card(out, card)
     return card
 
@@ -208,6 +216,68 @@ def _references(name: str, folders: list[Path], conversion: Conversion) -> dict[
         total.normal, total.moment = total.normal + part.normal, total.moment + part.moment
         total.elements |= part.elements
     return total.references()
+
+
+def _check_given(done: list[dict[str, Any]], references: dict[int, float]) -> None:
+    held = {z for part in done for split in part["splits"].values() for z in split["elements"]}
+    missing = sorted(held - references.keys())
+    if missing:
+        raise UserError(
+            f"--references has no energy for {_symbols(missing)}, which the frames hold: add "
+            "every element to the file."
+        )
+
+
+def _repeated(totals: dict[str, Tally]) -> Iterator[str]:
+    """Structures that are there twice, most of all on both sides of a split."""
+    seen = {name: np.unique(np.array(tally.digest, np.int64)) for name, tally in totals.items()}
+    for name, tally in totals.items():
+        again = len(tally.digest) - len(seen[name])
+        if again:
+            yield f"{again} of the {len(tally.digest)} frames of {name} are there already."
+        shared = np.intersect1d(seen[name], seen["train"]).size if "train" in seen else 0
+        if shared and name != "train":
+            yield (
+                f"{shared} structures of {name} are in train too: errors on {name} look better "
+                "than they are."
+            )
+
+
+def _implausible(card: dict[str, Any]) -> Iterator[str]:
+    """Energies and forces that hardly belong together: their units may not be what was said.
+
+    The spread of relative energies over the force along all coordinates is a displacement: 0.2 to
+    0.5 Å for OC20 and for colliding molecules.
+    """
+    if card["options"]["references"] == "none":
+        return
+    for name, split in card["splits"].items():
+        force = split.get("force_rms")
+        if not force or "energy" not in split or split["frames"] < _ENOUGH_FRAMES:
+            continue
+        coordinates = 3 * split["natoms"]["mean"]
+        shift = split["energy"]["std"] / (force * coordinates**0.5)
+        if not _SHIFTS[0] < shift < _SHIFTS[1]:
+            yield (
+                f"Energies of {name} vary by {split['energy']['std']:.3g} eV and forces are "
+                f"{force:.3g} eV/Å, as if atoms moved by {shift:.2g} Å: are --energy-unit and "
+                "--force-unit right, and references taken off?"
+            )
+
+
+def _unexplained(totals: dict[str, Tally], references: dict[int, float]) -> Iterator[str]:
+    """With --allow-mixed, elements that the fit of references has not seen."""
+    for name, tally in totals.items():
+        missing = sorted(tally.elements - references.keys())
+        if missing:
+            yield (
+                f"{name} holds {_symbols(missing)}, for which train gives no reference energy: "
+                "none was taken off."
+            )
+
+
+def _symbols(elements: Iterable[int]) -> str:
+    return ", ".join(chemical_symbols[z] for z in elements)
 
 
 _DEFINITIONS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fairchem_kd.errors import UserError, did_you_mean
 
 #: fairchem's names of the format that the recipes write.
 LMDB_FORMATS = ("lmdb", "single_point_lmdb", "trajectory_lmdb")
+ASE_FORMATS = ("ase_db", "ase_read", "ase_read_multi")
 SPLITS = ("train", "val", "test", "relax")
 
 
@@ -65,14 +67,31 @@ def ensure_built(config: Mapping[str, Any]) -> None:
         if split.get("build") is not None and split.get("src") is not None:
             _build_split(split, key)
         check_dataset(split, key)
-        if split.get("format", "lmdb") != "lmdb" or not isinstance(split.get("src"), str):
-            continue
-        other = opened.setdefault(Path(split["src"]).resolve(), key)
-        if other != key:
-            raise UserError(
-                f"{key}.src and {other}.src are both {split['src']}, but a process can open an "
-                "LMDB only once: give one of the two another src."
-            )
+        for file in _lmdb_files(split):
+            other = opened.setdefault(file, key)
+            if other != key:
+                raise UserError(
+                    f"{key}.src and {other}.src are both {split['src']}, but a process can open an "
+                    "LMDB only once: give one of the two another src."
+                )
+
+
+def _lmdb_files(split: Mapping[str, Any]) -> set[Path]:
+    """The LMDB files, also those of an ASE database (``.aselmdb``), that fairchem opens for it."""
+    src = split.get("src")
+    if src is None:
+        return set()
+    known = {"ase_db": ".aselmdb", **dict.fromkeys(LMDB_FORMATS, ".lmdb")}
+    suffix = known.get(split.get("format", "lmdb"))
+    if suffix is None:
+        return set()
+    files: set[Path] = set()
+    for path in [Path(src)] if isinstance(src, (str, Path)) else map(Path, src):
+        if path.is_dir():
+            files.update(path.glob(f"*{suffix}"))
+        elif suffix == ".lmdb" or path.suffix == suffix:
+            files.add(path)
+    return {file.resolve() for file in files}
 
 
 def _build_split(split: Mapping[str, Any], key: str) -> None:
@@ -94,7 +113,7 @@ def _build_split(split: Mapping[str, Any], key: str) -> None:
 
 
 def check_dataset(split: Mapping[str, Any], key: str) -> None:
-    """Refuse an LMDB split that is missing, not LMDB, or empty. Other formats are left to fairchem.
+    """Refuse an LMDB split that is missing, not LMDB, or empty, and a missing one of ASE's formats.
 
     Args:
         split: the mapping under ``key``, with ``src``.
@@ -104,6 +123,8 @@ def check_dataset(split: Mapping[str, Any], key: str) -> None:
         UserError: see above.
     """
     src = split.get("src")
+    if src is not None and split.get("format") in ASE_FORMATS:
+        _check_ase(split, key)
     if src is None or split.get("format", "lmdb") not in LMDB_FORMATS:
         return
     for path in [Path(src)] if isinstance(src, (str, Path)) else [Path(one) for one in src]:
@@ -124,6 +145,24 @@ def check_dataset(split: Mapping[str, Any], key: str) -> None:
             raise UserError(
                 f"{key}.src: {path.absolute()} is empty (0 frames); name a split that has some."
             )
+
+
+def _check_ase(split: Mapping[str, Any], key: str) -> None:
+    """Refuse what fairchem's readers of ASE files answer with a traceback."""
+    src = split["src"]
+    for path in [src] if isinstance(src, (str, Path)) else src:
+        # a database may also be an address or a pattern; fairchem finds out
+        plain = not (split["format"] == "ase_db" and re.search(r"[*?\[]|://", str(path)))
+        if plain and not Path(path).exists():
+            raise UserError(f"{key}.src: {Path(path).absolute()} does not exist; fix the path.")
+    if split["format"] == "ase_db" and any(f.suffix == ".aselmdb" for f in _lmdb_files(split)):
+        try:
+            import ase_db_backends  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"{key}.src: {src} is an ASE database in LMDB (.aselmdb), which ASE reads with a "
+                "package of its own: pip install ase-db-backends."
+            ) from error
 
 
 def _frames(file: Path, where: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     took = time.monotonic() - start
     print(f"{args.dest}: converted in {took:.0f} s; details in {args.dest / 'card.json'}")
     print(summary(card))
+    for note in card["notes"]:
+        print(f"note: {note}")
     print(snippet(card, args.dest))
     return 0
 
@@ -94,6 +97,11 @@ def conversion_of(args: argparse.Namespace) -> Conversion:
     """
     if args.into is not None and args.split is not None:
         raise UserError("--into and --split contradict each other; give one of them.")
+    if args.into is not None and not re.fullmatch(r"[\w-]+", args.into):
+        raise UserError(
+            f"--into {args.into}: a split is a folder in DEST, and its name has letters, digits, "
+            "'_' and '-' only, as in train."
+        )
     given = None
     references = args.references
     if references not in ("auto", "fit", "none"):

@@ -26,12 +26,16 @@ from fairchem_kd._version import __version__
 from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.data.assemble import DONE, SPLITS, Conversion, assemble, part_folder
 from fairchem_kd.data.create import locked, what_failed
+from fairchem_kd.data.frames import Frame
 from fairchem_kd.data.labels import ATOMIZATION, Labelled, Reading, label
 from fairchem_kd.data.shards import Shard, Tally
 from fairchem_kd.data.sources import Part, find_files, parts_of, read_part, split_of
 from fairchem_kd.data.workers import Progress, worker_pool
 from fairchem_kd.data.writer import to_data
 from fairchem_kd.errors import UserError
+
+#: Of the hidden folder; another one is begun anew.
+_LAYOUT = 2
 
 
 def split_for(group: str, seed: int, shares: tuple[float, ...]) -> str:
@@ -135,6 +139,10 @@ def convert(
             if dest.exists():
                 shutil.rmtree(dest)
             (work / "out").rename(dest)
+        except UserError:
+            if not any(work.glob(f"parts/*/{DONE}")):  # there is nothing to go on with
+                shutil.rmtree(work)
+            raise
         except BrokenProcessPool as error:
             raise UserError(
                 f"Cannot convert to {dest}: a worker process was killed, perhaps for want of "
@@ -151,7 +159,7 @@ def convert(
 
 def _prepare(work: Path, conversion: Conversion) -> None:
     """A folder for this very conversion: what another one left there is removed."""
-    wanted = json.dumps([__version__, conversion.as_dict()], sort_keys=True)
+    wanted = json.dumps([__version__, _LAYOUT, conversion.as_dict()], sort_keys=True)
     mark = work / "options.json"
     if work.exists() and (not mark.is_file() or mark.read_text() != wanted):
         shutil.rmtree(work)
@@ -236,7 +244,7 @@ def convert_part(part: Part, folder: Path, conversion: Conversion) -> None:
             shards[name].add(_sample(found, conversion.reading))
             tallies[name].add(
                 found.frame.numbers, found.frame.fixed, found.forces, found.label,
-                found.explained, found.sid, found.fid,
+                found.explained, found.sid, found.fid, _digest(found.frame),
             )  # fmt: skip
             pbc.add(found.pbc)
         for shard in shards.values():
@@ -250,6 +258,14 @@ def convert_part(part: Part, folder: Path, conversion: Conversion) -> None:
     splits = {name: tally.summary() for name, tally in sorted(tallies.items())}
     done = {"part": identity, "skipped": skipped, "pbc": sorted(pbc), "splits": splits}
     write_whole(folder / DONE, lambda file: file.write(json.dumps(done).encode()))
+
+
+def _digest(frame: Frame) -> int:
+    """64 bits out of elements, positions and cell: equal for a structure that occurs twice."""
+    digest = hashlib.blake2b(frame.numbers.tobytes(), digest_size=8)
+    digest.update(frame.pos.tobytes())
+    digest.update(frame.cell.tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _sample(found: Labelled, reading: Reading) -> Any:

@@ -74,7 +74,7 @@ def _real() -> array[float]:
 class Tally:
     """What is known of the frames of one split after they have been written.
 
-    Five numbers per frame, and sums. Those of element counts give the least-squares references of
+    Six numbers per frame, and sums. Those of element counts give the least-squares references of
     any number of parts at once: ``normal`` is A^T A and ``moment`` A^T b, where A has a row of
     element counts for each frame and b is the energy that references are to explain.
     """
@@ -84,6 +84,7 @@ class Tally:
     fid: array[int] = field(default_factory=_whole)
     energy: array[float] = field(default_factory=_real)  #: the label as written, eV
     largest: array[float] = field(default_factory=_real)  #: largest force of each frame, eV/Å
+    digest: array[int] = field(default_factory=_whole)  #: 64 bits of each frame's structure
     free: int = 0  #: free atoms
     squares: float = 0.0  #: of the forces' components, (eV/Å)²
     squares_free: float = 0.0  #: the same over free atoms
@@ -100,6 +101,7 @@ class Tally:
         explained: float,
         sid: int,
         fid: int,
+        digest: int,
     ) -> None:
         """One frame, its label ``energy`` and the energy that references are to explain."""
         counts = np.bincount(numbers, minlength=_MAX_Z).astype(float)
@@ -109,6 +111,7 @@ class Tally:
         self.natoms.append(len(numbers))
         self.sid.append(sid)
         self.fid.append(fid)
+        self.digest.append(digest)
         self.energy.append(energy)
         free = np.asarray(fixed) == 0
         self.free += int(free.sum())
@@ -118,7 +121,7 @@ class Tally:
             self.squares += float(squares.sum())
             self.squares_free += float(squares[free].sum())
 
-    _COLUMNS = ("natoms", "sid", "fid", "energy", "largest")
+    _COLUMNS = ("natoms", "sid", "fid", "energy", "largest", "digest")
     _SUMS = ("free", "squares", "squares_free", "normal", "moment")
 
     def save(self, file: Path) -> None:

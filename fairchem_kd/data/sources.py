@@ -241,8 +241,9 @@ def _xyz_blocks(text: TextIO, part: Part) -> Iterator[str]:
         head = text.readline()
         if not head.strip():
             break
-        body = [text.readline() for _ in range(_count(head, part.file, frame) + 1)]
-        if not body[-1].strip():
+        count = _count(head, part.file, frame)
+        body = [text.readline() for _ in range(count + 1)]
+        if not (body[-1].strip() if count else body[-1]):  # without atoms, the comment may be blank
             raise UserError(
                 f"{part.file} is truncated in frame {frame}; copy or download it again."
             )

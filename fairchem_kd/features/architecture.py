@@ -137,21 +137,27 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def backbone_of(model: nn.Module) -> Any:
+    """What makes the graph and the features: a hydra's backbone, or the bare model itself."""
+    root = unwrap(model)
+    return root.backbone if isinstance(root, HydraModel) else root
+
+
 def architecture_of(model: nn.Module) -> Architecture:
     """The features that ``model`` (bare, in DDP, or a hydra with a supported backbone) offers.
 
     Raises:
         UserError: if there is no extractor for this architecture.
     """
-    root = unwrap(model)
-    backbone = root.backbone if isinstance(root, HydraModel) else root
+    root, backbone = unwrap(model), backbone_of(model)
     for architecture in _ARCHITECTURES:
         if isinstance(backbone, architecture.model_class):
             return architecture(root)
     known = ", ".join(sorted(a.model_class.__name__ for a in _ARCHITECTURES))
     raise UserError(
         f"features of {type(backbone).__name__} cannot be extracted; supported architectures: "
-        f"{known} (and hydra models with one of them as backbone)"
+        f"{known} (and hydra models with one of them as backbone); a loss on outputs, vanilla, "
+        "needs no features"
     )
 
 
