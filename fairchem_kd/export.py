@@ -191,6 +191,9 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, dict[str, float]]:
     contents = read_checkpoint(checkpoint)
     config = contents["config"]
     train = config.get("dataset") or {}
+    # how its own data were read, so that labels are found where training found them
+    known = ("format", "key_mapping", "a2g_args", "pattern", "ase_read_args")
+    reading = {key: train[key] for key in known if key in train}
     metrics = {}
     for split in ("val", "test", "test_ood"):
         if not (data / split).exists():
@@ -201,7 +204,7 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, dict[str, float]]:
             outputs=copy.deepcopy(config["outputs"]),
             dataset={
                 "train": {},
-                "val": {"format": train.get("format", "lmdb"), "src": str(data / split)},
+                "val": {"format": "lmdb", **reading, "src": str(data / split)},
             },
             optimizer=copy.deepcopy(config["optim"]),
             loss_functions=config["loss_functions"],

@@ -24,6 +24,7 @@ from fairchem_kd.analysis.structures import open_structures
 from fairchem_kd.checks import check_labels
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.errors import UserError
+from fairchem_kd.export import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 
@@ -148,6 +149,16 @@ def test_labels_under_another_name_are_asked_for(root: Path, tmp_path: Path) -> 
     with trainer(arguments) as built, pytest.raises(UserError, match="r_energy: true"):
         built.train()
     check_labels(Data(energy=1.0, forces=torch.zeros(1, 3)), ["energy", "forces"], "here")
+
+
+def test_an_exported_model_is_evaluated_as_it_was_trained(root: Path, tmp_path: Path) -> None:
+    """Labels are found under the names that they have in its own data."""
+    arguments = config(tmp_path, root / "lmdb")
+    arguments["dataset"] = {"train": settings(root, "trajectory_lmdb", "train")}
+    with trainer(arguments) as built:
+        saved = built.save(checkpoint_file="best_checkpoint.pt", training_state=False)
+    found = evaluate(Path(saved), root / "oc20")
+    assert found["val"].keys() == {"energy_mae", "forces_mae"}
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
