@@ -19,6 +19,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
+AGAIN = sorted(str(path) for path in TESTS.glob("test_edge_to_node_*.py"))
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not for this platform"
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 def run_again(*arguments: str, **environment: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header",
-         *arguments, str(TESTS / "test_ops.py")],
+         *arguments, *AGAIN],
         cwd=TESTS.parent,
         env={**os.environ, **environment},
         capture_output=True,
