@@ -90,12 +90,7 @@ class Section:
 def page(title: str, sections: Sequence[Section]) -> str:
     """The whole page."""
     links = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in sections)
-    body = "\n".join(
-        f'<section id="{s.anchor}"><h2>{escape(s.title)}</h2>\n'
-        + "\n".join(s.pieces)
-        + "</section>"
-        for s in sections
-    )
+    body = "\n".join(section.html() for section in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
