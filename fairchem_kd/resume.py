@@ -112,22 +112,27 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], run: str
         logging.warning(f"Going on with other settings than {run} had: {', '.join(changed[:8])}")
 
 
-def check_same_steps(saved: Mapping[str, Any], steps: int, run: str) -> None:
+def check_same_steps(
+    state: Mapping[str, Any] | None, *, step: int, epoch: float, steps: int, run: str
+) -> None:
     """Refuse to go on where an epoch has another number of steps than the run had.
 
     Its position in the data, its schedules and its end are all counted in steps: it would end early
     or late, somewhere else in its schedules, without a word.
 
     Args:
-        saved: the contents of the run's checkpoint.
+        state: what the run's checkpoint holds under `STATE_KEY`; None of a stock trainer's.
+        step: its number of steps.
+        epoch: its number of epochs.
         steps: of an epoch now.
         run: the run's folder name.
 
     Raises:
         UserError: they differ.
     """
-    step, epoch = saved.get("step", 0), saved.get("epoch", 0)
-    then = round(step / epoch) if step and epoch else steps
+    then = (state or {}).get("steps_per_epoch")
+    if then is None:  # by a stock trainer, or an earlier version of ours
+        then = round(step / epoch) if step and epoch else steps
     if then != steps:
         raise UserError(
             f"--timestamp-id {run}: an epoch of that run had {then} steps, and would have {steps} "

@@ -210,7 +210,7 @@ class DistillationTrainer(OCPTrainer):
         if distutils.get_world_size() == 1:
             return
         loaders = {"train": self.train_loader, "val": self.val_loader, "test": self.test_loader}
-        datasets = {f"dataset.{name}": it and it.dataset for name, it in loaders.items()}
+        datasets = {f"dataset.{name}": it.dataset for name, it in loaders.items() if it is not None}
         seen = seen_by_rank(self.config, datasets)
         seen["the run's checkpoint"] = f"step {self.step}"
         if self.distillation_config.active_terms:
@@ -231,6 +231,14 @@ class DistillationTrainer(OCPTrainer):
         self._training = True
         with self.interruption:
             self._resume_own_run()
+            if self._continues_run:
+                check_same_steps(
+                    self._resumed,
+                    step=self.step,
+                    epoch=self.epoch,
+                    steps=len(self.train_loader),
+                    run=self.timestamp_id,
+                )
             self._check_ranks()
             self.check_labels()
             self._set_up_distillation()
@@ -384,6 +392,7 @@ class DistillationTrainer(OCPTrainer):
             "random_states": random_states(gather=self._training),
             "scheduler_stepped": self._scheduled_step >= self.step,
             "validated": self._validated,
+            "steps_per_epoch": len(self.train_loader) if self.train_loader is not None else None,
         }
 
     def load_checkpoint(
@@ -399,8 +408,6 @@ class DistillationTrainer(OCPTrainer):
             checkpoint = read_student(checkpoint_path, own=own)
         if own:
             check_same_run(checkpoint["config"], self.config, self.timestamp_id)
-            if self.train_loader is not None:
-                check_same_steps(checkpoint, len(self.train_loader), self.timestamp_id)
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         if inference_only:
             return

@@ -157,12 +157,31 @@ def test_an_epoch_of_other_steps_is_refused(copy: Path, arguments: dict[str, Any
     for batch_size, steps in ((2, 6), (6, 2)):
         optimizer = {**arguments["optimizer"], "batch_size": batch_size}
         other = {**arguments, "optimizer": optimizer}
+        said = rf"--timestamp-id {copy.name}: .* had 4 steps, and would have {steps} now"
+        with trainer(other, timestamp_id=copy.name) as built, pytest.raises(UserError, match=said):
+            built.train()
         with trainer(other, timestamp_id=copy.name) as built:
-            said = rf"--timestamp-id {copy.name}: .* had 4 steps, and would have {steps} now"
-            with pytest.raises(UserError, match=said):
-                built.load_checkpoint(path)
+            built.load_checkpoint(path)  # as stock does first, for an evaluation too
+            built.validate(disable_tqdm=True)
             with pytest.raises(UserError, match=said):
                 built.train()
+
+
+def test_a_run_is_resumed_that_took_no_step_after_the_start_it_was_given(
+    run: Path, arguments: dict[str, Any]
+) -> None:
+    """Its step and epoch are those of the other run, with other steps per epoch."""
+    optimizer = {**arguments["optimizer"], "batch_size": 2, "eval_every": 1}
+    other = {**arguments, "optimizer": optimizer}
+    with trainer(other, timestamp_id="begun") as built:
+        built.load_checkpoint(str(run / "checkpoint.pt"))
+        built._set_up_distillation()
+        built.save()  # as before an evaluation in which a job is told to leave
+    contents = read_checkpoint(run.with_name("begun") / "checkpoint.pt")
+    assert (contents["step"], contents["epoch"]) == (6, 1.5)
+    with trainer(other, timestamp_id="begun") as built:
+        built.train(disable_eval_tqdm=True)
+        assert built.step == 12
 
 
 def test_a_run_that_has_ended_stays_as_it_is(copy: Path, arguments: dict[str, Any]) -> None:
