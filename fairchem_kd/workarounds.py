@@ -120,7 +120,8 @@ def join_submitted_ranks(config: dict[str, Any]) -> dict[str, Any]:
     For submitted jobs stock's ``distutils.setup`` knows nccl and GPUs alone, one port for all
     jobs of a node, and no scheduler but SLURM. Without ``submit`` it takes what torch's own
     launchers set, and the backend that the config names; that is set here from submitit's
-    environment. Where ranks are on CPUs, each takes as many threads as the job has CPUs for it.
+    environment. Where ranks are on CPUs, each takes as many threads as the job has CPUs for it,
+    or without a scheduler its share of those that PyTorch would take.
 
     Raises:
         UserError: the job is for GPUs, and there is none here.
@@ -150,8 +151,8 @@ def join_submitted_ranks(config: dict[str, Any]) -> dict[str, Any]:
     if config["cpu"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # stock would give each rank one that it sees
         if "OMP_NUM_THREADS" not in os.environ:
-            cores = os.cpu_count() or 1
-            own = os.environ.get("SLURM_CPUS_PER_TASK") or cores // job.num_tasks
+            share = torch.get_num_threads() // (job.num_tasks // job.num_nodes)
+            own = os.environ.get("SLURM_CPUS_PER_TASK") or share
             torch.set_num_threads(max(1, int(own)))
     return {**config, "submit": False, "world_size": job.num_tasks}
 

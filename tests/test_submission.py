@@ -142,13 +142,16 @@ def test_ranks_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS")
     rank(monkeypatch, devices=0, cpu=True)
     assert met()[3] == "1"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert chosen == [3]
+    rank(monkeypatch, devices=0, cpu=True, CPUS_PER_TASK="")  # as without SLURM
+    assert chosen == [3, 4]  # a node's two ranks share what PyTorch would take
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the user's own choice
     rank(monkeypatch, devices=0, cpu=True)
-    assert chosen == [3]
+    assert chosen == [3, 4]
     rank(monkeypatch, devices=0, cpu=True, NTASKS=1, JOB_NUM_NODES=1, PROCID=0, LOCALID=0)
     assert met() == ["localhost", "0", "0", "0", "1"]
