@@ -159,17 +159,27 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
         config = build_config(args, overrides)
     except (ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"the config {path} cannot be used: {error}") from error
-    refuse_renamed_keys(config, f"the config {path}")
+    try:
+        refuse_renamed_keys(config, f"the config {path}")
+    except UserError as error:
+        if _is_ours(config):
+            raise
+        logging.warning(f"{error} It is not read.")  # as stock, which has defaults in its place
     missing = [key for key in ("model", "dataset", "optim") if key not in config]
     if missing:
         raise UserError(f"the config {path} has no {' and no '.join(missing)} block.")
     return config
 
 
+def _is_ours(config: dict[str, Any]) -> bool:
+    """Whether the trainer that it names is ours."""
+    return str(config.get("trainer")).rpartition(".")[2] in ("distillation", "DistillationTrainer")
+
+
 def run_config(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Build the data that is missing, then launch the config as stock would."""
     parse_distillation(config.get("task"))  # before minutes are spent on data
-    if str(config.get("trainer")).rpartition(".")[2] in ("distillation", "DistillationTrainer"):
+    if _is_ours(config):
         refuse_graph_parallel(args.gp_gpus)
     if not args.submit:
         ensure_built(config)

@@ -16,6 +16,7 @@ from fairchem_kd.cli import fairchem, main
 from fairchem_kd.config import parse_distillation
 from fairchem_kd.errors import UserError
 from fairchem_kd.init import _normalizer
+from fairchem_kd.launch import make_parser, read_config
 from fairchem_kd.pairing import check_targets, choose, compare_normalizers, differences, facts
 from fairchem_kd.teacher import Teacher
 from fairchem_kd.units import Units
@@ -165,6 +166,7 @@ def test_keys_of_other_releases_are_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     plain = yaml.safe_load((root / "painn.yml").read_text())
+    plain["trainer"] = "fairchem_kd.DistillationTrainer"
 
     def say(**changes: Any) -> str:
         kept = {key: value for key, value in {**plain, **changes}.items() if value is not None}
@@ -184,6 +186,23 @@ def test_keys_of_other_releases_are_named(
     assert "names its model as checkpoints of OCP did (model: painn)" in say(
         model="painn", model_attributes={"hidden_channels": 16}
     )
+
+
+def test_stock_trainers_ignore_such_keys_as_they_do(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stock's defaults go with the names of its trainers, and evaluations need no losses."""
+    plain = yaml.safe_load((root / "painn.yml").read_text())
+    plain["eval_metrics"] = plain.pop("evaluation_metrics")
+    path = tmp_path / "edited.yml"
+    path.write_text(yaml.safe_dump({**plain, "trainer": "forces"}))
+    args = make_parser().parse_args(["--mode", "predict", "--config-yml", str(path)])
+    with caplog.at_level("WARNING"):
+        assert read_config(args, [])["eval_metrics"] == plain["eval_metrics"]
+    assert "has 'eval_metrics', which fairchem-core 1.x calls" in caplog.text
+    path.write_text(yaml.safe_dump({**plain, "trainer": "fairchem_kd.DistillationTrainer"}))
+    with pytest.raises(UserError, match="'eval_metrics'"):
+        read_config(args, [])
 
 
 def test_what_only_a_training_would_find(
