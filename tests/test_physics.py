@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from trainings import config, inside, trainer, write_home
 
 from fairchem_kd import cli
 from fairchem_kd.analysis.calculators import atoms_of, make_calculator
+from fairchem_kd.analysis.cli_physics import _models
 from fairchem_kd.analysis.models import load_model, read_model
 from fairchem_kd.analysis.physics import (
     Consistency,
@@ -280,6 +282,16 @@ def test_the_calculator_is_the_model(home: Path) -> None:
         forces = system.get_forces(apply_constraint=False)
         np.testing.assert_allclose(forces, rows[number].numpy(), atol=1e-4)
         assert len(free_atoms(system)) == int((batch.fixed[batch.batch == number] == 0).sum())
+
+
+def test_a_model_called_teacher_is_not_taken_for_the_runs_own(home: Path) -> None:
+    args = argparse.Namespace(runs=["teacher=n2n-again.pt", "n2n.pt"], trust=False, teacher=None)
+    found = {label: [file.path.name for file in files] for label, files in _models(args).items()}
+    assert found == {
+        "teacher teacher": ["teacher.pt"],
+        "teacher": ["n2n-again.pt"],
+        "n2n": ["n2n.pt"],
+    }
 
 
 def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,9 +120,12 @@ def _models(args: argparse.Namespace) -> dict[str, list[Any]]:
     if teacher is not None:
         path = read_model(teacher, trust=args.trust)
         own = [g for g in groups if any(f.path.resolve() == path.path.resolve() for f in g.files)]
-        files[own[0].label if own else "teacher"] = [path]
-    for group in groups:
-        files.setdefault(group.label, list(group.files))
+        groups = [group for group in groups if group not in own]
+        label = own[0].label if own else "teacher"
+        if any(group.label == label for group in groups):
+            label = f"teacher {path.identifier}"
+        files[label] = [path]
+    files |= {group.label: list(group.files) for group in groups}
     for name, seeds in files.items():
         for file in seeds:
             if "forces" not in _outputs(file.config):
