@@ -26,11 +26,19 @@ from fairchem_kd.sweep.collect import collect, estimate, run_metrics
 from fairchem_kd.sweep.columns import short_keys
 from fairchem_kd.sweep.job import claim, note_submitted
 from fairchem_kd.sweep.keys import with_values
+from fairchem_kd.sweep.local import _note_stop
 from fairchem_kd.sweep.manifest import expand, read_manifest, resolve, run_name
 from fairchem_kd.sweep.output import ATTEMPT, last_words
 from fairchem_kd.sweep.scheduler import Jobs, known_jobs
 from fairchem_kd.sweep.spec import read_sweep
-from fairchem_kd.sweep.state import Status, read_state, status, statuses, write_state
+from fairchem_kd.sweep.state import (
+    Status,
+    read_state,
+    status,
+    statuses,
+    this_process,
+    write_state,
+)
 from fairchem_kd.sweep.submit import SweepJob
 from fairchem_kd.workarounds import sweep_grid
 
@@ -450,6 +458,19 @@ def test_states(place, monkeypatch):
     assert read_state(manifest, away)["job"] == "12_0"
     note_submitted(manifest, away, "12_0")  # it was faster than the one who submitted it
     assert read_state(manifest, away)["state"] == "running"
+
+
+def test_who_stops_a_run_notes_it_of_its_own_process_alone(place):
+    manifest = expand(write({"base": "base.yml", "seeds": [0]}))
+    [run] = manifest.runs
+    assert claim(manifest, run)
+    _note_stop(manifest, run, os.getpid() + 1)  # whose run this process has taken
+    assert status(manifest, run).state == "running"
+    _note_stop(manifest, run, os.getpid())
+    assert status(manifest, run) == Status("pending", "stopped; goes on from the start")
+    write_state(manifest, run, "done", **this_process())
+    _note_stop(manifest, run, os.getpid())
+    assert status(manifest, run).state == "done"
 
 
 def test_a_job_that_is_told_to_leave_before_it_has_begun(place, monkeypatch):

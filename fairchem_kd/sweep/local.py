@@ -112,9 +112,8 @@ def run_locally(
     finally:
         signal.signal(signal.SIGTERM, handler)
         _stop([process for _, process in going.values()])
-        for run, _ in going.values():
-            if read_state(manifest, run).get("state") == RUNNING:
-                write_state(manifest, run, PENDING, reason="stopped")
+        for run, process in going.values():
+            _note_stop(manifest, run, process.pid)
     return failed
 
 
@@ -154,6 +153,13 @@ def _note_end(manifest: Manifest, run: Run, code: int, say: Callable[[str], None
     write_state(manifest, run, FAILED, reason=reason)
     say(f"{run.name} FAILED: {reason} (output in {manifest.output_path(run)})")
     return False
+
+
+def _note_stop(manifest: Manifest, run: Run, pid: int) -> None:
+    """Note that a run's process was stopped, unless the run has ended, or is another's."""
+    noted = read_state(manifest, run)
+    if (noted.get("state"), noted.get("pid")) == (RUNNING, pid):
+        write_state(manifest, run, PENDING, reason="stopped")
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
