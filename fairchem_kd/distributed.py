@@ -115,7 +115,7 @@ def seen_by_rank(
     for name, dataset in datasets.items():
         if dataset is not None:
             count = len(dataset)  # type: ignore[arg-type]
-            contents = b"".join(_contents(dataset[i]) for i in {0, count // 2, count - 1})
+            contents = b"".join(_contents(dataset[i]) for i in {0, count // 2, count - 1} if count)
             whole = dataset.dataset if isinstance(dataset, Subset) else dataset
             if whole.metadata_hasattr("natoms"):  # type: ignore[attr-defined]
                 contents += np.asarray(whole._metadata["natoms"]).tobytes()  # type: ignore[attr-defined]
