@@ -1,11 +1,9 @@
-"""Published files to fairchem's LMDB: what is written, what is refused, and that it trains."""
+"""Published files to fairchem's LMDB: what is written, and that it trains."""
 
 from __future__ import annotations
 
 import json
-import lzma
 from pathlib import Path
-from typing import Any
 
 import ase
 import ase.db
@@ -13,11 +11,10 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-from ase.build import molecule
 from ase.calculators.emt import EMT
-from ase.calculators.singlepoint import SinglePointCalculator
-from fairchem.core.datasets import LmdbDataset
 from models import structures
+from published import FREE_ATOMS, coll_text, molecules, read, refused, with_labels, write_oc20
+from published import coll as coll
 from trainings import config, trainer
 
 from fairchem_kd.cli import main
@@ -29,88 +26,6 @@ from fairchem_kd.data.labels import Reading
 from fairchem_kd.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
-
-FREE_ATOMS = {"H": -13.6, "C": -1028.5, "O": -2041.3}  # eV; any numbers do
-
-
-def with_labels(atoms: ase.Atoms, calculator: EMT) -> ase.Atoms:
-    """``atoms`` with energy and forces as numbers, which files can hold."""
-    atoms.calc = calculator
-    energy, forces = atoms.get_potential_energy(), atoms.get_forces(apply_constraint=False)
-    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
-    atoms.info.clear()  # what ase.build knows of a surface is nothing that xyz can hold
-    return atoms
-
-
-def molecules(
-    count: int, seed: int, names: tuple[str, ...] = ("H2O", "CH4", "CO2", "C2H6")
-) -> list[ase.Atoms]:
-    """Rattled molecules with EMT labels, far from the origin and without a cell."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for index in range(count):
-        atoms = molecule(names[index % len(names)])
-        atoms.positions += rng.normal(0.0, 0.05, atoms.positions.shape) + 100.0
-        found.append(with_labels(atoms, EMT()))
-    return found
-
-
-def coll_text(frames: list[ase.Atoms]) -> str:
-    """As COLL is published: species, positions, forces; total and atomization energy at the end."""
-    text = ""
-    for atoms in frames:
-        relative = atoms.get_potential_energy()
-        total = relative + sum(FREE_ATOMS[s] for s in atoms.symbols)
-        text += f"{len(atoms)}\nProperties=species:S:1:pos:R:3:forces:R:3 "
-        text += f'pbc="F F F" energy={total:.10f} atomization_energy={relative:.10f}\n'
-        for symbol, x, f in zip(atoms.symbols, atoms.positions, atoms.get_forces(), strict=True):
-            text += f"{symbol:2} " + " ".join(f"{v:16.8f}" for v in (*x, *f)) + "\n"
-    return text
-
-
-def write_oc20(folder: Path, number: int, systems: list[tuple[int, int]], seed: int) -> list[Any]:
-    """A pair as OC20 is published; ``systems`` are (random id, frames). Returns what is in it."""
-    folder.mkdir(exist_ok=True)
-    text, log, held = "", "", []
-    for system, frames in systems:
-        for frame in range(frames):
-            atoms = structures(4, seed=seed + frame, std=0.1)[system % 4]
-            energy, forces = atoms.get_potential_energy(), atoms.get_forces(apply_constraint=False)
-            free = np.ones(len(atoms), dtype=int)
-            free[atoms.constraints[0].index] = 0
-            cell = " ".join(f"{v:.8f}" for v in np.array(atoms.cell).ravel())
-            text += f'{len(atoms)}\nLattice="{cell}" Properties=species:S:1:pos:R:3:move_mask:L:1:'
-            text += (
-                f'tags:I:1:forces:R:3 energy={energy:.8f} free_energy={energy:.8f} pbc="T T T"\n'
-            )
-            for i, atom in enumerate(atoms):
-                row = " ".join(f"{v:.8f}" for v in atom.position)
-                labels = " ".join(f"{v:.8f}" for v in forces[i])
-                text += f"{atom.symbol} {row} {'FT'[free[i]]} {atom.tag} {labels}\n"
-            reference = 10.0 + system
-            log += f"random{system},frame{frame * 3},{reference}\n"
-            held.append((system, frame * 3, energy - reference, atoms, forces, 1 - free))
-    (folder / f"{number}.extxyz.xz").write_bytes(lzma.compress(text.encode()))
-    (folder / f"{number}.txt").write_text(log)
-    return held
-
-
-def read(folder: Path) -> list[Any]:
-    dataset = LmdbDataset({"src": str(folder)})
-    found = [dataset[index] for index in range(len(dataset))]
-    natoms = np.load(folder / "metadata.npz")["natoms"]
-    assert natoms.tolist() == [sample.natoms for sample in found]
-    return found
-
-
-@pytest.fixture(scope="module")
-def coll(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of COLL's three files."""
-    root = tmp_path_factory.mktemp("coll")
-    for seed, (split, count) in enumerate((("train", 12), ("val", 5), ("test", 4))):
-        text = coll_text(molecules(count, seed))
-        (root / f"coll_v1.2_AE_{split}.xyz").write_text(text)
-    return root
 
 
 def test_coll(
@@ -301,153 +216,6 @@ def test_a_converted_set_trains(tmp_path: Path, coll: Path) -> None:
         built.train(disable_eval_tqdm=True)
         assert built.step == 2
         assert all(torch.isfinite(p).all() for p in built.model.parameters())
-
-
-# -- refusals ---------------------------------------------------------------------------------
-
-
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *argv: object) -> str:
-    """What the command says; nothing but a hidden folder may be left."""
-    dest = tmp_path / "refused"
-    assert main(["data", "convert", *map(str, argv), str(dest), "--processes", "1"]) == 2
-    assert not dest.exists()
-    error = capsys.readouterr().err
-    sentences = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(sentences) == 1
-    assert "Traceback" not in error
-    return sentences[0]
-
-
-def test_sources_that_cannot_be_read(
-    tmp_path: Path, coll: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def say(*argv: object) -> str:
-        return refused(capsys, tmp_path, *argv)
-
-    (tmp_path / "empty").mkdir()
-    assert "no file of structures" in say(tmp_path / "empty")
-    (tmp_path / "empty" / "train.xyz").write_text("")
-    assert "no frames" in say(tmp_path / "empty")
-    assert "does not exist" in say(tmp_path / "nowhere")
-    (tmp_path / "text.xyz").write_text("hello\n")
-    assert "not extended xyz: frame 0 begins with 'hello'" in say(tmp_path / "text.xyz")
-    text = coll_text(molecules(2, 0))
-    (tmp_path / "cut.xyz").write_text(text[: len(text) - 200])
-    assert "cut.xyz" in say(tmp_path / "cut.xyz")
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "a_train.xyz").write_text(text)
-    (tmp_path / "odd" / "b.xyz").write_text(text)
-    assert "b.xyz says no split" in say(tmp_path / "odd")
-    file = coll / "coll_v1.2_AE_val.xyz"
-    assert "--group" in say(file, "--split", "0.5/0.5")
-    assert "add up to 1" in say(file, "--split", "0.5/0.1")
-    assert "contradict" in say(file, "--split", "0.5/0.5", "--into", "val")
-    assert "no unit of energy" in say(file, "--force-unit", "Hartre/Bohr")
-    assert "no such key (did you mean" in say(file, "--group", "atomization_energ")
-
-
-def test_pairs_of_unequal_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = tmp_path / "pairs"
-    write_oc20(source, 0, [(1, 3)], 0)
-    lines = (source / "0.txt").read_text().splitlines(keepends=True)
-    (source / "0.txt").write_text("".join(lines[:2]))
-    assert "has 2 lines, but 0.extxyz.xz more frames" in refused(capsys, tmp_path, source)
-    (source / "0.txt").write_text("".join(lines) + lines[0])
-    assert "fewer frames than 0.txt has lines" in refused(capsys, tmp_path, source)
-    (source / "0.txt").write_text("a b c\n" * 3)
-    assert "not a .txt of OC20" in refused(capsys, tmp_path, source)
-
-
-def test_labels_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def say(frames: list[ase.Atoms], *argv: object) -> str:
-        for name in (tmp_path / "frames").glob("*"):
-            name.unlink()
-        (tmp_path / "frames").mkdir(exist_ok=True)
-        ase.io.write(tmp_path / "frames" / "a.xyz", frames, format="extxyz")
-        return refused(capsys, tmp_path, tmp_path / "frames", *argv)
-
-    frames = molecules(4, 0)
-    for atoms in frames:
-        energy = atoms.get_potential_energy()
-        atoms.calc = SinglePointCalculator(atoms, energy=energy)
-    assert "no forces under 'forces'; name" in say(frames)
-    for atoms in frames:
-        atoms.calc = SinglePointCalculator(atoms, forces=np.ones((len(atoms), 3)))
-        atoms.info["energies"] = 1.0
-    assert "no energy under 'energy' (did you mean 'energies'?)" in say(frames)
-    frames = molecules(4, 0)
-    forces = frames[1].get_forces()
-    forces[0, 0] = np.nan
-    frames[1].calc = SinglePointCalculator(frames[1], energy=1.0, forces=forces)
-    assert "1 of 4 frames cannot be used (1 not finite)" in say(frames)
-    frames = molecules(2, 0)
-    frames[0].positions[0] += 40.0
-    assert "Å long, so a cell of 40 Å leaves less than 12 Å" in say(frames)
-    frames = molecules(2, 0)
-    frames[0].cell, frames[0].pbc = [9.0, 9.0, 9.0], (True, True, False)
-    assert "unlike periodic directions (TTF and TTT)" in say(frames)
-
-
-def test_mixed_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = tmp_path / "mixed"
-    source.mkdir()
-    (source / "a_train.xyz").write_text(coll_text(molecules(24, 0, ("H2O", "H2O"))))
-    (source / "b_val.xyz").write_text(coll_text(molecules(4, 0, ("CO2",))))
-    assert "The split val holds C, which train does not" in refused(capsys, tmp_path, source)
-    frames = molecules(24, 1, ("H2O", "H2O"))
-    for atoms in frames:
-        results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces() * 51.4}
-        atoms.calc = SinglePointCalculator(atoms, **results)
-        atoms.info["atomization_energy"] = 1.0
-    (source / "b_val.xyz").unlink()
-    ase.io.write(source / "b_train.xyz", frames, format="extxyz")
-    assert "so their units seem to differ" in refused(capsys, tmp_path, source)
-
-
-def test_what_is_noted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing that is certainly wrong, and so nothing that is refused."""
-    monkeypatch.chdir(tmp_path)
-    Path("xyz").mkdir()
-
-    def notes(*argv: str, **files: list[ase.Atoms]) -> list[str]:
-        for file in Path("xyz").iterdir():
-            file.unlink()
-        for name, frames in files.items():
-            Path("xyz", f"{name}.xyz").write_text(coll_text(frames))
-        assert main(["data", "convert", "xyz", "out", "--processes", "1", "--force", *argv]) == 0
-        shown = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
-        assert read_card(Path("out"))["notes"] == [line.removeprefix("note: ") for line in shown]
-        return read_card(Path("out"))["notes"]
-
-    train, val = molecules(24, 0), molecules(8, 1)
-    assert notes(train=train, val=val) == []
-    assert notes(train=train + train[:3], val=val + train[:2]) == [
-        "3 of the 27 frames of train are there already.",
-        "2 structures of val are in train too: errors on val look better than they are.",
-    ]
-    [said] = notes("--force-unit", "Hartree/Angstrom", "--energy-unit", "meV", train=train)
-    assert "are --energy-unit and --force-unit right" in said
-    [said] = notes(
-        "--references", "fit", "--allow-mixed", train=molecules(24, 0, ("H2O", "H2")), val=val
-    )
-    assert said.startswith("val holds C, for which train gives no reference energy")
-
-
-def test_what_is_refused_leaves_nothing(
-    tmp_path: Path, coll: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Not even the hidden folder, where no part of it is complete."""
-
-    def say(*argv: object) -> str:
-        sentence = refused(capsys, tmp_path, *argv)
-        assert [path.name for path in tmp_path.glob(".*.converting")] == []
-        return sentence
-
-    assert "there is no energy under 'e'" in say(coll, "--energy-key", "e")
-    for name in ("a/b", "../train", "", "."):
-        assert "a split is a folder in DEST" in say(coll, "--into", name)
 
 
 def test_a_frame_without_atoms_is_left_out(tmp_path: Path) -> None:
