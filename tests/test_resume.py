@@ -16,7 +16,8 @@ import pytest
 import torch
 from submitit.core.job_environment import SignalHandler
 from submitit.core.utils import DelayedSubmission
-from trainings import assert_same, config, trainer, weights, write_lmdb, write_teacher
+from trainings import assert_same, config, trainer, weights, write_teacher
+from trainings import data as data
 
 from fairchem_kd import workarounds
 from fairchem_kd.checkpoint import read_checkpoint
@@ -28,14 +29,6 @@ from fairchem_kd.resume import STATE_FORMAT, STATE_KEY, previous_of
 from fairchem_kd.trainer import DistillationTrainer
 
 FORMAT_1 = Path(__file__).parent / "checkpoints" / "format1.pt.gz"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_lmdb(root / "train", 11, seed=0)
-    write_lmdb(root / "val", 4, seed=50)
-    return root
 
 
 @pytest.fixture(scope="module")

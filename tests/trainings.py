@@ -1,4 +1,7 @@
-"""Small trainings: a labelled LMDB, a teacher's checkpoint, stock and distilling trainers."""
+"""Small trainings: a labelled LMDB, a teacher's checkpoint, stock and distilling trainers.
+
+`data` and `teacher` are fixtures for the modules that import them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from typing import Any
 
 import lmdb
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -30,6 +34,23 @@ from fairchem_kd.trainer import DistillationTrainer
 #: What a process has imported from which those of tests are forked: it takes seconds.
 PRELOAD = ["fairchem_kd.launch", "fairchem_kd.trainer"]
 NORMALIZER = {"energy": {"mean": 10.0, "rmsd": 2.0}, "forces": {"mean": 0.0, "rmsd": 1.5}}
+FEATURE_LOSSES: dict[str, Any] = {"n2n": {}, "e2n": {}, "v2v": {}}
+ALL_LOSSES = {**FEATURE_LOSSES, "vanilla": {}, "per_atom_energy": {}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """11 structures to train with, 4 steps of 3 an epoch, and 4 to validate with."""
+    root = tmp_path_factory.mktemp("data")
+    write_lmdb(root / "train", 11, seed=0)
+    write_lmdb(root / "val", 4, seed=50)
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The checkpoint of a small GemNet-OC."""
+    return write_teacher(tmp_path_factory.mktemp("teacher"), data)
 
 
 def write_lmdb(folder: Path, count: int, seed: int, **edit: Any) -> Path:
@@ -192,6 +213,13 @@ def write_teacher(root: Path, data: Path, model: str = "gemnet_oc", seed: int = 
         fit_scales(built.model)
         path = built.save(checkpoint_file="teacher.pt", training_state=False)
     return Path(path)
+
+
+def trained(arguments: dict[str, Any], cls: type[OCPTrainer] = DistillationTrainer) -> dict:
+    """The weights at the end of a training."""
+    with trainer(arguments, cls) as built:
+        built.train(disable_eval_tqdm=True)
+        return weights(built)
 
 
 def weights(built: OCPTrainer) -> dict[str, torch.Tensor]:
