@@ -25,7 +25,7 @@ from fairchem.core.common.utils import setup_imports
 from fairchem.core.datasets.lmdb_dataset import data_list_collater
 from fairchem.core.modules.scaling import ScaleFactor
 from torch import nn
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data
 
 PAINN = {
     "name": "painn",
@@ -257,6 +257,17 @@ def to_data(atoms: ase.Atoms, index: int = 0, *, dtype: torch.dtype = torch.floa
         sid=index,
         fid=0,
     )
+
+
+def samples(number: int, seed: int = 0) -> list[Data]:
+    """Up to 8 labelled samples, of two rattlings of each slab."""
+    made = [*structures(4, seed=seed), *structures(4, seed=seed + 1)]
+    return [to_data(atoms, index) for index, atoms in enumerate(made[:number])]
+
+
+def slabs(number: int = 4, seed: int = 0) -> Batch:
+    """`samples` as a plain batch, which no collater of fairchem has seen."""
+    return Batch.from_data_list(samples(number, seed))
 
 
 def batch(slabs: list[ase.Atoms] | None = None, *, dtype: torch.dtype = torch.float32) -> Data:

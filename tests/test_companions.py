@@ -1,4 +1,4 @@
-"""Rattled copies and unlabelled structures: noise, guards, and what each loss sees of them."""
+"""Rattled copies and unlabelled structures in a training: what each loss sees of them."""
 
 from __future__ import annotations
 
@@ -6,178 +6,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import ase.geometry
-import numpy as np
 import pytest
 import torch
-from ase.data import covalent_radii
-from models import model_config, structures, to_data
-from torch_geometric.data import Batch, Data
+from models import model_config
 from trainings import config, trainer, write_lmdb, write_teacher
 
-from fairchem_kd.augment import RattleOptions, Rattler, UnlabelledLoader, UnlabelledOptions
-from fairchem_kd.augment.structures import join, pick
+from fairchem_kd.augment.structures import join
 from fairchem_kd.errors import UserError
 from fairchem_kd.records import read_records
-from fairchem_kd.schema import parse
 
 LOSSES: dict[str, Any] = {"e2n": {}, "v2v": {}, "vanilla": {}, "per_atom_energy": {}}
-
-
-def samples(number: int, seed: int = 0) -> list[Data]:
-    made = [*structures(4, seed=seed), *structures(4, seed=seed + 1)]
-    return [to_data(atoms, index) for index, atoms in enumerate(made[:number])]
-
-
-def slabs(number: int = 4, seed: int = 0) -> Batch:
-    return Batch.from_data_list(samples(number, seed))
-
-
-def rattler(seed: int = 0, **options: Any) -> Rattler:
-    return Rattler(parse(RattleOptions, options, "task.distillation.rattle"), seed)
-
-
-def one_by_one(batch: Batch) -> dict[bytes, torch.Tensor]:
-    """Each copy's displacement by the bytes of the positions of the clean structure nearest it."""
-    return {p.numpy().tobytes(): p for p in batch.pos.split(batch.natoms.tolist())}
-
-
-# -- joining and picking --------------------------------------------------------------------------
-
-
-def test_joined_structures_are_those_of_a_batch_made_at_once() -> None:
-    whole = samples(5)
-    joined = join([Batch.from_data_list(whole[:2]), Batch.from_data_list(whole[2:])])
-    expected = Batch.from_data_list(whole)
-    for key in ("pos", "atomic_numbers", "tags", "fixed", "cell", "natoms", "batch", "ptr"):
-        assert torch.equal(joined[key], expected[key]), key
-    assert joined.num_graphs == 5
-    assert not {"energy", "forces"} & set(joined.keys())
-
-
-def test_picked_structures_come_in_the_order_asked_for() -> None:
-    batch = slabs()
-    picked = pick(batch, [2, 0, 2])
-    parts = batch.pos.split(batch.natoms.tolist())
-    assert torch.equal(picked.pos, torch.cat([parts[2], parts[0], parts[2]]))
-    assert picked.natoms.tolist() == [len(parts[i]) for i in (2, 0, 2)]
-    assert torch.equal(picked.cell, batch.cell[[2, 0, 2]])
-
-
-def test_structures_without_a_key_of_the_others_are_refused() -> None:
-    bare = slabs()
-    del bare.fixed
-    with pytest.raises(UserError, match="'fixed': write it into both"):
-        join([slabs(), bare])
-
-
-# -- rattled copies -------------------------------------------------------------------------------
-
-
-def test_noise_has_the_asked_for_spread_and_fixed_atoms_never_move() -> None:
-    batch = slabs()
-    moved = []
-    for step in range(60):
-        copies = rattler(copies=1, std=0.03)(batch, step)
-        assert copies is not None
-        shift = copies.pos - batch.pos
-        assert (shift[batch.fixed == 1] == 0).all()
-        moved.append(shift[batch.fixed == 0])
-    noise = torch.cat(moved)
-    assert noise.std().item() == pytest.approx(0.03, rel=0.03)
-    assert noise.mean(dim=0).abs().max() < 3 * 0.03 / len(noise) ** 0.5
-
-
-def test_noise_is_a_function_of_seed_step_structure_and_copy() -> None:
-    batch = slabs()
-    first = rattler(copies=2)(batch, 5)
-    again = rattler(copies=2)(batch, 5)
-    assert torch.equal(first.pos, again.pos)
-    for other in (rattler(copies=2)(batch, 6), rattler(1, copies=2)(batch, 5)):
-        assert not torch.isclose(first.pos, other.pos).all(dim=1)[first.fixed == 0].any()
-    parts = first.pos.split(first.natoms.tolist())
-    assert not torch.equal(parts[0], parts[1])  # two copies of one structure
-
-
-def test_noise_depends_neither_on_the_rank_nor_on_the_place_in_the_batch() -> None:
-    batch = slabs(6)
-    whole = set(one_by_one(rattler(copies=1)(batch, 3)))
-    apart: set[bytes] = set()
-    for systems in ([4, 1, 5], [0, 3, 2]):  # two ranks with the same global batch
-        apart |= set(one_by_one(rattler(copies=1)(pick(batch, systems), 3)))
-    assert len(whole) == 6
-    assert apart == whole
-
-
-def test_global_generators_are_left_alone() -> None:
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    expected = torch.rand(1), np.random.rand()  # noqa: NPY002
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    rattler()(slabs(), 1)
-    assert (torch.rand(1), np.random.rand()) == expected  # noqa: NPY002
-
-
-@pytest.mark.parametrize(("copies", "number"), [(0.5, 3), (1, 6), (0.25, 2), (2.5, 15)])
-def test_the_number_of_copies_is_rounded_and_shared_out(copies: float, number: int) -> None:
-    batch = slabs(6)
-    chosen = []
-    for step in range(4):
-        made = rattler(copies=copies)(batch, step)
-        assert len(made.natoms) == number
-        counts = [made.sid.count(sid) for sid in batch.sid.tolist()]
-        assert max(counts) - min(counts) <= 1
-        chosen.append(counts)
-    if number % 6:
-        assert len({tuple(counts) for counts in chosen}) > 1  # not always the same ones
-
-
-def test_no_copies_of_a_small_batch() -> None:
-    assert rattler(copies=0.1)(slabs(2), 1) is None
-
-
-def test_copies_keep_their_atoms_apart() -> None:
-    batch = slabs(4)
-    make = rattler(copies=8, std=0.35, min_distance=0.75)
-    copies = make(batch, 1)
-    closest = np.inf
-    for system in range(len(copies.natoms)):
-        rows = copies.batch == system
-        radii = covalent_radii[copies.atomic_numbers[rows].int().numpy()]
-        pos, cell = copies.pos[rows].double().numpy(), copies.cell[system].double().numpy()
-        _, distances = ase.geometry.get_distances(pos, cell=cell, pbc=True)
-        np.fill_diagonal(distances, np.inf)
-        closest = min(closest, (distances / (radii[:, None] + radii[None])).min())
-    assert 0.75 <= closest < 0.85
-    assert 0 < len(copies.natoms) < 32  # the guard had something to do
-
-
-def test_molecules_without_a_cell_are_not_wrapped() -> None:
-    batch = slabs(2)
-    batch.cell = torch.zeros_like(batch.cell)
-    assert rattler(copies=1)(batch, 1) is not None
-
-
-def test_a_std_that_breaks_every_distance_is_refused() -> None:
-    with pytest.raises(UserError, match=r"std is 2 Å, which brings atoms closer .* smaller"):
-        rattler(copies=4, std=2.0, min_distance=1.0)(slabs(4), 1)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"copies": -0.5}, "rattle.copies must be at least 0, not -0.5"),
-        ({"std": 0}, "rattle.std must be greater than 0"),
-        ({"copy": 1}, r"unknown key 'copy' \(did you mean 'copies'\?\)"),
-    ],
-)
-def test_wrong_options_are_refused(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        rattler(**given)
-
-
-# -- unlabelled structures ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -192,66 +30,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return write_teacher(tmp_path_factory.mktemp("teacher"), data)
-
-
-class _Numbers(torch.utils.data.Dataset):
-    """Ten samples, as create_dataset gives them."""
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
-def dealt(
-    monkeypatch: pytest.MonkeyPatch, steps: list[int], ranks: int = 1, **options: Any
-) -> list:
-    """The samples of each step, of all ranks in their order."""
-    monkeypatch.setattr("fairchem_kd.augment.unlabelled.create_dataset", lambda *args: _Numbers())
-    loaders = [
-        UnlabelledLoader(
-            UnlabelledOptions(dataset={}, **options),
-            labelled=6 // ranks,
-            seed=0,
-            rank=rank,
-            ranks=ranks,
-            make_loader=lambda dataset, sampler: torch.utils.data.DataLoader(
-                dataset, batch_sampler=sampler, collate_fn=list
-            ),
-        )
-        for rank in range(ranks)
-    ]
-    return [[sample for loader in loaders for sample in loader(step)] for step in steps]
-
-
-def test_every_pass_deals_each_structure_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = dealt(monkeypatch, list(range(1, 21)), share=1 / 3, skip=4)
-    assert {len(samples) for samples in steps} == {3}
-    stream = [sample for samples in steps for sample in samples]
-    passes = [stream[start : start + 6] for start in range(0, 60, 6)]
-    assert all(sorted(one) == [4, 5, 6, 7, 8, 9] for one in passes)
-    assert len({tuple(one) for one in passes}) > 1
-
-
-def test_ranks_share_what_one_rank_would_get(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [1, 2, 3, 4]
-    expected = dealt(monkeypatch, steps, share=0.5)
-    assert dealt(monkeypatch, steps, ranks=2, share=0.5) == expected
-    assert dealt(monkeypatch, steps, ranks=3, share=0.5) == expected
-
-
-def test_a_resumed_run_goes_on_in_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = dealt(monkeypatch, [1, 2, 3, 4, 5], share=0.5)
-    assert dealt(monkeypatch, [4, 5], share=0.5) == expected[3:]
-
-
-def test_nothing_left_after_skip_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="skip is 10, but the data set has 10 samples"):
-        dealt(monkeypatch, [1], skip=10)
-
-
-# -- in a training --------------------------------------------------------------------------------
 
 
 def distilled(root: Path, data: Path, teacher: Path, **block: Any) -> dict[str, Any]:
