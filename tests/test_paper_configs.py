@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 from bisect import bisect
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
+from configs import ROOT, read
+from configs import in_root as in_root
 from fairchem.core.common.registry import registry
-from fairchem.core.common.utils import load_config, setup_imports
+from fairchem.core.common.utils import setup_imports
 from models import batch, fit_scales, structures
 
 from fairchem_kd.config import parse_distillation
 from fairchem_kd.features import FeatureExtractor
 
-ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "yaml_configs" / "paper"
 RUNS = sorted(
     str(path.relative_to(ROOT))
@@ -42,18 +42,6 @@ COEFFICIENTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-def read(path: str) -> dict[str, Any]:
-    config, overridden, conflicts = load_config(path)
-    assert not conflicts
-    assert not overridden
-    return config
-
-
 @functools.cache
 def built(path: str) -> torch.nn.Module:
     """The full-size model of a file in ``paper/*/models``."""
@@ -65,7 +53,7 @@ def built(path: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("path", RUNS)
 def test_a_run_is_complete(path: str) -> None:
-    config = read(path)
+    config = read(path, may_override=False)
     assert config["trainer"] == "fairchem_kd.DistillationTrainer"
     assert config["dataset"].keys() >= {"train", "val"}
     assert config["outputs"].keys() == {"energy", "forces"}

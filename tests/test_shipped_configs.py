@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from configs import ROOT, read
+from configs import in_root as in_root
 from fairchem.core.common.registry import registry
-from fairchem.core.common.utils import load_config, setup_imports
+from fairchem.core.common.utils import setup_imports
 
 from fairchem_kd.config import parse_distillation
 from fairchem_kd.data.recipes import parse_options
@@ -17,7 +19,6 @@ from fairchem_kd.data.splits import QUARTERS
 from fairchem_kd.features import FeatureExtractor
 from fairchem_kd.teacher import Teacher
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = sorted(
     str(path.relative_to(ROOT))
     for folder in ("kd", "demo", "teachers")
@@ -31,17 +32,6 @@ FRAMES = {
     "data/collisions/train": 4000,
     "data/collisions/train_1of4": 1002,
 }
-
-
-@pytest.fixture(autouse=True)
-def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-def read(path: str) -> dict[str, Any]:
-    config, _, conflicts = load_config(path)
-    assert not conflicts
-    return config
 
 
 def labelled(train: dict[str, Any]) -> int:
