@@ -13,6 +13,9 @@ import torch
 
 torch.set_num_threads(1)
 
+# What these assert is told as fully as what a test itself does.
+pytest.register_assert_rewrite("configs", "edge_sums", "published", "sweeps", "terms", "trainings")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
