@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from sweeps import E2N, said, write
 from sweeps import place as place
 
@@ -18,6 +19,7 @@ from fairchem_kd.sweep.collect import collect, estimate, run_metrics
 from fairchem_kd.sweep.columns import short_keys
 from fairchem_kd.sweep.manifest import expand, read_manifest
 from fairchem_kd.sweep.state import statuses, write_state
+from fairchem_kd.workarounds import with_primary_metric
 
 
 def test_mean_and_interval_against_the_textbook():
@@ -78,6 +80,22 @@ def test_collect(finished, capsys):
     assert "of 3" not in capsys.readouterr().out
     sentence = said(capsys, "collect", str(path), "--metrics", "force_mae")
     assert "did you mean 'forces_mae'" in sentence
+
+
+def test_the_best_is_by_the_metric_that_the_trainer_chose(place):
+    """Where the config names none."""
+    base = yaml.safe_load(Path("base.yml").read_text())
+    del base["evaluation_metrics"]
+    Path("base.yml").write_text(yaml.safe_dump(base))
+    manifest = expand(write({"base": "base.yml", "seeds": [0]}))
+    [run] = manifest.runs
+    records = Records(manifest.run_folder(run))
+    metrics = with_primary_metric(None, ("energy", "forces"))
+    records.write("config", step=0, config={"evaluation_metrics": metrics})
+    for step, energy, forces in ((2, 1.0, 9.0), (4, 2.0, 3.0), (6, 3.0, 5.0)):
+        found = {"energy_mae": energy, "forces_mae": forces}
+        records.write("val", step=step, epoch=step / 4, metrics=found)
+    assert run_metrics(manifest, run) == {"energy_mae": 2.0, "forces_mae": 3.0}
 
 
 def test_collect_of_named_points_and_of_nothing(finished, place, capsys):

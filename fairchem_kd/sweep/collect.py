@@ -61,9 +61,16 @@ def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimat
 
 
 def primary_metric(manifest: Manifest, run: Run) -> str:
-    """The metric by which fairchem picks the run's best checkpoint."""
-    metrics = check_config(manifest, run).get("evaluation_metrics") or {}
-    return str(metrics.get("primary_metric") or "energy_mae")
+    """The metric by which the run's best checkpoint was picked.
+
+    Where its config names none, the trainer has chosen one, which stands in the run's records.
+    """
+    resolved = [record["config"] for record in read_records(manifest.run_folder(run), "config")]
+    for config in (*reversed(resolved), check_config(manifest, run)):
+        metrics = config.get("evaluation_metrics") or {}
+        if metrics.get("primary_metric"):
+            return str(metrics["primary_metric"])
+    return "energy_mae"
 
 
 def run_metrics(manifest: Manifest, run: Run, at: str = "best") -> dict[str, float]:
