@@ -101,7 +101,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}"[:300]
 
 
-def launch_config(manifest: Manifest, run: Run, request: Request) -> dict[str, Any]:
+def job_config(manifest: Manifest, run: Run, request: Request) -> dict[str, Any]:
     """The config that `fairchem --submit` would hand to the run's job."""
     from fairchem_kd.launch import make_parser, read_config
 
@@ -156,7 +156,7 @@ def submit(
     Raises:
         UserError: the scheduler refuses the jobs.
     """
-    configs = [launch_config(manifest, run, request) for run in runs]
+    configs = [job_config(manifest, run, request) for run in runs]
     os.chdir(manifest.directory)
     executor = make_executor(manifest, request, configs[0], cluster)
     for config in configs:
