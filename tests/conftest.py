@@ -1,8 +1,9 @@
-"""What every test shares: one thread, and nothing left behind in the environment."""
+"""What every test shares: one thread, signals as usual, the environment as it was."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is imported; inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What these assert is told as fully as what a test itself does.
 pytest.register_assert_rewrite("configs", "edge_sums", "published", "sweeps", "terms", "trainings")

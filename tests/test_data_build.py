@@ -42,14 +42,9 @@ def config(root: Path, **build: Any) -> dict[str, Any]:
 
 
 def builder(root: Path, **build: Any) -> subprocess.Popen[str]:
-    """Another process that asks for the data set.
-
-    A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
-    """
-    script = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        f"from fairchem_kd.data.build import ensure_built; ensure_built({config(root, **build)!r})"
-    )
+    """Another process that asks for the data set."""
+    data = config(root, **build)
+    script = f"from fairchem_kd.data.build import ensure_built; ensure_built({data!r})"
     return subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

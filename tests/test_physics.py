@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from models import structures
 from trainings import config, inside, trainer, write_home
 
 from fairchem_kd import cli
+from fairchem_kd.analysis import physics_study
 from fairchem_kd.analysis.calculators import atoms_of, make_calculator
 from fairchem_kd.analysis.cli_physics import _models
 from fairchem_kd.analysis.models import load_model, read_model
@@ -328,10 +327,14 @@ def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| mine |" in Path("out/physics.md").read_text()
 
 
-def test_an_interruption_ends_in_a_sentence(home: Path, capsys: Any) -> None:
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    argv = ["physics", "n2n.pt", "--cpu", "--md-steps", "100000", "--out", "never"]
+def test_an_interruption_ends_in_a_sentence(
+    home: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(physics_study, "run_dynamics", interrupted)
+    argv = ["physics", "n2n.pt", "--cpu", "--out", "never"]
     assert cli.main(argv) == 130
     assert "stopped: fairchem-kd physics; the files it had written are whole" in (
         capsys.readouterr().err
