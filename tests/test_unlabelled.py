@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trainings import write_lmdb
 
 from fairchem_kd.augment import UnlabelledLoader, UnlabelledOptions
 from fairchem_kd.errors import UserError
@@ -40,6 +42,16 @@ def dealt(
         for rank in range(ranks)
     ]
     return [[sample for loader in loaders for sample in loader(step)] for step in steps]
+
+
+@pytest.mark.parametrize("settings", [{"first_n": 3}, {"splits": {"train": {"first_n": 3}}}])
+def test_fairchems_own_choice_of_samples_holds(tmp_path: Path, settings: dict[str, Any]) -> None:
+    write_lmdb(tmp_path / "more", 5, seed=0)
+    options = UnlabelledOptions(dataset={"src": str(tmp_path / "more"), **settings}, skip=1)
+    loader = UnlabelledLoader(
+        options, labelled=2, seed=0, rank=0, ranks=1, make_loader=torch.utils.data.DataLoader
+    )
+    assert [sample.sid for sample in loader.dataset] == [1, 2]
 
 
 def test_every_pass_deals_each_structure_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,11 @@ class UnlabelledLoader:
         ranks: int,
         make_loader: Callable[[Any, Any], DataLoader],
     ) -> None:
-        ordered = create_dataset({"no_shuffle": True, **options.dataset}, "train")
+        settings = dict(options.dataset)
+        settings |= (settings.pop("splits", None) or {}).get("train") or {}
+        if settings.get("first_n") is None and settings.get("sample_n") is None:
+            settings["no_shuffle"] = True  # which fairchem takes for a contradiction to these
+        ordered = create_dataset(settings, "train")
         if options.skip >= len(ordered):
             raise UserError(
                 f"{WHERE}.skip is {options.skip}, but the data set has {len(ordered)} samples: "
