@@ -6,7 +6,7 @@ import copy
 import datetime
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -197,6 +197,23 @@ def stock_command_with(
     finally:
         for name, original in originals.items():
             setattr(_cli, name, original)
+
+
+def in_file_order(settings: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """A data set's config with which ``create_dataset`` keeps the order of its files.
+
+    It shuffles unless it is told ``no_shuffle``, which it takes for a contradiction to ``first_n``
+    and ``sample_n``. The first of these keeps the order by itself, the other one is a shuffle.
+
+    Args:
+        settings: the config.
+        split: whose ``splits`` of the config count.
+    """
+    chosen = dict(settings)
+    chosen |= (chosen.pop("splits", None) or {}).get(split) or {}
+    if chosen.get("first_n") is None and chosen.get("sample_n") is None:
+        chosen.setdefault("no_shuffle", True)
+    return chosen
 
 
 def with_own_databases(

@@ -235,6 +235,9 @@ def test_a_folder_of_files_is_read_in_order(root: Path) -> None:
     with open_structures(root / "files" / "val", limit=1) as found:
         samples = list(found.samples())
     assert [s.atomic_numbers.tolist() for s in samples] == [expected[0].numbers.tolist()]
+    chosen = {"src": str(root / "lmdb" / "train"), "first_n": 2}  # as a run's config may have it
+    with open_structures(chosen) as found:
+        assert [sample.sid for sample in found.samples()] == [0, 1]
     empty = root / "empty"
     empty.mkdir(exist_ok=True)
     with pytest.raises(UserError, match="no file that ASE is known"), open_structures(empty):

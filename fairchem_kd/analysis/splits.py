@@ -67,15 +67,16 @@ def open_split(settings: Mapping[str, Any], name: str = "") -> Iterator[Split]:
     from fairchem.core.common.utils import setup_imports
     from fairchem.core.datasets.base_dataset import create_dataset
 
+    from fairchem_kd.workarounds import in_file_order
+
     path = str(settings["src"])
     name = name or Path(path).name
     if settings.get("build") is not None:
         ensure_built({"dataset": {"test": dict(settings)}})
     check_dataset(settings, f"the split {name}")
     setup_imports()
-    chosen = any(settings.get(key) is not None for key in ("first_n", "sample_n"))
     try:
-        dataset = create_dataset({**({} if chosen else {"no_shuffle": True}), **settings}, "test")
+        dataset = create_dataset(in_file_order(settings, "test"), "test")
     except Exception as error:  # whatever a dataset makes of a path that is not for it
         raise UserError(
             f"The split {name} ({path}) cannot be read as format '{settings.get('format')}' "

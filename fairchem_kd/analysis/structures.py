@@ -112,6 +112,8 @@ def _open_dataset(settings: Mapping[str, Any]) -> Any:
     from fairchem.core.common.utils import setup_imports
     from fairchem.core.datasets.base_dataset import create_dataset
 
+    from fairchem_kd.workarounds import in_file_order
+
     path = settings["src"]
     if settings.get("build") is not None:
         ensure_built({"dataset": {"test": dict(settings)}})
@@ -119,7 +121,7 @@ def _open_dataset(settings: Mapping[str, Any]) -> Any:
         check_dataset(settings, "the structures")
     setup_imports()
     try:
-        dataset = create_dataset({"no_shuffle": True, **settings}, "test")
+        dataset = create_dataset(in_file_order(settings, "test"), "test")
     except Exception as error:  # whatever a dataset makes of a path that is not for it
         raise UserError(
             f"{path} cannot be read as format '{settings.get('format')}' "

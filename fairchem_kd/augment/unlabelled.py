@@ -14,6 +14,7 @@ from torch_geometric.data import Batch
 from fairchem_kd.errors import UserError
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.schema import option
+from fairchem_kd.workarounds import in_file_order
 
 WHERE = "task.distillation.unlabelled"
 CHECKED = 256  # samples that are looked at before training starts
@@ -59,11 +60,7 @@ class UnlabelledLoader:
         ranks: int,
         make_loader: Callable[[Any, Any], DataLoader],
     ) -> None:
-        settings = dict(options.dataset)
-        settings |= (settings.pop("splits", None) or {}).get("train") or {}
-        if settings.get("first_n") is None and settings.get("sample_n") is None:
-            settings["no_shuffle"] = True  # which fairchem takes for a contradiction to these
-        ordered = create_dataset(settings, "train")
+        ordered = create_dataset(in_file_order(options.dataset, "train"), "train")
         if options.skip >= len(ordered):
             raise UserError(
                 f"{WHERE}.skip is {options.skip}, but the data set has {len(ordered)} samples: "
