@@ -8,7 +8,7 @@ into benchmarks/results/ (--out). The ways take turns, one call each in random o
 machine whose speed changes slows them all; times are medians, and spread is half the range between
 the quartiles over the median. ``of copy`` is the least number of bytes that the operation has to
 move, over the time, over the bandwidth that copying a large tensor reaches on this device.
-``memory`` is the peak beyond the inputs (on CPU it is not measured). ``same bits`` is whether
+``memory`` is the peak of tensors beyond the inputs. ``same bits`` is whether
 repeated calls agree exactly.
 
 `docs/edge_to_node.md` explains the ways.
@@ -75,7 +75,7 @@ class Row:
     ms: float
     spread: float
     of_copy: float
-    memory_mb: float | None
+    memory_mb: float
     same_bits: bool
 
 
@@ -198,16 +198,11 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / (1e-3 * statistics.median(times))
 
 
-def peak_memory_mb(run: Callable[[], object], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    result = run()
-    synchronize(device)
-    del result
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+def peak_memory_mb(run: Callable[[], object], device: torch.device) -> float:
+    """Beyond what was there before: the inputs, that is."""
+    from fairchem_kd.analysis.timing import peak_memory
+
+    return peak_memory(run, device) / 2**20
 
 
 def step(way: Way, batch: Batch, grads: Sequence[Tensor] | None) -> Callable[[], Sequence[Tensor]]:
@@ -295,9 +290,9 @@ def print_rows(rows: Sequence[Row]) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     ours = next(row.ms for row in rows if row.way == OURS)
     for row in sorted(rows, key=lambda row: row.ms):
-        memory = "" if row.memory_mb is None else f"{row.memory_mb:.0f}"
         print(
-            f"| {row.way} | {row.ms:.3f} | {row.spread:.0%} | {row.of_copy:.0%} | {memory} | "
+            f"| {row.way} | {row.ms:.3f} | {row.spread:.0%} | {row.of_copy:.0%} | "
+            f"{row.memory_mb:.0f} | "
             f"{'yes' if row.same_bits else 'NO'} | {row.ms / ours:.2f} |"
         )
 
