@@ -46,7 +46,8 @@ fairchem [main] --mode train --config-yml CONFIG [options] [--KEY=VALUE ...]
 
 - A leading `main` is accepted.
 - `--KEY=VALUE` overrides a key of the config: `--optim.max_epochs=3`,
-  `--task.distillation.losses.n2n=null`.
+  `--task.distillation.losses.n2n=null`. `null`, `true` and `false` are YAML's, which stock takes
+  for text.
 - Data that the config can build is built before training ([data](data.md)).
 - Without a CUDA device, and not submitting to a cluster, it runs as with `--cpu`.
 - `--sweep-yml` reads the YAML of [sweeps](sweeps.md).

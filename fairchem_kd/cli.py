@@ -62,6 +62,11 @@ def report(error: UserError) -> int:
     return 2
 
 
+def _drop_noise() -> None:
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+
+
 def fairchem(argv: Sequence[str] | None = None) -> int:
     """Run the `fairchem` command and return its exit code."""
     try:
@@ -70,7 +75,13 @@ def fairchem(argv: Sequence[str] | None = None) -> int:
         return report(error)
     from fairchem_kd.launch import main
 
-    return main(argv)
+    _drop_noise()
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        told = "stopped; a training goes on with --timestamp-id and the name of its run's folder"
+        print(f"\n{told}", file=sys.stderr)
+        return 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         parser.parse_args(argv)  # --help, --version or an error: all of them exit
     command = COMMANDS[argv[0]]
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message)
+    _drop_noise()
     try:
         if not command.standalone:
             check_fairchem_core()

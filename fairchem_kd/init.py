@@ -115,13 +115,18 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """fairchem logs its whole config on the way; warnings stay."""
+    """fairchem logs its whole config on the way; warnings stay, but for an idle one."""
     import logging
 
+    def tells(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Disabled BalancedBatchSampler")
+
     logging.disable(logging.INFO)
+    logging.root.addFilter(tells)
     try:
         yield
     finally:
+        logging.root.removeFilter(tells)
         logging.disable(logging.NOTSET)
 
 
@@ -201,7 +206,7 @@ def _reported(found: DryRun) -> str:
         if f"{name}_weighted" in found.terms
     )
     whole = found.seconds * found.steps
-    length = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.0f} minutes"
+    length = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
     return (
         f"dry run on {found.systems} structures, {found.atoms} atoms: loss {found.loss:.4g}; "
         f"{terms}\n"

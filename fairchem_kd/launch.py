@@ -43,6 +43,7 @@ from fairchem_kd.submission import Executor, refusals_told
 
 #: Set in launched ranks: the file to which the first one to meet a UserError writes its sentence.
 _SENTENCE = "FAIRCHEM_KD_USER_ERROR_FILE"
+_YAML_LITERALS = {"null": "None", "true": "True", "false": "False"}
 
 
 class KDRunner(_cli.Runner):
@@ -156,7 +157,7 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
                 "overrides are written as --optim.max_epochs=3."
             )
     try:
-        config = build_config(args, overrides)
+        config = build_config(args, [_as_literal(word) for word in overrides])
     except (ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"the config {path} cannot be used: {error}") from error
     try:
@@ -174,6 +175,12 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
 def _is_ours(config: dict[str, Any]) -> bool:
     """Whether the trainer that it names is ours."""
     return str(config.get("trainer")).rpartition(".")[2] in ("distillation", "DistillationTrainer")
+
+
+def _as_literal(override: str) -> str:
+    """YAML's null, true and false as Python's, since stock takes them for text."""
+    key, _, value = override.partition("=")
+    return f"{key}={_YAML_LITERALS.get(value, value)}"
 
 
 def run_config(args: argparse.Namespace, config: dict[str, Any]) -> None:

@@ -108,6 +108,14 @@ class DistillationTrainer(OCPTrainer):
         """A run folder of this run's own; stock's clock has a granularity of 128 s."""
         return workarounds.fresh_timestamp(self._run_dir, device, suffix, claim=not self.is_debug)
 
+    def load_model(self) -> None:
+        try:
+            super().load_model()
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise UserError(f"model has a key that the model does not know: {error}.") from error
+
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> DataLoader:
         loader = super().get_dataloader(dataset, sampler, workers)
         flush = self.distillation_config.flush_denormal and self.device.type == "cpu"
@@ -242,6 +250,7 @@ class DistillationTrainer(OCPTrainer):
             self._check_ranks()
             self.check_labels()
             self._set_up_distillation()
+            self._warn_of_no_evaluation()
             if distutils.is_master() and not self.is_debug:
                 self.records = Records(self.config["cmd"]["checkpoint_dir"])
                 self.records.write("config", step=self.step, config=self.config)
@@ -249,6 +258,20 @@ class DistillationTrainer(OCPTrainer):
                 self._finish_resumed_step(disable_eval_tqdm)
             super().train(disable_eval_tqdm=disable_eval_tqdm)
         self._training = False
+
+    def _warn_of_no_evaluation(self) -> None:
+        """Stock saves and evaluates at multiples of a number of steps, and not at the end."""
+        optim = self.config["optim"]
+        steps = optim["max_epochs"] * len(self.train_loader)
+        eval_every = optim.get("eval_every", len(self.train_loader))
+        if eval_every <= steps or self.is_debug or not distutils.is_master():
+            return
+        saved = 0 < optim.get("checkpoint_every", eval_every) <= steps
+        left = "no best_checkpoint.pt" if saved else "no checkpoint"
+        logging.warning(
+            f"This training has {steps} steps, optim.eval_every is {eval_every}: it ends without "
+            f"an evaluation and leaves {left}. Give a smaller optim.eval_every."
+        )
 
     def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         check_finite(batch, tuple(self.output_targets))

@@ -202,6 +202,9 @@ def test_from_the_command_line(
     arguments = config(tmp_path, data, teacher=teachers["gemnet_oc"], losses={"n2n": {}})
     override = "--task.distillation.losses.n2n.coefficient=-1e-3"
     assert "losses.n2n.coefficient" in refusal(tmp_path, arguments, capsys, override)
+    # YAML's null is none at all, so that what is refused is the key after it
+    more = ("--dataset.train.build=null", "--model.hidden_chanels=3")
+    assert "hidden_chanels" in refusal(tmp_path, arguments, capsys, *more)
 
 
 def test_graph_parallel_is_refused(

@@ -86,6 +86,26 @@ def test_fine_tuning_a_trained_student_starts_with_its_weights(
         assert built.step == 8
 
 
+@pytest.mark.parametrize(
+    ("optim", "left"),
+    [
+        ({"eval_every": 5}, "no checkpoint"),
+        ({"eval_every": 5, "checkpoint_every": 2}, "no best_checkpoint.pt"),
+        ({"eval_every": 4}, None),
+    ],
+)
+def test_a_training_without_an_evaluation_is_warned_of(
+    tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture, optim: dict[str, int], left: str
+) -> None:
+    with trainer(config(tmp_path, data, max_epochs=1, **optim)) as built:
+        built.train(disable_eval_tqdm=True)
+        folder = Path(built.config["cmd"]["checkpoint_dir"])
+    assert (left is None) == ("without an evaluation" not in caplog.text)
+    assert left is None or f"leaves {left}" in caplog.text
+    assert (folder / "best_checkpoint.pt").exists() == (left is None)
+    assert (folder / "checkpoint.pt").exists() == (left != "no checkpoint")
+
+
 def test_a_primary_metric_is_found_where_none_is_given() -> None:
     """Stock fails at the first evaluation without one."""
     both = {"energy": {}, "forces": {}}

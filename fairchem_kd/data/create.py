@@ -195,6 +195,10 @@ def create(
         for stale in root.parent.glob(f".{root.name}.building-*"):
             shutil.rmtree(stale, ignore_errors=True)  # of a build that was killed
         _check_space(root, options)
+        _say(
+            f"Building the data set {root}: recipe {options.recipe.name}, "
+            f"{sum(options.sizes.values())} frames (once; it is kept)"
+        )
         try:
             aside = Path(tempfile.mkdtemp(prefix=f".{root.name}.building-", dir=root.parent))
         except OSError as error:
