@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +19,11 @@ from fairchem.core.trainers import OCPTrainer
 from trainings import config, inside, trainer, write_home, write_lmdb
 
 from fairchem_kd import cli
-from fairchem_kd.analysis.compare import assign_roles, group_by_recipe
+from fairchem_kd.analysis.compare import Comparison, Group, assign_roles, group_by_recipe
 from fairchem_kd.analysis.evaluation import evaluate, within
 from fairchem_kd.analysis.gap import target_errors
 from fairchem_kd.analysis.models import find_checkpoint, load_model, read_model
+from fairchem_kd.analysis.report import unlike_baselines
 from fairchem_kd.analysis.splits import given_split, open_split, split_settings, splits_of_run
 from fairchem_kd.analysis.throughput import measure_throughput
 from fairchem_kd.errors import UserError
@@ -229,6 +232,22 @@ def test_groups_and_roles(home: Path) -> None:
         assign_roles(groups, teacher=None, baselines=["plian"])
     with pytest.raises(UserError, match="given twice"):
         group_by_recipe([(None, plain[0]), ("other", plain[0])])
+
+
+def test_another_training_than_the_baselines_is_said(home: Path, tmp_path: Path) -> None:
+    plain, distilled = Group("plain", [read_model(run_of("plain-s0"))]), run_of("e2n-s0")
+    alike = Group("e2n", [read_model(distilled)])
+    pair = {"e2n": "plain"}
+    assert unlike_baselines(Comparison([plain, alike], [], True, baselines=pair)) == []
+    shutil.copytree(distilled, tmp_path / "longer")
+    with (tmp_path / "longer/records.jsonl").open("a") as records:
+        records.write(json.dumps({"kind": "train", "step": 99, "seconds": 1.0}) + "\n")
+    longer = read_model(tmp_path / "longer")
+    config = {**longer.config, "dataset": {"src": "data/more"}}
+    unlike = Group("e2n", [dataclasses.replace(longer, config=config)])
+    [note] = unlike_baselines(Comparison([plain, unlike], [], True, baselines=pair))
+    assert re.search(r"'e2n' and its baseline 'plain' .*: 99 steps against \d+; labels from", note)
+    assert "labels from data/more against data/train." in note
 
 
 def test_a_runs_folder(home: Path, tmp_path: Path) -> None:

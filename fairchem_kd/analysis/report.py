@@ -57,12 +57,13 @@ def models_table(comparison: Comparison) -> Table:
             _role(comparison, group),
             ", ".join("-" if seed is None else str(seed) for seed in group.seeds),
             f"{comparison.parameters[group.label] / 1e6:.2f} M",
-            str((group.files[0].config.get("dataset") or {}).get("src", "-")),
+            _labels_from(group) or "-",
             "-" if group.steps is None else str(group.steps),
             with_spread(seconds, 0),
             significant(speed.systems_per_second if speed else None),
             significant(speed.atoms_per_second if speed else None),
         )
+    table.notes += unlike_baselines(comparison)
     speed = next(iter(comparison.throughputs.values()), None)
     if speed is not None:
         flushed = ", denormals flushed to zero" if speed.flush_denormal else ""
@@ -72,6 +73,31 @@ def models_table(comparison: Comparison) -> Table:
             f"search included, on {speed.device}{threads}."
         )
     return table
+
+
+def unlike_baselines(comparison: Comparison) -> list[str]:
+    """Where a model had another training than its baseline, besides the losses of distillation."""
+    notes = []
+    groups = {group.label: group for group in comparison.groups}
+    for label, baseline in comparison.baselines.items():
+        if label not in groups or baseline not in groups or label == baseline:
+            continue
+        model, other = groups[label], groups[baseline]
+        unlike = []
+        if None not in (model.steps, other.steps) and model.steps != other.steps:
+            unlike.append(f"{model.steps} steps against {other.steps}")
+        if _labels_from(model) != _labels_from(other):
+            unlike.append(f"labels from {_labels_from(model)} against {_labels_from(other)}")
+        if unlike:
+            notes.append(
+                f"'{label}' and its baseline '{baseline}' differ in more than losses: "
+                f"{'; '.join(unlike)}. What was gained may come from that."
+            )
+    return notes
+
+
+def _labels_from(group: Group) -> str | None:
+    return (group.files[0].config.get("dataset") or {}).get("src")
 
 
 def _role(comparison: Comparison, group: Group) -> str:
@@ -179,7 +205,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
                     "baseline": comparison.baselines.get(group.label),
                     "parameters": comparison.parameters[group.label],
                     "losses": group.files[0].losses,
-                    "labels": (group.files[0].config.get("dataset") or {}).get("src"),
+                    "labels": _labels_from(group),
                     "steps": group.steps,
                     "throughput": _speed(comparison, group.label),
                     "runs": [
