@@ -7,6 +7,7 @@ and one batch is tried before anything is written.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from fairchem_kd.pairing import (
     differences,
     facts,
 )
+from fairchem_kd.quiet import quiet
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.teacher import Teacher
 
@@ -116,18 +118,16 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """fairchem logs its whole config on the way; warnings stay, but for an idle one."""
-    import logging
 
     def tells(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Disabled BalancedBatchSampler")
 
-    logging.disable(logging.INFO)
     logging.root.addFilter(tells)
     try:
-        yield
+        with quiet(logging.INFO):
+            yield
     finally:
         logging.root.removeFilter(tells)
-        logging.disable(logging.NOTSET)
 
 
 def read_training_config(path: Path) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fairchem_kd.analysis.quiet import quiet
 from fairchem_kd.errors import UserError
+from fairchem_kd.quiet import quiet
 from fairchem_kd.random_state import isolated_random_state
 
 if TYPE_CHECKING:

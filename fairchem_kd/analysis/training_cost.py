@@ -18,13 +18,13 @@ import torch
 from fairchem.core.common.utils import setup_imports
 from tqdm import tqdm
 
-from fairchem_kd.analysis.quiet import quiet
 from fairchem_kd.analysis.splits import close_dataset
 from fairchem_kd.analysis.timing import Stopwatch, Timing, clock, peak_memory, ratio
 from fairchem_kd.checkpoint import read_checkpoint
 from fairchem_kd.data.build import check_dataset
 from fairchem_kd.errors import UserError
 from fairchem_kd.legacy import modern
+from fairchem_kd.quiet import quiet
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.teacher import load_weights, model_config
 from fairchem_kd.trainer import DistillationTrainer

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from fairchem_kd.config import parse_distillation
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.errors import UserError
+from fairchem_kd.quiet import quiet
 
 #: Config file (without .yml) -> what tables call it, in the order of the table.
 STUDENTS = {
@@ -84,11 +84,8 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     for name in STUDENTS:
         path = folder / f"{name}.yml"
         args = parser.parse_args(["--mode", "train", "--config-yml", str(path)])
-        logging.disable(logging.WARNING)  # fairchem names every key that a config overrides
-        try:
+        with quiet():  # fairchem names every key that a config overrides
             config = read_config(args, [])
-        finally:
-            logging.disable(logging.NOTSET)
         try:
             parse_distillation(config.get("task"))
         except UserError as error:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Within the block, only errors are logged."""
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Within the block, nothing up to ``level`` is logged: by default errors alone are."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(level)
     try:
         yield
     finally:
