@@ -19,6 +19,7 @@ from typing import Any
 import lmdb
 
 from fairchem_kd._version import __version__
+from fairchem_kd.cores import available_cores
 from fairchem_kd.data.card import (
     FORMAT,
     fit_references,
@@ -75,8 +76,7 @@ def locked(root: Path) -> Iterator[int]:
 
 def default_processes() -> int:
     """As many as this process may use cores, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, cores or 1)
+    return min(16, available_cores())
 
 
 def _check_space(root: Path, options: Options) -> None:

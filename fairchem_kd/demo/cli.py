@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fairchem_kd.cores import available_cores
 from fairchem_kd.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     structures = count_structures(dataset["train"])
     trainings = plan.plan(configs, args.seeds, structures, args.steps)
     cuda = torch.cuda.is_available()
-    jobs = args.jobs or (1 if cuda else min(len(trainings), _cores()))
+    jobs = args.jobs or (1 if cuda else min(len(trainings), available_cores()))
 
     def then(done: Finished, so_far: list[Finished]) -> Sequence[plan.Training]:
         """The long plain training of a seed, once both that decide its length are done."""
@@ -206,10 +206,3 @@ def _teacher(configs: Mapping[str, Mapping[str, Any]]) -> Path:
         found = ", ".join(f"{path} in {name}.yml" for path, name in paths.items()) or "none"
         raise UserError(f"The demo's students must have one teacher between them, not: {found}.")
     return Path(next(iter(paths)))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

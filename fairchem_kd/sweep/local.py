@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from fairchem_kd.cores import available_cores
 from fairchem_kd.errors import UserError
 from fairchem_kd.sweep.columns import titles
 from fairchem_kd.sweep.job import TAKEN
@@ -54,9 +55,8 @@ class Machine:
                 f"--workers {self.workers} with {self.gpus} GPUs each need more than the "
                 f"{len(self.devices)} GPUs here; give at most {slots} (or --cpu)."
             )
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         ranks = self.workers * self.gpus
-        self.threads = self.threads or max(1, (cores or 1) // ranks)
+        self.threads = self.threads or max(1, available_cores() // ranks)
 
     def environment(self, slot: int) -> dict[str, str]:
         """The environment of the run in a slot: its threads, and its GPUs alone."""
