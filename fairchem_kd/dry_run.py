@@ -95,7 +95,7 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
         seconds=seconds,
         plain_seconds=plain,
         memory=memory,
-        steps=trainer.config["optim"]["max_epochs"] * len(trainer.train_loader),
+        steps=trainer.last_step,
         device=trainer.device.type,
     )
 

@@ -174,7 +174,7 @@ class DistillationTrainer(OCPTrainer):
                     learning_rate=self.config["optim"]["lr_initial"],
                     clip_grad_norm=self.clip_grad_norm,
                     seed=self.config["cmd"]["seed"] or 0,
-                    last_step=self.config["optim"]["max_epochs"] * len(self.train_loader),
+                    last_step=self.last_step,
                     device=self.device,
                 )
                 if self._continues_run:
@@ -259,10 +259,15 @@ class DistillationTrainer(OCPTrainer):
             super().train(disable_eval_tqdm=disable_eval_tqdm)
         self._training = False
 
+    @property
+    def last_step(self) -> int:
+        """The optimiser steps of the whole training."""
+        return self.config["optim"]["max_epochs"] * len(self.train_loader)
+
     def _warn_of_no_evaluation(self) -> None:
         """Stock saves and evaluates at multiples of a number of steps, and not at the end."""
         optim = self.config["optim"]
-        steps = optim["max_epochs"] * len(self.train_loader)
+        steps = self.last_step
         eval_every = optim.get("eval_every", len(self.train_loader))
         if eval_every <= steps or self.is_debug or not distutils.is_master():
             return

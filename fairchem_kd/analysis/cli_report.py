@@ -222,14 +222,11 @@ def _cards(comparison: Comparison) -> Section:
     from fairchem_kd.analysis.page import Section
 
     section = Section("Data cards")
-    datasets = [
-        str((file.config.get("dataset") or {}).get("src", ""))
-        for group in comparison.groups
-        for file in group.files
-    ]
-    paths = [Path(path).parent / "card.json" for path in datasets if path]
-    paths += [Path(split.path).parent / "card.json" for split in comparison.splits]
-    paths += [file.path.with_suffix(".json") for g in comparison.groups for file in g.files]
+    files = [file for group in comparison.groups for file in group.files]
+    datasets = [str(file.labels_from) for file in files if file.labels_from]
+    datasets += [split.path for split in comparison.splits]
+    paths = [Path(path).parent / "card.json" for path in datasets]
+    paths += [file.path.with_suffix(".json") for file in files]
     for path in dict.fromkeys(paths):
         try:
             card = json.loads(path.read_text())

@@ -59,6 +59,11 @@ class ModelFile:
         return None if is_null(path) or not self.losses else str(path)
 
     @property
+    def labels_from(self) -> str | None:
+        """Where its training set is, as its config has it."""
+        return (self.config.get("dataset") or {}).get("src")
+
+    @property
     def recipe(self) -> str:
         """Its training apart from the seed: two files of one recipe are seeds of one model."""
         keys = ("model", "optim", "task", "outputs", "loss_functions", "dataset")

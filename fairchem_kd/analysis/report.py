@@ -57,7 +57,7 @@ def models_table(comparison: Comparison) -> Table:
             _role(comparison, group),
             ", ".join("-" if seed is None else str(seed) for seed in group.seeds),
             f"{comparison.parameters[group.label] / 1e6:.2f} M",
-            _labels_from(group) or "-",
+            str(group.files[0].labels_from or "-"),
             "-" if group.steps is None else str(group.steps),
             with_spread(seconds, 0),
             significant(speed.systems_per_second if speed else None),
@@ -86,18 +86,15 @@ def unlike_baselines(comparison: Comparison) -> list[str]:
         unlike = []
         if None not in (model.steps, other.steps) and model.steps != other.steps:
             unlike.append(f"{model.steps} steps against {other.steps}")
-        if _labels_from(model) != _labels_from(other):
-            unlike.append(f"labels from {_labels_from(model)} against {_labels_from(other)}")
+        ours, theirs = model.files[0].labels_from, other.files[0].labels_from
+        if ours != theirs:
+            unlike.append(f"labels from {ours} against {theirs}")
         if unlike:
             notes.append(
                 f"'{label}' and its baseline '{baseline}' differ in more than losses: "
                 f"{'; '.join(unlike)}. What was gained may come from that."
             )
     return notes
-
-
-def _labels_from(group: Group) -> str | None:
-    return (group.files[0].config.get("dataset") or {}).get("src")
 
 
 def _role(comparison: Comparison, group: Group) -> str:
@@ -205,7 +202,7 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
                     "baseline": comparison.baselines.get(group.label),
                     "parameters": comparison.parameters[group.label],
                     "losses": group.files[0].losses,
-                    "labels": _labels_from(group),
+                    "labels": group.files[0].labels_from,
                     "steps": group.steps,
                     "throughput": _speed(comparison, group.label),
                     "runs": [
