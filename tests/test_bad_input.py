@@ -11,17 +11,14 @@ from typing import Any
 import pytest
 import torch
 from fairchem.core.common import distutils
-from trainings import config, write_lmdb, write_teacher, write_yaml
+from trainings import config, write_lmdb, write_splits, write_teacher, write_yaml
 
 from fairchem_kd.cli import fairchem
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_lmdb(root / "train", 6, seed=0)
-    write_lmdb(root / "val", 2, seed=50)
-    return root
+    return write_splits(tmp_path_factory.mktemp("data"), train=(6, 0), val=(2, 50))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from models import model_config
-from trainings import config, trainer, write_lmdb, write_teacher
+from trainings import config, trainer, write_lmdb, write_splits
+from trainings import teacher as teacher
 
 from fairchem_kd.augment.structures import join
 from fairchem_kd.errors import UserError
@@ -21,29 +22,26 @@ LOSSES: dict[str, Any] = {"e2n": {}, "v2v": {}, "vanilla": {}, "per_atom_energy"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    write_lmdb(root / "train", 6, seed=0)
-    write_lmdb(root / "more", 10, seed=20)
-    write_lmdb(root / "val", 4, seed=50)
-    return root
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    return write_teacher(tmp_path_factory.mktemp("teacher"), data)
+    return write_splits(root, train=(6, 0), more=(10, 20), val=(4, 50))
 
 
 def distilled(root: Path, data: Path, teacher: Path, **block: Any) -> dict[str, Any]:
     return config(root, data, teacher=teacher, losses=LOSSES, distillation=block)
 
 
+def first_batch(built: Any) -> Any:
+    """The batch of the first step, for which the trainer is ready then."""
+    built.train_sampler.set_epoch_and_start_iteration(0, 0)
+    built._set_up_distillation()
+    built.model.train()
+    built.step = 1
+    return next(iter(built.train_loader))
+
+
 def first_losses(arguments: dict[str, Any]) -> tuple[float, dict[str, float], dict[str, Any]]:
     """Label loss, raw distillation losses, gradients: all of the first step."""
     with trainer(arguments) as built:
-        built.train_sampler.set_epoch_and_start_iteration(0, 0)
-        built._set_up_distillation()
-        built.model.train()
-        built.step = 1
-        batch = next(iter(built.train_loader))
+        batch = first_batch(built)
         out = built._forward(batch)
         taught, built._distilled = built._distilled, None
         label = built._compute_loss(out, batch).item()
@@ -81,11 +79,7 @@ def test_a_batch_with_copies_is_the_sum_of_its_parts(
     """Totals and counts of clean structures and copies add up to those of the joined batch."""
     arguments = distilled(tmp_path, data, teacher, rattle={"copies": 1})
     with trainer(arguments) as built:
-        built.train_sampler.set_epoch_and_start_iteration(0, 0)
-        built._set_up_distillation()
-        built.model.train()
-        built.step = 1
-        batch = next(iter(built.train_loader))
+        batch = first_batch(built)
         clean = join([batch])
         copies = built.companions.rattler(batch, 1)
         sums: dict[str, list[Any]] = {}

@@ -12,7 +12,15 @@ import torch
 import torch.distributed as dist
 from fairchem.core.trainers import OCPTrainer
 from torch.utils.data import Subset
-from trainings import assert_same, config, start_ranks, trainer, weights, write_lmdb, write_teacher
+from trainings import (
+    assert_same,
+    config,
+    start_ranks,
+    trainer,
+    weights,
+    write_splits,
+    write_teacher,
+)
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.trainer import DistillationTrainer
@@ -32,11 +40,7 @@ LOSSES: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    write_lmdb(root / "train", 12, seed=0)
-    write_lmdb(root / "val", 6, seed=50)
-    write_lmdb(root / "more", 7, seed=80)
-    write_lmdb(root / "other", 7, seed=90)
-    return root
+    return write_splits(root, train=(12, 0), val=(6, 50), more=(7, 80), other=(7, 90))
 
 
 @pytest.fixture(scope="module")

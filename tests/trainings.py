@@ -41,10 +41,7 @@ ALL_LOSSES = {**FEATURE_LOSSES, "vanilla": {}, "per_atom_energy": {}}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """11 structures to train with, 4 steps of 3 an epoch, and 4 to validate with."""
-    root = tmp_path_factory.mktemp("data")
-    write_lmdb(root / "train", 11, seed=0)
-    write_lmdb(root / "val", 4, seed=50)
-    return root
+    return write_splits(tmp_path_factory.mktemp("data"), train=(11, 0), val=(4, 50))
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +173,13 @@ def inside(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
+
+
+def write_splits(root: Path, **splits: tuple[int, int]) -> Path:
+    """Data sets by name, each of so many structures from a seed; returns ``root``."""
+    for name, (count, seed) in splits.items():
+        write_lmdb(root / name, count, seed)
+    return root
 
 
 def write_home(sizes: dict[str, int], *, model: str = "gemnet_oc", **edit: Any) -> None:
