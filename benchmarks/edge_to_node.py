@@ -200,7 +200,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def peak_memory_mb(run: Callable[[], object], device: torch.device) -> float:
     """Beyond what was there before: the inputs, that is."""
-    from fairchem_kd.analysis.timing import peak_memory
+    from fairchem_kd.analysis.cost.timing import peak_memory
 
     return peak_memory(run, device) / 2**20
 

@@ -16,8 +16,8 @@ from unittest.mock import patch
 
 from fairchem.core.common.flags import flags
 
-from fairchem_kd.cli import COMMANDS
-from fairchem_kd.launch import make_parser
+from fairchem_kd.commands.main import COMMANDS
+from fairchem_kd.launch.config import make_parser
 
 PAGE = Path(__file__).with_name("commands.md")
 CORES, HERE = MACHINES = ("the machine's cores", "the current folder")

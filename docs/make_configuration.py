@@ -9,10 +9,10 @@ import dataclasses
 import typing
 from pathlib import Path
 
-from fairchem_kd.augment import RattleOptions, UnlabelledOptions
-from fairchem_kd.config import DistillationConfig, ProjectionOptim, TeacherConfig
+from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
+from fairchem_kd.distillation.config import DistillationConfig, ProjectionOptim, TeacherConfig
 from fairchem_kd.losses import known_losses
-from fairchem_kd.schedule import Schedule
+from fairchem_kd.losses.schedule import Schedule
 
 PAGE = Path(__file__).with_name("configuration.md")
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from fairchem_kd._version import __version__
 from fairchem_kd.errors import UserError
-from fairchem_kd.plugin import register
+from fairchem_kd.stock.plugin import register
 
 if TYPE_CHECKING:
+    from fairchem_kd.distillation.trainer import DistillationTrainer
     from fairchem_kd.features import FeatureExtractor, available_features
-    from fairchem_kd.teacher import Teacher
-    from fairchem_kd.trainer import DistillationTrainer
+    from fairchem_kd.models.frozen import Teacher
 
 __all__ = [
     "DistillationTrainer",
@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 _HOME = {
-    "DistillationTrainer": "fairchem_kd.trainer",
+    "DistillationTrainer": "fairchem_kd.distillation.trainer",
     "FeatureExtractor": "fairchem_kd.features",
-    "Teacher": "fairchem_kd.teacher",
+    "Teacher": "fairchem_kd.models.frozen",
     "available_features": "fairchem_kd.features",
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from fairchem_kd.cli import fairchem
+from fairchem_kd.commands.fairchem import main
 
 if __name__ == "__main__":
-    sys.exit(fairchem())
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -21,3 +22,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f" (did you mean '{near[0]}'?)"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def report(error: UserError) -> int:
+    """Print what the user can mend on stderr, and return the exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2

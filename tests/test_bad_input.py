@@ -13,7 +13,7 @@ import torch
 from fairchem.core.common import distutils
 from trainings import config, write_lmdb, write_splits, write_teacher, write_yaml
 
-from fairchem_kd.cli import fairchem
+from fairchem_kd.commands.fairchem import main as fairchem
 
 
 @pytest.fixture(scope="module")

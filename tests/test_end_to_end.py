@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fairchem_kd.checkpoint import read_checkpoint
-from fairchem_kd.records import read_records
+from fairchem_kd.models.file import read_checkpoint
+from fairchem_kd.training.records import read_records
 
 REPOSITORY = Path(__file__).parents[1]
 SIZES = {"train": 24, "val": 8, "test": 8, "test_ood": 8}

@@ -89,12 +89,13 @@ def test_wheel_holds_every_module_and_config(built, tmp_path):
     scripts = configparser.ConfigParser()
     scripts.read(info / "entry_points.txt")
     assert dict(scripts["console_scripts"]) == {
-        "fairchem": "fairchem_kd.cli:fairchem",
-        "fairchem-kd": "fairchem_kd.cli:main",
+        "fairchem": "fairchem_kd.commands.main:fairchem",
+        "fairchem-kd": "fairchem_kd.commands.main:main",
     }
     # the installed package finds its configs
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fairchem_kd.cli as c; "
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+        "import fairchem_kd.commands.main as c; "
         f"assert c.__file__.startswith({str(tmp_path)!r}); "
         "sys.exit(c.main(['configs', '--copy', sys.argv[1]]))"
     )

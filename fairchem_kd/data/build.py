@@ -11,7 +11,7 @@ import lmdb
 import numpy as np
 
 from fairchem_kd.data.create import check_options, create
-from fairchem_kd.data.recipes import parse_options
+from fairchem_kd.data.recipes.registry import parse_options
 from fairchem_kd.data.splits import QUARTERS
 from fairchem_kd.errors import UserError, did_you_mean
 

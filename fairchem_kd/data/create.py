@@ -19,7 +19,6 @@ from typing import Any
 import lmdb
 
 from fairchem_kd._version import __version__
-from fairchem_kd.cores import available_cores
 from fairchem_kd.data.card import (
     FORMAT,
     fit_references,
@@ -30,11 +29,12 @@ from fairchem_kd.data.card import (
     write_card,
 )
 from fairchem_kd.data.frames import Trajectory
-from fairchem_kd.data.recipes import Options
+from fairchem_kd.data.recipes.registry import Options
 from fairchem_kd.data.splits import QUARTERS, Split, collect, quarter_lengths
 from fairchem_kd.data.workers import Progress, trajectories, worker_pool
 from fairchem_kd.data.writer import BYTES_PER_ATOM, BYTES_PER_SAMPLE, write_split
 from fairchem_kd.errors import UserError
+from fairchem_kd.machine import available_cores
 
 
 def _say(text: str) -> None:

@@ -23,11 +23,11 @@ from typing import Any
 
 import yaml
 
-from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.demo.plan import Training
 from fairchem_kd.demo.progress import Progress
 from fairchem_kd.errors import UserError
-from fairchem_kd.records import RECORDS
+from fairchem_kd.files import write_whole
+from fairchem_kd.training.records import RECORDS
 
 DONE, LOG, CONFIG = "done.json", "log.txt", "config.yml"
 POLL = 0.5  # seconds

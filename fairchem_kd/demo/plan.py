@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairchem_kd.config import parse_distillation
 from fairchem_kd.data.build import ensure_built
+from fairchem_kd.distillation.config import parse_distillation
 from fairchem_kd.errors import UserError
-from fairchem_kd.quiet import quiet
+from fairchem_kd.stock.noise import quiet
 
 #: Config file (without .yml) -> what tables call it, in the order of the table.
 STUDENTS = {
@@ -70,7 +70,7 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: one is missing or wrong, or they are not about one student.
     """
-    from fairchem_kd.launch import make_parser, read_config
+    from fairchem_kd.launch.config import make_parser, read_config
 
     missing = [name for name in STUDENTS if not (folder / f"{name}.yml").is_file()]
     if missing:

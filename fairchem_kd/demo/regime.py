@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fairchem_kd.analysis.models import ModelFile
-from fairchem_kd.analysis.splits import count_structures
-from fairchem_kd.config import parse_distillation
+from fairchem_kd.analysis.subjects.runs import ModelFile
+from fairchem_kd.analysis.subjects.splits import count_structures
 from fairchem_kd.demo.plan import Training
+from fairchem_kd.distillation.config import parse_distillation
 
 
 def regime(

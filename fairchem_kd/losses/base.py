@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.losses.elementwise import FUNCTIONS
-from fairchem_kd.schedule import Schedule
+from fairchem_kd.losses.schedule import Schedule
 from fairchem_kd.schema import option, parse
 
 if TYPE_CHECKING:

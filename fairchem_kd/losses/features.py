@@ -26,9 +26,9 @@ from fairchem_kd.losses.base import (
     register_loss,
 )
 from fairchem_kd.losses.elementwise import elementwise
-from fairchem_kd.projection import PROJECTIONS, projection
+from fairchem_kd.losses.projection import PROJECTIONS, projection
+from fairchem_kd.losses.standardize import Standardizer
 from fairchem_kd.schema import option
-from fairchem_kd.standardize import Standardizer
 
 if TYPE_CHECKING:
     from fairchem_kd.features import FeatureSpec

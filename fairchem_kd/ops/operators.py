@@ -16,32 +16,15 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fairchem_kd.ops import cpu, segments
+from fairchem_kd.ops.backend import Backend
 from fairchem_kd.ops.order import EdgeOrder
 from fairchem_kd.ops.selfcheck import agrees
-
-
-class Backend(Protocol):
-    """One way to compute the three sums; none of them sees an empty tensor."""
-
-    def nodes(
-        self, features: Tensor, vectors: Tensor | None, order: EdgeOrder,
-        scalar: bool, mean: bool, dtype: torch.dtype,
-    ) -> Tensor: ...  # fmt: skip
-
-    def edges(
-        self, nodes: Tensor, vectors: Tensor | None, order: EdgeOrder,
-        scalar: bool, mean: bool, dtype: torch.dtype,
-    ) -> Tensor: ...  # fmt: skip
-
-    def dots(
-        self, features: Tensor, nodes: Tensor, order: EdgeOrder, mean: bool, dtype: torch.dtype
-    ) -> Tensor: ...
 
 
 @cache

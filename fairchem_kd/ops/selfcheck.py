@@ -15,7 +15,7 @@ import torch
 from fairchem_kd.ops.order import edge_order
 
 if TYPE_CHECKING:
-    from fairchem_kd.ops.operators import Backend
+    from fairchem_kd.ops.backend import Backend
 
 
 @torch.no_grad()

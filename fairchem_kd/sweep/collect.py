@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.errors import UserError, did_you_mean
-from fairchem_kd.records import RECORDS, read_records
+from fairchem_kd.files import write_whole
 from fairchem_kd.sweep.columns import columns
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config
 from fairchem_kd.sweep.state import DONE, Status
+from fairchem_kd.training.records import RECORDS, read_records
 
 AT = ("best", "last")
 CONFIDENCE = 0.95

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.sweep.log import ATTEMPT, last_words
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config, read_manifest
-from fairchem_kd.sweep.output import ATTEMPT, last_words
 from fairchem_kd.sweep.state import (
     DONE,
     FAILED,
@@ -68,7 +68,10 @@ def note_submitted(manifest: Manifest, run: Run, job: str) -> None:
 
 def run_here(manifest: Manifest, run: Run, arguments: Sequence[str]) -> int:
     """Train a run in this process, and note how it went; returns the exit code."""
-    from fairchem_kd.cli import fairchem
+    from fairchem_kd.launch.run import main as fairchem
+    from fairchem_kd.stock.noise import drop_noise
+
+    drop_noise()
 
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"{ATTEMPT} {now}, {run.point}, seed {run.seed}", flush=True)

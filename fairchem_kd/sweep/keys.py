@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fairchem_kd.config import WHERE, parse_distillation
+from fairchem_kd.distillation.config import WHERE, parse_distillation
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.schema import is_null
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from fairchem_kd.cores import available_cores
 from fairchem_kd.errors import UserError
+from fairchem_kd.machine import available_cores
 from fairchem_kd.sweep.columns import titles
 from fairchem_kd.sweep.job import TAKEN
+from fairchem_kd.sweep.log import last_words
 from fairchem_kd.sweep.manifest import Manifest, Run
-from fairchem_kd.sweep.output import last_words
 from fairchem_kd.sweep.state import DONE, FAILED, PENDING, RUNNING, read_state, write_state
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")

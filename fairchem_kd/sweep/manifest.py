@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.files import write_whole
 from fairchem_kd.sweep.spec import Point, Sweep, read_sweep
 
 MANIFEST = "manifest.json"
@@ -128,7 +128,7 @@ def read_base(path: Path, sweep: Path | None = None) -> dict[str, Any]:
     Raises:
         UserError: it is missing or cannot be used.
     """
-    from fairchem_kd.launch import make_parser, read_config
+    from fairchem_kd.launch.config import make_parser, read_config
 
     if sweep is not None and not path.is_file():
         folder = path.parent

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fairchem_kd.checkpoint import write_whole
 from fairchem_kd.errors import UserError
+from fairchem_kd.files import write_whole
 from fairchem_kd.sweep.collect import CONFIDENCE, Row
 from fairchem_kd.sweep.columns import short_keys, swept_keys, titles
 

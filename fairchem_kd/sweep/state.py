@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairchem_kd.checkpoint import write_whole
-from fairchem_kd.records import RECORDS, read_records
+from fairchem_kd.files import write_whole
+from fairchem_kd.sweep.log import last_words
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config
-from fairchem_kd.sweep.output import last_words
 from fairchem_kd.sweep.scheduler import LOCAL, Jobs, known_jobs
+from fairchem_kd.training.records import RECORDS, read_records
 
 DONE, RUNNING, FAILED, PENDING = STATES = ("done", "running", "failed", "pending")
 #: Seconds between signs of life, and after how many without one a run counts as ended.

@@ -13,7 +13,7 @@ from submitit import Job, JobEnvironment
 from submitit.helpers import Checkpointable, DelayedSubmission
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.submission import Executor, refusals_told
+from fairchem_kd.launch.submission import Executor, refusals_told
 from fairchem_kd.sweep.columns import titles
 from fairchem_kd.sweep.job import TAKEN, claim, note_submitted
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config, read_manifest
@@ -21,7 +21,7 @@ from fairchem_kd.sweep.scheduler import LOCAL
 from fairchem_kd.sweep.state import DONE, FAILED, PENDING, heartbeat, statuses, write_state
 
 if TYPE_CHECKING:
-    from fairchem_kd.launch import KDRunner
+    from fairchem_kd.launch.ranks import KDRunner
 
 #: How often a job may run into its time limit and be queued again.
 TIMEOUTS = 100
@@ -53,7 +53,7 @@ class SweepJob(Checkpointable):
 
     def __call__(self, config: dict[str, Any]) -> None:
         """Train the run, or go on with it."""
-        from fairchem_kd.launch import KDRunner
+        from fairchem_kd.launch.ranks import KDRunner
 
         manifest, run = self._find()
         os.chdir(manifest.directory)
@@ -103,7 +103,7 @@ def _reason(error: BaseException) -> str:
 
 def job_config(manifest: Manifest, run: Run, request: Request) -> dict[str, Any]:
     """The config that `fairchem --submit` would hand to the run's job."""
-    from fairchem_kd.launch import make_parser, read_config
+    from fairchem_kd.launch.config import make_parser, read_config
 
     check_config(manifest, run)
     argv = manifest.command(run)[1:]

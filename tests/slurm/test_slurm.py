@@ -19,7 +19,7 @@ from commands import (
     write_run,
 )
 
-from fairchem_kd.submission import Executor
+from fairchem_kd.launch.submission import Executor
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

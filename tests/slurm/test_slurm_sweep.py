@@ -14,10 +14,10 @@ import pytest
 import yaml
 from trainings import write_sweep_base
 
-from fairchem_kd.cli import main
-from fairchem_kd.records import read_records
+from fairchem_kd.commands.main import main
 from fairchem_kd.sweep.manifest import Manifest, Run, read_manifest
 from fairchem_kd.sweep.state import DONE, FAILED, PENDING, RUNNING, read_state, statuses
+from fairchem_kd.training.records import read_records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

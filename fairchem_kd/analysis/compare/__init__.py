@@ -1,0 +1,1 @@
+"""What distillation gained: errors, the gap closed, learning curves."""

@@ -1,0 +1,1 @@
+"""What models and trainings cost in time and memory."""

@@ -1,0 +1,1 @@
+"""A model's embeddings of structures, in a file."""

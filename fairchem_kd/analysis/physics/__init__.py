@@ -1,0 +1,1 @@
+"""How models do as potentials."""

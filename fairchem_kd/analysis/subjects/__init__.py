@@ -1,0 +1,1 @@
+"""What an analysis is of: runs, checkpoints, splits, structures."""

@@ -1,0 +1,46 @@
+"""Models as stock fairchem gives them to ASE, and structures for them to act on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.stock.noise import quiet
+
+if TYPE_CHECKING:
+    import ase
+    from ase.calculators.calculator import Calculator
+
+    from fairchem_kd.analysis.subjects.runs import ModelFile
+    from fairchem_kd.analysis.subjects.structures import Structures
+
+
+def make_calculator(file: ModelFile, *, cpu: bool = True) -> Calculator:
+    """Stock fairchem's OCPCalculator of a checkpoint.
+
+    ``file`` has been read without executing code; what it holds is what stock loads here.
+
+    Raises:
+        UserError: stock cannot load it.
+    """
+    from fairchem.core.common.relaxation.ase_utils import OCPCalculator
+
+    with quiet(), isolated_random_state():
+        try:
+            return OCPCalculator(checkpoint_path=file.path, cpu=cpu, seed=0)
+        except Exception as error:  # whatever stock makes of a config that misses what it needs
+            raise UserError(
+                f"{file.path} cannot be loaded by fairchem's OCPCalculator "
+                f"({type(error).__name__}: {error}); take a checkpoint that fairchem wrote."
+            ) from error
+
+
+def atoms_of(structures: Structures) -> list[ase.Atoms]:
+    """The structures as ASE has them, fixed atoms fixed, periodic along all axes."""
+    from fairchem.core.common.relaxation.ase_utils import batch_to_atoms
+
+    found: list[Any] = []
+    for batch in structures.batches(64):
+        found += batch_to_atoms(batch, wrap_pos=False)
+    return found

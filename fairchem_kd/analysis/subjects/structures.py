@@ -1,0 +1,197 @@
+"""Structures to run models on: an LMDB, or any file that ASE reads. Labels are not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fairchem_kd.analysis.subjects.splits import splits_of_run
+from fairchem_kd.data.build import LMDB_FORMATS, check_dataset, ensure_built
+from fairchem_kd.data.convert.sources import find_files
+from fairchem_kd.errors import UserError
+from fairchem_kd.stock.datasets import close_dataset
+
+if TYPE_CHECKING:
+    import ase
+    from torch_geometric.data import Batch, Data
+
+    from fairchem_kd.analysis.subjects.runs import ModelFile
+
+#: Å of room that a structure gets along an axis that is not periodic: more than any model looks.
+ROOM = 40.0
+
+
+@dataclass(frozen=True)
+class Structures:
+    """An open file of structures, read one batch at a time."""
+
+    name: str
+    path: str
+    count: int | None  #: None where only reading to the end tells
+    _read: Callable[[], Iterator[Data]] = field(repr=False)
+
+    def samples(self) -> Iterator[Data]:
+        """One structure after the other, as fairchem's collater takes them."""
+        return self._read()
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Batches in the order of the file.
+
+        Raises:
+            UserError: the file holds no structure, or one that cannot be read.
+        """
+        from fairchem.core.datasets import data_list_collater
+
+        samples = self._read()
+        empty = True
+        while chunk := list(islice(samples, batch_size)):
+            empty = False
+            yield data_list_collater(chunk, otf_graph=True)
+        if empty:
+            raise UserError(f"{self.path} holds no structure; name a file that does.")
+
+
+def data_of(file: ModelFile) -> dict[str, Any]:
+    """The config of the first of the splits that a run is judged by.
+
+    Raises:
+        UserError: its config names none.
+    """
+    found = list(splits_of_run(file.config).values())
+    if not found:
+        raise UserError(f"The config in {file.path} names no test set: give one with --data PATH.")
+    return found[0]
+
+
+@contextmanager
+def open_structures(
+    source: str | Path | Mapping[str, Any], *, limit: int | None = None, name: str = ""
+) -> Iterator[Structures]:
+    """The structures of ``source``, as long as the block runs.
+
+    Args:
+        source: a folder of ``*.lmdb`` files, one such file, any other file that ASE reads, a
+            folder of those, or a dataset's config (``{"format": "lmdb", "src": ...}``, whose
+            ``build`` is honoured).
+        limit: so many structures at most: of an LMDB evenly spread over it, of another file the
+            first ones, since it is read as it comes.
+        name: what tables call it; by default the last part of its path.
+
+    Raises:
+        UserError: it is missing, empty, or nothing that can be read.
+    """
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if not path.exists():
+            raise UserError(f"{path} does not exist in {Path.cwd()}; name a file of structures.")
+        if path.suffix != ".lmdb" and not (path.is_dir() and any(path.glob("*.lmdb"))):
+            files = _files(path)
+            yield Structures(name or path.name, str(path), None, lambda: _ase(files, limit))
+            return
+        source = {"format": "lmdb", "src": str(path)}
+    dataset = _open_dataset(source)
+    try:
+        total = len(dataset)
+        count = total if limit is None else min(limit, total)
+
+        def read() -> Iterator[Data]:
+            return (dataset[number * total // count] for number in range(count))
+
+        path = Path(source["src"])
+        yield Structures(name or path.name, str(path), count, read)
+    finally:
+        close_dataset(dataset.dataset)
+
+
+def _open_dataset(settings: Mapping[str, Any]) -> Any:
+    from fairchem.core.common.utils import setup_imports
+    from fairchem.core.datasets.base_dataset import create_dataset
+
+    from fairchem_kd.stock.datasets import in_file_order
+
+    path = settings["src"]
+    if settings.get("build") is not None:
+        ensure_built({"dataset": {"test": dict(settings)}})
+    if settings.get("format", "lmdb") in LMDB_FORMATS:
+        check_dataset(settings, "the structures")
+    setup_imports()
+    try:
+        dataset = create_dataset(in_file_order(settings, "test"), "test")
+    except Exception as error:  # whatever a dataset makes of a path that is not for it
+        raise UserError(
+            f"{path} cannot be read as format '{settings.get('format')}' "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if len(dataset) == 0:
+        raise UserError(f"{path} holds no structure; name a file that does.")
+    return dataset
+
+
+def _files(path: Path) -> list[Path]:
+    try:
+        return find_files([path])
+    except UserError as error:
+        raise UserError(
+            f"The folder {path} has no *.lmdb file and no file that ASE is known to read (.extxyz, "
+            ".traj, .db, ...); name the folder that has them, or a file."
+        ) from error
+
+
+def _ase(files: Sequence[Path], limit: int | None) -> Iterator[Data]:
+    """The structures of files that ASE reads, one after the other."""
+    found = (atoms for file in files for atoms in _read(file))
+    for number, atoms in enumerate(islice(found, limit)):
+        yield to_sample(atoms, number)
+
+
+def _read(file: Path) -> Iterator[ase.Atoms]:
+    from ase.io import iread
+
+    try:
+        yield from iread(file, index=":")
+    except Exception as error:  # each of ASE's many readers fails in its own way
+        raise UserError(
+            f"{file} cannot be read by ASE ({type(error).__name__}: {error}); name an LMDB, or a "
+            "file in a format of ase.io."
+        ) from error
+
+
+def to_sample(atoms: ase.Atoms, number: int = 0) -> Data:
+    """The sample that fairchem's models take, ``sid`` being ``number``; see :func:`as_periodic`."""
+    from fairchem.core.preprocessing import AtomsToGraphs
+
+    convert = AtomsToGraphs(r_edges=False, r_fixed=True, r_pbc=True).convert
+    data = convert(as_periodic(atoms), sid=number)
+    data.fid = 0
+    data.pbc = data.pbc.view(1, 3)
+    return data
+
+
+def as_periodic(atoms: ase.Atoms) -> ase.Atoms:
+    """A copy that is periodic along all three axes, without images in reach along new ones.
+
+    fairchem's models make their graphs with one ``pbc`` for a whole batch; along an axis that was
+    not periodic, the cell becomes so long that :data:`ROOM` lies between a structure and its image.
+    """
+    copy = atoms.copy()
+    if bool(np.all(copy.pbc)):
+        return copy
+    cell = np.array(copy.cell.complete())
+    for axis in np.flatnonzero(~copy.pbc):
+        normal = np.cross(cell[axis - 2], cell[axis - 1])
+        normal /= np.linalg.norm(normal)
+        height = abs(cell[axis] @ normal)
+        along = copy.positions @ normal
+        needed = np.ptp(along) + ROOM if len(along) else ROOM
+        cell[axis] *= max(1.0, needed / height)
+    axes = tuple(int(axis) for axis in np.flatnonzero(~copy.pbc))
+    copy.set_cell(cell)
+    copy.center(axis=axes)
+    copy.pbc = True
+    return copy

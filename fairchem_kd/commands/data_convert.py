@@ -1,0 +1,208 @@
+"""``fairchem-kd data convert SOURCE ... DEST``: one's own files to a data set for fairchem."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from ase.data import chemical_symbols
+
+from fairchem_kd.data.convert.assemble import SPLITS, Conversion
+from fairchem_kd.data.convert.convert import convert, default_group, default_references, plan
+from fairchem_kd.data.convert.labels import ENERGY_UNITS, LENGTH_UNITS, Reading
+from fairchem_kd.data.create import default_processes
+from fairchem_kd.errors import UserError
+
+HELP = "convert COLL, OC20, and whatever ASE reads to fairchem's LMDB"
+
+DESCRIPTION = """
+Convert files of labelled structures: COLL's extended xyz, OC20's pairs of .extxyz.xz and .txt,
+ASE's trajectories and databases, OUTCAR, vasprun.xml, and with --pattern whatever else ASE reads.
+Splits are those that the names of files or folders say (train, val, test), or what --split makes.
+A conversion that was interrupted goes on where it stopped.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fairchem-kd data convert``."""
+    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="files or folders")
+    parser.add_argument("dest", type=Path, metavar="DEST", help="folder of the data set to write")
+    parser.add_argument("--pattern", metavar="GLOB", help="files to take from folders: '*.cif'")
+    parser.add_argument("--into", metavar="SPLIT", help="the split that all frames go to")
+    parser.add_argument(
+        "--split", metavar="TRAIN/VAL[/TEST]", help="split by trajectory, as in 0.8/0.1/0.1"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --split (default: %(default)s)")
+    parser.add_argument(
+        "--group", metavar="WHAT",
+        help="what a trajectory is: system (OC20), file, frame (each by itself), formula, or a "
+        "key of the frames' info",
+    )  # fmt: skip
+    parser.add_argument(
+        "--labels", choices=("both", "energy", "none"), default="both",
+        help="energies and forces, energies alone, or structures alone (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--references", metavar="HOW", default="auto",
+        help="what is taken off total energies: auto (OC20's and COLL's own, else fit), fit "
+        "(least squares on train), none, or a JSON file {\"H\": -13.6, ...} in eV",
+    )  # fmt: skip
+    parser.add_argument("--energy-key", metavar="KEY", help="of the frames' info")
+    parser.add_argument("--forces-key", metavar="KEY", help="of the frames' arrays")
+    parser.add_argument("--energy-unit", choices=ENERGY_UNITS, default="eV")
+    parser.add_argument("--length-unit", choices=LENGTH_UNITS, default="Angstrom")
+    parser.add_argument(
+        "--force-unit", metavar="ENERGY/LENGTH", help="Hartree/Bohr; else that of the other two"
+    )
+    parser.add_argument(
+        "--cell", type=float, default=40.0, metavar="Å", help="of molecules (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--max-force", type=float, metavar="EV_PER_Å", help="leave out frames with a larger one"
+    )
+    parser.add_argument(
+        "--max-skipped", type=float, default=0.01, metavar="SHARE",
+        help="frames that may be unusable before all is refused (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-mixed", action="store_true", help="unlike elements or forces in splits and files"
+    )
+    parser.add_argument("--processes", type=int, default=default_processes(), metavar="N")
+    parser.add_argument("--force", action="store_true", help="replace DEST if it is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and print what is in the data set and how a config names it."""
+    conversion = conversion_of(args)
+    start = time.monotonic()
+    card = convert(conversion, args.dest, max(args.processes, 1), args.force)
+    took = time.monotonic() - start
+    print(f"{args.dest}: converted in {took:.0f} s; details in {args.dest / 'card.json'}")
+    print(summary(card))
+    for note in card["notes"]:
+        print(f"note: {note}")
+    print(snippet(card, args.dest))
+    return 0
+
+
+def conversion_of(args: argparse.Namespace) -> Conversion:
+    """The options, checked; what they leave open is read off the first files.
+
+    Raises:
+        UserError: an option makes no sense, or sources cannot be read.
+    """
+    if args.into is not None and args.split is not None:
+        raise UserError("--into and --split contradict each other; give one of them.")
+    if args.into is not None and not re.fullmatch(r"[\w-]+", args.into):
+        raise UserError(
+            f"--into {args.into}: a split is a folder in DEST, and its name has letters, digits, "
+            "'_' and '-' only, as in train."
+        )
+    given = None
+    references = args.references
+    if references not in ("auto", "fit", "none"):
+        given, references = read_references(Path(references)), "file"
+    if args.labels == "none":
+        references = "none"
+    draft = Conversion(
+        sources=tuple(args.sources),
+        pattern=args.pattern,
+        into=args.into,
+        shares=None if args.split is None else parse_shares(args.split),
+        seed=args.seed,
+        given_references=given,
+        max_skipped=args.max_skipped,
+        allow_mixed=args.allow_mixed,
+    )
+    parts = plan(draft)
+    if references == "auto":
+        references = default_references(parts)
+    reading = Reading(
+        labels=args.labels,
+        references=references,
+        group=args.group or default_group(parts, draft.shares is not None),
+        energy_key=args.energy_key,
+        forces_key=args.forces_key,
+        energy_unit=args.energy_unit,
+        force_unit=args.force_unit,
+        length_unit=args.length_unit,
+        cell=args.cell,
+        max_force=args.max_force,
+    )
+    _ = reading.force_factor  # refuses an unknown unit before anything is read
+    return Conversion(**{**vars(draft), "reading": reading})
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """``0.8/0.1/0.1``: the shares of train, val and test.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        shares = tuple(float(share) for share in text.split("/"))
+    except ValueError:
+        shares = ()
+    if not 2 <= len(shares) <= len(SPLITS) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(
+            f"--split {text}: give the shares of train and val, or of train, val and test, which "
+            "add up to 1, as in 0.8/0.1/0.1."
+        )
+    return shares
+
+
+def read_references(file: Path) -> dict[int, float]:
+    """Energy per element in eV out of ``{"H": -13.6, ...}``.
+
+    Raises:
+        UserError: the file is not such a one.
+    """
+    try:
+        given = json.loads(file.read_text())
+        return {chemical_symbols.index(symbol): float(value) for symbol, value in given.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"--references {file}: it has to be auto, fit, none, or a JSON file like "
+            f'{{"H": -13.6, "O": -432.1}} in eV ({error}).'
+        ) from error
+
+
+def summary(card: dict[str, Any]) -> str:
+    """A table of a card's splits."""
+    lines = [
+        f"{'split':<8}{'frames':>9}{'traj.':>8}{'skipped':>9}{'atoms':>8}{'E min':>10}"
+        f"{'E max':>10}{'E std':>9}{'F rms':>9}{'F max':>9}"
+    ]
+    for name, split in card["splits"].items():
+        energy, largest = split.get("energy"), split.get("force_norm_max")
+        cells = [f"{split['natoms']['mean']:>8.1f}"]
+        cells += [
+            f"{'-' if energy is None else format(energy[key], '.3f'):>{width}}"
+            for key, width in (("min", 10), ("max", 10), ("std", 9))
+        ]
+        cells.append(f"{'-' if largest is None else format(split['force_rms'], '.3f'):>9}")
+        cells.append(f"{'-' if largest is None else format(largest['max'], '.2f'):>9}")
+        skipped = sum(split["skipped_frames"].values())
+        start = f"{name:<8}{split['frames']:>9}{split['trajectories']:>8}{skipped:>9}"
+        lines.append(start + "".join(cells))
+    lines.append(f"eV and eV/Å; {card['energy_definition']}")
+    lines.append(f"elements: {' '.join(chemical_symbols[z] for z in card['elements'])}")
+    return "\n".join(lines)
+
+
+def snippet(card: dict[str, Any], dest: Path) -> str:
+    """The ``dataset`` block of a config."""
+    lines = ["dataset:"]
+    for name in card["splits"]:
+        lines += [f"  {name}:", "    format: lmdb", f"    src: {dest / name}"]
+        if name == "train" and card["normalizer"]:
+            lines += ["    transforms:", "      normalizer:"]
+            lines += [
+                f"        {key}: {{mean: {values['mean']:.6f}, rmsd: {values['rmsd']:.6f}}}"
+                for key, values in card["normalizer"].items()
+            ]
+    return "\n".join(lines)

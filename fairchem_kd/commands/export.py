@@ -1,0 +1,101 @@
+"""`fairchem-kd export`: make a small, portable checkpoint of a run's best."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from ase.data import chemical_symbols
+from fairchem.core.modules.scaling.util import ensure_fitted
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.files import write_whole
+from fairchem_kd.models.build import build_model
+from fairchem_kd.models.elements import as_atomic_numbers
+from fairchem_kd.models.export import (
+    CARD_FORMAT,
+    _about,
+    _commit,
+    _data_card,
+    _versions,
+    evaluate,
+    portable,
+    training_seconds,
+)
+from fairchem_kd.models.file import read_checkpoint, write_checkpoint
+from fairchem_kd.models.legacy import modern
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fairchem-kd export``."""
+    parser.add_argument(
+        "checkpoint", type=Path, help="best_checkpoint.pt (or checkpoint.pt) of a run"
+    )
+    parser.add_argument("dest", type=Path, help="file to write, NAME.pt; its card is NAME.json")
+    parser.add_argument("--data", type=Path, help="its dataset's folder: card.json, val, test, ...")
+    parser.add_argument(
+        "--elements", nargs="+", metavar="X", help="elements of the training data (H C 29 ...)"
+    )
+    parser.add_argument("--no-metrics", action="store_true", help="do not evaluate it on --data")
+    parser.add_argument("--trust", action="store_true", help="unpickle a file that may run code")
+    parser.add_argument("--force", action="store_true", help="overwrite DEST")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, evaluate and write the card; returns the exit code.
+
+    Raises:
+        UserError: the checkpoint cannot be exported, or DEST cannot be written.
+    """
+    dest, card = args.dest, args.dest.with_suffix(".json")
+    if dest.suffix != ".pt":
+        raise UserError(f"DEST has to end in .pt, and {dest} does not.")
+    if not args.force and (dest.exists() or card.exists()):
+        raise UserError(f"{dest} or its card {card.name} exists; give --force to overwrite them.")
+    checkpoint = modern(read_checkpoint(args.checkpoint, trust=args.trust), str(args.checkpoint))
+    data = _data_card(args.data, checkpoint["config"])
+    elements = args.elements or (data or {}).get("elements")
+    if elements is None:
+        logging.warning(
+            "The card will not say which elements the model knows: give --elements, or --data with "
+            "a card.json that has them."
+        )
+    else:
+        numbers = sorted(set(as_atomic_numbers(elements, "--elements")))
+        elements = [chemical_symbols[z] for z in numbers]
+
+    model = build_model(checkpoint, str(args.checkpoint))
+    try:
+        ensure_fitted(model)
+    except ValueError:
+        logging.warning(
+            f"{args.checkpoint} was trained without scale factors: it is exported as it is, but "
+            "cannot be a teacher (see `fairchem-kd fit-scales`)."
+        )
+    exported = portable(checkpoint, model)
+    contents = {
+        "format": CARD_FORMAT,
+        "checkpoint": dest.name,
+        "model": exported["config"]["model"]["name"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "elements": elements,
+        "units": {"energy": "eV", "forces": "eV/Å"},
+        "data": _about(data),
+        "training_seconds": training_seconds(checkpoint["config"]),
+        "metrics": {},
+        "commit": _commit(),
+        "versions": _versions(),
+        "config": {k: v for k, v in exported["config"].items() if k not in ("cmd", "slurm")},
+    }
+    write_checkpoint(exported, dest)
+    if args.data is not None and not args.no_metrics:
+        contents["metrics"] = evaluate(dest, args.data)
+    text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+    write_whole(card, lambda file: file.write(text.encode()))
+    for split, values in contents["metrics"].items():
+        shown = ", ".join(f"{name} {1000 * value:.1f}" for name, value in values.items())
+        print(f"{split}: {shown} (meV, meV/Å)")
+    print(f"wrote {dest} ({dest.stat().st_size / 1e6:.1f} MB) and {card}")
+    return 0

@@ -1,0 +1,28 @@
+"""The `fairchem` command: stock's, and what this package adds to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fairchem_kd.errors import UserError, report
+from fairchem_kd.stock.noise import drop_noise
+from fairchem_kd.stock.plugin import check_fairchem_core
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `fairchem` command and return its exit code."""
+    try:
+        check_fairchem_core()
+    except UserError as error:
+        return report(error)
+    from fairchem_kd.launch import run
+    from fairchem_kd.sweep.grid import sweep_grid
+
+    drop_noise()
+    try:
+        return run.main(argv, sweep_grid)
+    except KeyboardInterrupt:
+        told = "stopped; a training goes on with --timestamp-id and the name of its run's folder"
+        print(f"\n{told}", file=sys.stderr)
+        return 130

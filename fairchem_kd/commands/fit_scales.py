@@ -1,0 +1,86 @@
+"""`fairchem-kd fit-scales`: fit the scale factors of GemNet-OC or PaiNN."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairchem_kd.data.build import ensure_built
+from fairchem_kd.errors import UserError
+from fairchem_kd.files import write_whole
+from fairchem_kd.stock.scales import _trainer, fit_scale_factors
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fairchem-kd fit-scales``."""
+    parser.description = (
+        "Fit the scale factors of the model in CONFIG on its training set and write them to a "
+        "file that `model.scale_file` loads."
+    )
+    parser.add_argument("--config-yml", type=Path, required=True, help="a training config")
+    parser.add_argument("--num-batches", type=int, default=8, help="batches to measure on (8)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file to write, .json or .pt (default: the config's own model.scale_file)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (0)")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit and write; returns the exit code.
+
+    Raises:
+        UserError: no config, no data, no scale factors in the model, or nowhere to write.
+    """
+    if args.num_batches < 1:
+        raise UserError(f"--num-batches must be at least 1, not {args.num_batches}.")
+    config = _load_config(args.config_yml)
+    model_config = dict(config.get("model") or {})
+    if "name" not in model_config:
+        raise UserError(f"{args.config_yml} has no model.name, so there is nothing to fit.")
+    out = args.out or model_config.get("scale_file")
+    if not out or not isinstance(out, (str, Path)):
+        raise UserError(
+            f"{args.config_yml} names no model.scale_file: say where to write with --out FILE.json."
+        )
+    out = Path(out)
+    if out.suffix not in (".json", ".pt"):
+        raise UserError(f"--out {out} must end in .json or .pt, the formats fairchem reads.")
+
+    ensure_built(config)  # says which path is missing
+    trainer = _trainer(config, args.config_yml, seed=args.seed, cpu=args.cpu)
+    assert trainer.train_loader is not None
+    scales = fit_scale_factors(
+        trainer.model,
+        (batch.to(trainer.device) for batch in trainer.train_loader),
+        num_batches=args.num_batches,
+    )
+    _write(scales, out)
+    logging.info(f"Wrote {len(scales)} scale factors to {out}; set model.scale_file to use them.")
+    return 0
+
+
+def _load_config(path: Path) -> dict[str, Any]:
+    from fairchem.core.common.flags import flags
+    from fairchem.core.common.utils import build_config
+
+    if not path.is_file():
+        raise UserError(f"The config {path} (--config-yml) does not exist.")
+    args = flags.get_parser().parse_args(["--mode", "train", "--config-yml", str(path)])
+    return build_config(args, [])
+
+
+def _write(scales: dict[str, float], path: Path) -> None:
+    if path.suffix == ".json":
+        text = json.dumps(scales, indent=2) + "\n"
+        write_whole(path, lambda file: file.write(text.encode()))
+    else:
+        tensors = {name: torch.tensor(value) for name, value in scales.items()}
+        write_whole(path, lambda file: torch.save(tensors, file))

@@ -1,0 +1,247 @@
+"""``fairchem-kd init``: from the config that one would train a student with, to a distillation.
+
+Features and layers are chosen from what both models offer, what differs between them is reported,
+and one batch is tried before anything is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fairchem_kd.data.build import ensure_built
+from fairchem_kd.distillation.dry_run import DryRun, dry_run
+from fairchem_kd.distillation.pairing import (
+    Choice,
+    check_targets,
+    choose,
+    compare_normalizers,
+    differences,
+    facts,
+)
+from fairchem_kd.errors import UserError
+from fairchem_kd.files import write_whole
+from fairchem_kd.models.build import build
+from fairchem_kd.models.frozen import Teacher
+from fairchem_kd.models.legacy import modern_training_config, predicts_relaxed_energy
+from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.stock.noise import quiet
+
+#: Without these a config trains nothing.
+_NEEDED = ("model", "dataset", "optim", "loss_functions", "outputs")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fairchem-kd init``."""
+    parser.description = (
+        "Write the config of a distillation: the student's own config, a teacher, and losses on "
+        "features that both models have."
+    )
+    parser.add_argument(
+        "--student", type=Path, required=True, metavar="CONFIG", help="a config for training"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, required=True, metavar="CHECKPOINT", help="of fairchem 1.x or OCP"
+    )
+    parser.add_argument(
+        "--strategy", default="e2n", metavar="KIND[,KIND]",
+        help="n2n, e2n, v2v, vanilla, per_atom_energy (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, help="file to write (default: STUDENT_STRATEGY.yml here)"
+    )
+    parser.add_argument("--no-dry-run", action="store_true", help="do not try a batch")
+    parser.add_argument("--trust", action="store_true", help="unpickle a file that may run code")
+    parser.add_argument("--force", action="store_true", help="overwrite --out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Choose, report, try and write; returns the exit code.
+
+    Raises:
+        UserError: the two do not fit, the config trains nothing, or the file exists.
+    """
+    kinds = [kind.strip() for kind in args.strategy.split(",") if kind.strip()]
+    if not kinds:
+        raise UserError("--strategy is empty; give for example e2n, or n2n,vanilla.")
+    out = args.out or Path(f"{args.student.stem}_{'_'.join(kinds)}.yml")
+    if out.exists() and not args.force:
+        raise UserError(f"{out} exists; give --force to overwrite it, or another --out.")
+    config = read_training_config(args.student)
+    teacher = Teacher.from_checkpoint(args.teacher, trust=args.trust, where="--teacher")
+    with isolated_random_state():
+        student = build(config["model"], args.student)
+    notes = check_targets(config.get("outputs") or ("energy", "forces"), teacher)
+    choices = [choose(kind, student, teacher) for kind in kinds]
+
+    ours, theirs = facts(student), facts(teacher.model)
+    for role, name, fact in (("teacher", args.teacher, theirs), ("student", args.student, ours)):
+        print(f"{role} {name}: {_described(fact)}")
+    lines, strange = compare_normalizers(
+        _normalizer(config),
+        {
+            name: {"mean": normalizer.mean.item(), "rmsd": normalizer.rmsd.item()}
+            for name, normalizer in teacher.units.normalizers.items()
+        },
+    )
+    print("\n".join(["normalisers, in eV and eV/Å:", *(lines or ["  none in either"])]))
+    notes += differences(ours, theirs) + strange + _unfitted(config, student, args.student)
+    if predicts_relaxed_energy({**config, "dataset": config["dataset"]["train"]}):
+        notes.append(
+            "The student's labels are energies of relaxed structures (IS2RE): the energies of a "
+            "teacher of another task are not what it is to learn; features are."
+        )
+    for choice in choices:
+        for side, comment in choice.comments.items():
+            print(f"{choice.kind}: {side} {choice.options[side]}, {comment}")
+    for note in notes:
+        print(f"note: {note}")
+
+    text = distillation_yaml(args.student, args.teacher, choices, trust=args.trust)
+    if not args.no_dry_run:
+        config.setdefault("task", {})
+        config["task"]["distillation"] = yaml.safe_load(text)["task"]["distillation"]
+        with _quiet():
+            found = dry_run(config, args.student)
+        print(_reported(found))
+    write_whole(out, lambda file: file.write(text.encode()))
+    print(f"wrote {out}; train with: fairchem main --mode train --config-yml {out}")
+    return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """fairchem logs its whole config on the way; warnings stay, but for an idle one."""
+
+    def tells(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Disabled BalancedBatchSampler")
+
+    logging.root.addFilter(tells)
+    try:
+        with quiet(logging.INFO):
+            yield
+    finally:
+        logging.root.removeFilter(tells)
+
+
+def read_training_config(path: Path) -> dict[str, Any]:
+    """A stock config with its includes.
+
+    Raises:
+        UserError: it cannot be read, is not for training, or distils already.
+    """
+    from fairchem.core.common.utils import load_config
+
+    if not path.is_file():
+        raise UserError(f"--student {path} does not exist; give the config of a plain training.")
+    try:
+        if not isinstance(yaml.safe_load(path.read_text()), dict):
+            raise ValueError("it is not a mapping of keys")
+        config, _, conflicts = load_config(str(path))
+    except (yaml.YAMLError, ValueError, OSError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(f"--student {path} cannot be read as a config: {error}") from error
+    if conflicts:
+        raise UserError(f"--student {path}: its includes give a key twice: {', '.join(conflicts)}.")
+    config = modern_training_config(config, f"--student {path}")
+    missing = [key for key in _NEEDED if not config.get(key)]
+    dataset = config.get("dataset")
+    if "dataset" not in missing and not (isinstance(dataset, dict) and dataset.get("train")):
+        missing.append("dataset.train")
+    if missing:
+        raise UserError(
+            f"--student {path} is not a config for training: it has no {' and no '.join(missing)}; "
+            "give the one with which you would train the student without a teacher."
+        )
+    if not isinstance(config["model"], dict) or "name" not in config["model"]:
+        raise UserError(f"--student {path} has no model.name.")
+    if ((config.get("task") or {}).get("distillation") or {}).get("losses"):
+        raise UserError(
+            f"--student {path} distils already (task.distillation.losses); give the student's "
+            "plain config, or edit the losses in this one."
+        )
+    ensure_built(config)  # also those splits that the dry run does not open are there
+    return config
+
+
+def _normalizer(config: dict[str, Any]) -> dict[str, Any]:
+    """``normalizer`` of the training set's transforms, by output; ``{}`` where it is fitted."""
+    transforms = config["dataset"]["train"].get("transforms") or {}
+    found = dict(transforms.get("normalizer") or {})
+    fitted = (found.pop("fit", None) or {}).get("targets") or {}
+    given = {name: values for name, values in found.items() if isinstance(values, dict)}
+    return {**{name: {} for name in fitted}, **given}
+
+
+def _unfitted(config: dict[str, Any], student: Any, path: Path) -> list[str]:
+    from fairchem.core.modules.scaling import ScaleFactor
+
+    factors = [module for module in student.modules() if isinstance(module, ScaleFactor)]
+    block = config["model"].get("backbone") or config["model"]
+    if not factors or block.get("scale_file") or config["model"].get("scale_file"):
+        return []
+    return [
+        f"The student has {len(factors)} scale factors and no model.scale_file: "
+        f"`fairchem-kd fit-scales --config-yml {path} --out scales.json` fits them."
+    ]
+
+
+def _described(fact: dict[str, Any]) -> str:
+    return (
+        f"{fact['model']}, {fact['parameters']:,} parameters, cutoff {fact['cutoff']} Å, at most "
+        f"{fact['neighbours']} neighbours, use_pbc {str(fact['use_pbc']).lower()}, forces "
+        f"{fact['forces']}"
+    )
+
+
+def _reported(found: DryRun) -> str:
+    terms = ", ".join(
+        f"{name} {value:.4g} (weighted {found.terms[f'{name}_weighted']:.4g})"
+        for name, value in found.terms.items()
+        if f"{name}_weighted" in found.terms
+    )
+    whole = found.seconds * found.steps
+    length = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
+    return (
+        f"dry run on {found.systems} structures, {found.atoms} atoms: loss {found.loss:.4g}; "
+        f"{terms}\n"
+        f"step: {found.seconds:.3g} s on one {found.device}, {found.plain_seconds:.3g} s without "
+        f"the teacher; {found.steps} steps take about {length} and evaluations; memory at most "
+        f"{found.memory / 2**30:.1f} GiB"
+    )
+
+
+def distillation_yaml(
+    student: Path, teacher: Path, choices: list[Choice], *, trust: bool = False
+) -> str:
+    """The config as text, with the shapes as comments."""
+    lines = [
+        f"# {teacher} -> {student}, {', '.join(choice.kind for choice in choices)}.",
+        f"includes: [{_quoted(student)}]",
+        "trainer: fairchem_kd.DistillationTrainer",
+        "task:",
+        "  distillation:",
+        "    teacher:",
+        f"      checkpoint: {_quoted(teacher)}",
+    ]
+    if trust:
+        lines.append("      trust_checkpoint: true")
+    lines.append("    losses:")
+    for choice in choices:
+        lines.append(f"      {choice.kind}:")
+        for name, value in choice.options.items():
+            comment = f"  # {choice.comments[name]}" if name in choice.comments else ""
+            shown = str(value).lower() if isinstance(value, bool) else value
+            lines.append(f"        {name}: {shown}{comment}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(path: Path) -> str:
+    """A path as a YAML string."""
+    text = str(path)
+    return text if text.replace("/", "").replace("_", "").replace(".", "").isalnum() else repr(text)

@@ -1,0 +1,91 @@
+"""The `fairchem-kd` command, which finds the file of a subcommand and hands over to it.
+
+A module that is a subcommand of `fairchem-kd` has ``add_arguments(parser)`` and ``run(args)``,
+which returns the exit code. It is imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fairchem_kd._version import __version__
+from fairchem_kd.errors import UserError, report
+from fairchem_kd.stock.noise import drop_noise
+from fairchem_kd.stock.plugin import check_fairchem_core
+
+
+class Command(NamedTuple):
+    """Where a subcommand lives, what it does, and whether it can do without fairchem-core."""
+
+    module: str
+    help: str
+    standalone: bool = False
+
+
+COMMANDS = {
+    "cka": Command("fairchem_kd.commands.cka", "show how similar the layers of two models are"),
+    "compare": Command("fairchem_kd.commands.compare", "show what distillation gained"),
+    "configs": Command(
+        "fairchem_kd.commands.configs", "list or copy the shipped YAML configs", True
+    ),
+    "cost": Command("fairchem_kd.commands.cost", "time models, and what distilling costs"),
+    "data": Command(
+        "fairchem_kd.commands.data", "make datasets with real labels, or convert your own"
+    ),
+    "demo": Command(
+        "fairchem_kd.commands.demo", "train students with and without a teacher, and compare"
+    ),
+    "doctor": Command(
+        "fairchem_kd.commands.doctor", "check this installation and say what to mend", True
+    ),
+    "export": Command(
+        "fairchem_kd.commands.export", "make a small, portable checkpoint of a run's best"
+    ),
+    "features": Command(
+        "fairchem_kd.commands.features", "write a model's embeddings of structures to a file"
+    ),
+    "fit-scales": Command(
+        "fairchem_kd.commands.fit_scales", "fit the scale factors of GemNet-OC or PaiNN"
+    ),
+    "init": Command("fairchem_kd.commands.init", "write the config that distils a student"),
+    "inspect": Command("fairchem_kd.commands.inspect", "list the features that a model offers"),
+    "physics": Command("fairchem_kd.commands.physics", "check how models do as potentials"),
+    "report": Command("fairchem_kd.commands.report", "put a whole study on one HTML page"),
+    "sweep": Command("fairchem_kd.commands.sweep", "run a YAML's many configs, and tabulate them"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `fairchem-kd` command and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="fairchem-kd",
+        description="Tools around knowledge distillation with fairchem.",
+        epilog="Training is done with `fairchem main --mode train --config-yml CONFIG`.",
+    )
+    parser.add_argument("--version", action="version", version=f"fairchem-kd {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parsers = {
+        name: subparsers.add_parser(name, help=command.help, description=command.help)
+        for name, command in COMMANDS.items()
+    }
+    if not argv or argv[0] not in COMMANDS:
+        parser.parse_args(argv)  # --help, --version or an error: all of them exit
+    command = COMMANDS[argv[0]]
+    drop_noise()
+    try:
+        if not command.standalone:
+            check_fairchem_core()
+        module = importlib.import_module(command.module)
+        module.add_arguments(parsers[argv[0]])
+        return module.run(parser.parse_args(argv))
+    except UserError as error:
+        return report(error)
+    except KeyboardInterrupt:
+        told = f"stopped: fairchem-kd {argv[0]}; the files it had written are whole"
+        print(f"\n{told}", file=sys.stderr)
+        return 130

@@ -1,0 +1,238 @@
+"""``fairchem-kd report``: a whole study on one page that can be handed on."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fairchem_kd.analysis.compare.runs import compare_runs
+from fairchem_kd.commands.compare import add_comparison_arguments
+from fairchem_kd.errors import UserError
+
+if TYPE_CHECKING:
+    from fairchem_kd.analysis.compare.comparison import Comparison
+    from fairchem_kd.report.page import Section
+
+EPILOG = """\
+The page has what `fairchem-kd compare RUNS` says and draws, the runs' configs and the cards of data
+and teacher. What cka, cost and physics wrote with --out is added with a flag each; --with has it
+measured now, as those commands do it by default.
+
+  fairchem-kd report checkpoints/*-plain-s? checkpoints/*-e2n-s? -o report.html
+  fairchem-kd report runs/demo/*-s0-* --cka similarity --cost cost --physics physics -o report.html
+  fairchem-kd report runs/demo/plain-s0-* runs/demo/e2n-s0-* --with cost --with physics -o all.html
+"""
+
+TITLES = {
+    "cka": "Similarity of layers",
+    "cost": "What it costs",
+    "physics": "As a potential",
+}
+_CAPTIONS = {
+    "errors": "Errors of every model; small marks are seeds, dotted lines the teacher.",
+    "pareto": "Error against throughput.",
+    "learning_curves": "Validation errors during training.",
+    "cka_node": "Similarity of layers; framed pairs were brought together by distillation.",
+    "cka_vector": "The same of vectors.",
+    "cka_node_student": "The student's layers without distillation (rows) and with it (columns).",
+    "cka_vector_student": "The same of vectors.",
+    "cost_inference": "Throughput and memory against the batch size.",
+    "cost_training": "Where the time of a training step goes.",
+    "physics_summary": "Models as potentials, with 95 % intervals over structures.",
+    "physics_dynamics": "Total energy in NVE dynamics (first seed of each model).",
+    "physics_scans": "Energy along a bond (first seed of each model).",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fairchem-kd report``."""
+    parser.description = (
+        "Write one self-contained HTML page with the tables, plots, configs and data cards of any "
+        "number of runs."
+    )
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_comparison_arguments(parser)
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("report.html"), help="the page (report.html)"
+    )
+    parser.add_argument("--title", default="Knowledge distillation: a study", help="of the page")
+    for name in TITLES:
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            type=Path,
+            metavar="DIR",
+            help=f"what `fairchem-kd {name} --out DIR` wrote, any number of times",
+        )
+    parser.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        dest="measured",
+        choices=tuple(TITLES),
+        help="measure it now, any number of times",
+    )
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
+    parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, collect and write; returns the exit code.
+
+    Raises:
+        UserError: runs that cannot be compared, or folders without results.
+    """
+    from fairchem_kd.files import write_whole
+    from fairchem_kd.report.figures import check_matplotlib
+    from fairchem_kd.report.page import page
+
+    check_matplotlib()
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out} is a folder; name a file, such as report.html.")
+    added = {name: [_section(name, folder) for folder in getattr(args, name)] for name in TITLES}
+    comparison, notes = compare_runs(args)
+    sections = _compared(comparison, notes)
+    for name in dict.fromkeys(args.measured):
+        added[name] += _measure(name, comparison, args)
+    sections += [one for name in TITLES for one in added[name]]
+    _distinguish(sections)
+    sections += [_configs(comparison), _cards(comparison)]
+    text = page(args.title, [section for section in sections if section.pieces])
+    write_whole(args.out, lambda file: file.write(text.encode()))
+    print(f"wrote {args.out} ({len(text.encode()) / 1e6:.1f} MB)", file=sys.stderr)
+    return 0
+
+
+def _compared(comparison: Comparison, notes: list[str]) -> list[Section]:
+    """Verdicts and tables, then the plots."""
+    from fairchem_kd.analysis.compare import plots
+    from fairchem_kd.analysis.compare import tables as report
+    from fairchem_kd.report.page import Section, as_svg
+
+    verdicts, tables = Section("What distillation gained"), Section("Errors")
+    said = [*report.verdicts(comparison), *notes]
+    if said:
+        verdicts.add_sentences(said)
+    for table in report.tables(comparison):
+        section = verdicts if table.title.startswith("Gap closed") else tables
+        section.add_table(table)
+    for name, figure in plots.figures(comparison).items():
+        tables.add_picture(as_svg(figure), caption(name))
+    return [verdicts, tables]
+
+
+def caption(name: str) -> str:
+    """What a plot with this file name shows."""
+    if name in _CAPTIONS:
+        return _CAPTIONS[name]
+    if name.startswith("parity_"):
+        split = name.removeprefix("parity_")
+        return f"Predictions against labels on {split} (first seed of each model)."
+    return f"{name.replace('_', ' ')}."
+
+
+def _section(name: str, folder: Path) -> Section:
+    """What a command wrote into a folder.
+
+    Raises:
+        UserError: it did not.
+    """
+    from fairchem_kd.report.page import Section
+    from fairchem_kd.report.tables import read_tables
+
+    file = folder / f"{name}.md"
+    try:
+        tables = read_tables(file.read_text())
+    except OSError as error:
+        raise UserError(
+            f"--{name} {folder}: there is no {file.name} in it ({error.strerror}); name a folder "
+            f"that `fairchem-kd {name} --out` wrote."
+        ) from error
+    section = Section(TITLES[name])
+    for table in tables:
+        section.add_table(table)
+    for picture in sorted(folder.glob(f"{name}*.svg")):
+        section.add_picture(picture.read_bytes(), caption(picture.stem))
+    return section
+
+
+def _measure(name: str, comparison: Comparison, args: argparse.Namespace) -> Iterable[Section]:
+    """Sections of what a command finds out about the first seed of each model, by default."""
+    from fairchem_kd.analysis.compare.comparison import BASELINE, TEACHER
+
+    students = {g.label: g for g in comparison.groups if g.role != TEACHER}
+    distilled = {label: str(g.files[0].path) for label, g in students.items() if g.files[0].losses}
+    teacher = next((str(g.files[0].path) for g in comparison.groups if g.role == TEACHER), None)
+    common = [*(["--cpu"] if args.cpu else []), *(["--trust"] if args.trust else [])]
+    common += [] if teacher is None else ["--teacher", teacher]
+    if name == "cka":
+        calls = []
+        for label, path in distilled.items():
+            baseline = comparison.baselines.get(label)
+            before = [] if baseline is None else [str(students[baseline].files[0].path)]
+            calls.append(["--student", path, *(w for b in before for w in ("--before", b))])
+    elif name == "cost":
+        calls = [list(distilled.values())]
+    else:
+        order = sorted(students.values(), key=lambda g: g.role != BASELINE)
+        calls = [[f"{g.label}={file.path}" for g in order for file in g.files]]
+    module = importlib.import_module(f"fairchem_kd.analysis.cli_{name}")
+    for number, call in enumerate(call for call in calls if call):
+        parser = argparse.ArgumentParser(prog=f"fairchem-kd {name}")
+        module.add_arguments(parser)
+        with tempfile.TemporaryDirectory() as folder:
+            module.run(parser.parse_args([*call, *common, "--out", folder]))
+            section = _section(name, Path(folder))
+        if name == "cka":
+            section.title += f": {list(distilled)[number]}"
+        yield section
+
+
+def _distinguish(sections: list[Section]) -> None:
+    """Sections of one title get numbers, since links go by titles."""
+    titles = [section.title for section in sections]
+    for number, section in enumerate(sections):
+        if titles.count(section.title) > 1:
+            section.title += f" ({titles[: number + 1].count(titles[number])})"
+
+
+def _configs(comparison: Comparison) -> Section:
+    """The config of every model, the first seed's, and where each seed's checkpoint is."""
+    import yaml
+
+    from fairchem_kd.files import plain
+    from fairchem_kd.report.page import Section
+
+    section = Section("Configs")
+    for group in comparison.groups:
+        seeds = [f"# seed {file.seed}: {file.path}" for file in group.files]
+        text = yaml.safe_dump(plain(group.files[0].config), sort_keys=False, allow_unicode=True)
+        section.add_folded(f"{group.label} ({group.role})", "\n".join([*seeds, text]))
+    return section
+
+
+def _cards(comparison: Comparison) -> Section:
+    """The cards of the data that were trained and compared on, and of checkpoints."""
+    from fairchem_kd.report.page import Section
+
+    section = Section("Data cards")
+    files = [file for group in comparison.groups for file in group.files]
+    datasets = [str(file.labels_from) for file in files if file.labels_from]
+    datasets += [split.path for split in comparison.splits]
+    paths = [Path(path).parent / "card.json" for path in datasets]
+    paths += [file.path.with_suffix(".json") for file in files]
+    for path in dict.fromkeys(paths):
+        try:
+            card = json.loads(path.read_text())
+        except (OSError, ValueError):  # not all data have one
+            continue
+        section.add_folded(str(path), json.dumps(card, indent=2, ensure_ascii=False))
+    return section

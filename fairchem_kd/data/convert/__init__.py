@@ -1,0 +1,1 @@
+"""Other people's files as fairchem's data sets."""

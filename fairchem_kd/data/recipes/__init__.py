@@ -1,0 +1,1 @@
+"""Data sets that are computed here, with real labels."""

@@ -1,0 +1,57 @@
+"""What goes through student and teacher beside the labelled structures of a step.
+
+    labelled | unlabelled | rattled copies of members of both
+
+The student runs once on all of them. The labelled ones come first, so that their part of the
+outputs, which is all that the label loss and the metrics see, is a slice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch
+
+from fairchem_kd.distillation.companions.rattle import Rattler
+from fairchem_kd.distillation.companions.structures import join
+from fairchem_kd.distillation.companions.unlabelled import UnlabelledLoader
+from fairchem_kd.training.checks import check_finite
+
+
+class Companions:
+    """Adds a step's unlabelled structures and rattled copies to its labelled batch."""
+
+    def __init__(self, rattler: Rattler | None, unlabelled: UnlabelledLoader | None) -> None:
+        self.rattler = rattler
+        self.unlabelled = unlabelled
+
+    def joined(self, batch: Batch, step: int) -> Batch:
+        """All structures of a step, in host memory; ``batch`` itself where there are no companions.
+
+        Where copies are made, ``rattled`` ``(B,)`` of the result is true for them.
+        """
+        clean = batch
+        if self.unlabelled is not None:
+            more = self.unlabelled(step)
+            check_finite(more, ())
+            clean = join([batch, more])
+        if self.rattler is None:
+            return clean
+        copies = self.rattler(clean, step)
+        whole = join([clean] if copies is None else [clean, copies])
+        whole.rattled = torch.arange(len(whole.natoms)) >= len(clean.natoms)
+        return whole
+
+
+def labelled_part(outputs: dict[str, Tensor], batch: Batch, levels: dict[str, str]) -> dict:
+    """The rows of ``outputs`` that belong to the labelled ``batch``, which came first.
+
+    Args:
+        outputs: ``(B', ...)`` per system or ``(N', ...)`` per atom, B' >= B and N' >= N.
+        levels: ``system`` or ``atom`` by output.
+    """
+    systems, atoms = len(batch.natoms), len(batch.pos)
+    return {
+        name: value[: atoms if levels[name] == "atom" else systems]
+        for name, value in outputs.items()
+    }

@@ -1,0 +1,137 @@
+"""The ``task.distillation`` block of a config, as typed and validated classes.
+
+Everything here is checked before a teacher is loaded or a GPU touched. Each loss brings the options
+of its own (:mod:`fairchem_kd.losses`); what is common to all of a run stands here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
+from fairchem_kd.errors import UserError
+from fairchem_kd.losses import Loss, loss_class
+from fairchem_kd.schema import is_null, option, parse
+
+WHERE = "task.distillation"
+#: What stands beside the terms' values in logs and records.
+RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle")
+
+# Announced, but not in this version: a config that asks for one is refused rather than ignored.
+_LATER = {
+    f"{WHERE}.teacher.precision": "reduced teacher precision",
+    f"{WHERE}.teacher.cache": "the teacher cache",
+}
+
+
+@dataclass
+class TeacherConfig:
+    """Where the teacher is; its architecture, normalisers and scale factors come from the file."""
+
+    checkpoint: str | None = option(None, help="the teacher's checkpoint")
+    trust_checkpoint: bool = option(
+        False, help="unpickle a file that the safe reader refuses: this runs code from the file"
+    )
+    elements: list[str | int] | None = option(
+        None, help="elements of its training data, where neither file nor card says"
+    )
+
+
+@dataclass
+class ProjectionOptim:
+    """How the projections are trained, apart from the student and with AdamW.
+
+    Their learning rate is multiplied by whatever the student's scheduler does to the student's.
+    """
+
+    lr: float | None = option(None, gt=0, help="default: the student's lr_initial")
+    weight_decay: float = option(0.0, ge=0, help="AdamW's weight decay")
+    clip_grad_norm: float | None = option(None, gt=0, help="default: the student's clip_grad_norm")
+
+
+@dataclass
+class DistillationConfig:
+    """``task.distillation``; ``terms`` is filled from ``losses``."""
+
+    teacher: TeacherConfig = option(factory=TeacherConfig, help="the teacher")
+    losses: dict[str, Any] | None = option(None, help="loss terms, each under its own name")
+    rattle: RattleOptions | None = option(None, help="displaced copies that the teacher labels")
+    unlabelled: UnlabelledOptions | None = option(None, help="structures without labels")
+    projections: ProjectionOptim = option(factory=ProjectionOptim, help="their optimiser")
+    statistics_samples: int = option(
+        256, ge=1, help="training samples, evenly spread, from which features are standardised"
+    )
+    validate: bool = option(False, help="report the distillation losses on the validation set too")
+    flush_denormal: bool = option(True, help="CPU only: flush denormal numbers to zero")
+
+    def __post_init__(self) -> None:
+        self.terms: dict[str, Loss] = {}
+        for name, given in (self.losses or {}).items():
+            if not is_null(given):  # `null` switches off a term of an included file
+                self.terms[name] = _term(name, given)
+        if (
+            any(term.coefficient > 0 for term in self.terms.values())
+            and not self.teacher.checkpoint
+        ):
+            raise UserError(
+                f"{WHERE}.teacher.checkpoint is required by {WHERE}.losses: give the path of a "
+                "trained fairchem checkpoint, or set the losses to null."
+            )
+
+    @property
+    def active_terms(self) -> dict[str, Loss]:
+        """The terms that are worth computing: those with a coefficient above 0."""
+        return {name: term for name, term in self.terms.items() if term.coefficient > 0}
+
+
+def parse_distillation(task: Mapping[str, Any] | None) -> DistillationConfig:
+    """The typed block out of a config's ``task`` (without one: plain training).
+
+    Raises:
+        UserError: one sentence naming the key that is wrong.
+    """
+    task = task or {}
+    for key in task:
+        if key != "distillation" and difflib.get_close_matches(str(key), ["distillation"]):
+            raise UserError(f"task has an unknown key '{key}' (did you mean 'distillation'?).")
+    given = task.get("distillation")
+    if isinstance(given, Mapping):
+        given = _without_later_parts(dict(given), WHERE)
+        if isinstance(given.get("teacher"), Mapping):
+            given["teacher"] = _without_later_parts(dict(given["teacher"]), f"{WHERE}.teacher")
+    return parse(DistillationConfig, given, WHERE)
+
+
+def _without_later_parts(block: dict[str, Any], where: str) -> dict[str, Any]:
+    for key, what in _LATER.items():
+        parent, _, name = key.rpartition(".")
+        if parent == where and name in block:
+            value = block.pop(name)
+            if value not in (None, "null", "fp32"):
+                raise UserError(f"{key} ({what}) is not part of this version; remove the key.")
+    return block
+
+
+def _term(name: str, given: Any) -> Loss:
+    where = f"{WHERE}.losses.{name}"
+    if name in RESERVED:
+        raise UserError(f"{where}: records have a value of that name already; choose another.")
+    if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+        raise UserError(f"{where}: a term's name has letters, digits, '_' and '-' only.")
+    if isinstance(given, str) and given.strip() in ("{}", ""):
+        given = {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where} must be a mapping of options ({{}} for the defaults) or null.")
+    options = dict(given)
+    kind = options.pop("kind", name)
+    return loss_class(str(kind), where).from_options(options, where)
+
+
+def refuse_graph_parallel(gp_gpus: int | None) -> None:
+    """Refuse fairchem's splitting of one graph over several GPUs: features live on whole graphs."""
+    if gp_gpus is not None:
+        raise UserError("--gp-gpus: distillation does not run graph-parallel; remove the flag.")

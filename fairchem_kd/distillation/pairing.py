@@ -1,0 +1,204 @@
+"""What a teacher and a student offer each other: which features to compare, and what differs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairchem.core.models.dimenet_plus_plus import DimeNetPlusPlusWrap
+from fairchem.core.models.schnet import SchNetWrap
+from torch import nn
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.features import FeatureExtractor, Request, architecture_of
+from fairchem_kd.features.address import FeatureSpec
+from fairchem_kd.features.architecture import backbone_of
+from fairchem_kd.losses import DEFAULT_COEFFICIENTS, Loss, loss_class
+from fairchem_kd.models.frozen import Teacher
+
+_SIDES = ("student", "teacher")
+_WITHOUT_FORCE_HEAD = (SchNetWrap, DimeNetPlusPlusWrap)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A loss term for a pair of models: its options, and what it compares in words."""
+
+    kind: str
+    options: dict[str, Any]
+    comments: dict[str, str]  #: of options, by name
+
+
+def choose(kind: str, student: nn.Module, teacher: Teacher) -> Choice:
+    """The term ``kind`` for this pair, with features that both models have.
+
+    A feature is the loss's default, or where a model does not offer that, the last layer of the
+    same name.
+
+    Raises:
+        UserError: no such loss, or one that this pair cannot have; it names those it can.
+    """
+    where = f"--strategy {kind}"
+    made = loss_class(kind, where)
+    try:
+        return _choose(kind, made, student, teacher)
+    except UserError as error:
+        others = [name for name in DEFAULT_COEFFICIENTS if name != kind]
+        fitting = [name for name in others if _fits(name, student, teacher)]
+        raise UserError(
+            f"{where}: {str(error).rstrip('.')}. This pair can have: "
+            f"{', '.join(fitting) or 'none'}."
+        ) from None
+
+
+def _fits(kind: str, student: nn.Module, teacher: Teacher) -> bool:
+    try:
+        _choose(kind, loss_class(kind, ""), student, teacher)
+    except UserError:
+        return False
+    return True
+
+
+def _choose(kind: str, made: type[Loss], student: nn.Module, teacher: Teacher) -> Choice:
+    options: dict[str, Any] = {}
+    models = {"student": student, "teacher": teacher.model}
+    for side in _SIDES:
+        address = getattr(made.Options(), side, None)
+        if address is not None:
+            options[side] = _offered(made, kind, side, address, models[side])
+    if hasattr(made.Options(), "forces") and "forces" not in teacher.outputs:
+        options["forces"] = 0.0  # energies alone
+    term = made.from_options(options, kind)
+    if term.needs_atom_energy:
+        for side in _SIDES:
+            FeatureExtractor(models[side], [Request("atom_energy", "node")])
+    teacher.require_outputs(name for name in term.needs_outputs if name in ("energy",))
+    ours = FeatureExtractor(student, term.student_requests()).specs
+    theirs = FeatureExtractor(teacher.model, term.teacher_requests()).specs
+    term.build(ours, theirs, torch.Generator())
+    comments = {}
+    for side, specs in (("student", ours), ("teacher", theirs)):
+        if side in options:
+            comments[side] = _shown(specs.values())
+    options["coefficient"] = term.coefficient
+    if hasattr(term.options, "standardize"):
+        options["standardize"] = term.options.standardize
+    return Choice(kind, options, comments)
+
+
+def _offered(made: type[Loss], kind: str, side: str, address: str, model: nn.Module) -> str:
+    """``address``, or the last layer of that name where the model has no default of it."""
+    requests = f"{side}_requests"
+    try:
+        FeatureExtractor(model, getattr(made.from_options({}, kind), requests)())
+        return address
+    except UserError:
+        layers = [a for a in architecture_of(model).specs() if re.fullmatch(rf"{address}@\d+", a)]
+        if not layers:
+            raise
+    last = max(layers, key=lambda layer: int(layer.rpartition("@")[2]))
+    FeatureExtractor(model, getattr(made.from_options({side: last}, kind), requests)())
+    return last
+
+
+def _shown(specs: Iterable[FeatureSpec]) -> str:
+    return "; ".join(f"{spec.shape}: {spec.description}" for spec in specs)
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """Parameters, cutoff, neighbours and forces of a model, as far as it has them."""
+    backbone = backbone_of(model)
+    # EquiformerV2 and eSCN have a head for forces and no such switch
+    direct = getattr(backbone, "direct_forces", not isinstance(backbone, _WITHOUT_FORCE_HEAD))
+    forces = "none"
+    if getattr(backbone, "regress_forces", True):
+        forces = "direct" if direct else "as a gradient"
+    return {
+        "model": type(backbone).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cutoff": getattr(backbone, "cutoff", None),
+        "neighbours": getattr(backbone, "max_neighbors", None),
+        "use_pbc": getattr(backbone, "use_pbc", None),
+        "forces": forces,
+    }
+
+
+def differences(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
+    """What differs between the `facts` of two models, and whether it matters."""
+    notes = []
+    ours, theirs = student["cutoff"], teacher["cutoff"]
+    if ours and theirs and ours < theirs:
+        notes.append(
+            f"The student sees {ours:g} Å and the teacher {theirs:g} Å: what the teacher knows of "
+            "atoms further apart reaches the student through several layers only."
+        )
+    if student["use_pbc"] != teacher["use_pbc"]:
+        notes.append(
+            f"The student has use_pbc: {str(student['use_pbc']).lower()} and the teacher "
+            f"{str(teacher['use_pbc']).lower()}: both see the same structures only in a cell so "
+            "large that no image is in reach."
+        )
+    if student["parameters"] >= teacher["parameters"]:
+        notes.append("The student has no fewer parameters than the teacher.")
+    return notes
+
+
+def compare_normalizers(
+    student: Mapping[str, Mapping[str, Any]], teacher: Mapping[str, Mapping[str, float]]
+) -> tuple[list[str], list[str]]:
+    """Lines of a table of both models' normalisers, and notes on what is strange.
+
+    Args:
+        student: ``normalizer`` of the config's transforms; without numbers where it is fitted.
+        teacher: ``mean`` and ``rmsd`` by output, in eV or eV/Å.
+    """
+    lines, notes = [], []
+    for name in dict.fromkeys([*teacher, *student]):
+        ours, theirs = student.get(name), teacher.get(name)
+        lines.append(f"  {name:<8} student {_numbers(ours):<28} teacher {_numbers(theirs)}")
+        try:
+            ratio = _spread(ours or {}) / _spread(theirs or {})
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            continue
+        if not 0.1 < ratio < 10:
+            notes.append(
+                f"The normalisers of {name} differ by a factor of {ratio:.3g}: outputs are "
+                "compared in eV and eV/Å, so this is no error, but are units and data the same?"
+            )
+    return lines, notes
+
+
+def _spread(values: Mapping[str, Any]) -> float:
+    return float(values["rmsd"] if "rmsd" in values else values["stdev"])
+
+
+def _numbers(values: Mapping[str, Any] | None) -> str:
+    if values is None:
+        return "none"
+    shown = [
+        f"{key} {values[key]:.4g}" for key in ("mean", "rmsd", "stdev")
+        if isinstance(values.get(key), (int, float))
+    ]  # fmt: skip
+    return ", ".join(shown) or "fitted to the data"
+
+
+def check_targets(outputs: Iterable[str], teacher: Teacher) -> list[str]:
+    """Notes on targets that only the student has.
+
+    Raises:
+        UserError: the two have none in common.
+    """
+    ours, theirs = set(outputs), set(teacher.outputs)
+    if not ours & theirs:
+        raise UserError(
+            f"The student predicts {', '.join(sorted(ours))} and {teacher.name} "
+            f"{', '.join(sorted(theirs))}: they share no target, so one cannot teach the other; "
+            "take a teacher of the same targets."
+        )
+    only = sorted(ours - theirs)
+    if not only:
+        return []
+    return [f"The teacher does not predict {', '.join(only)}: only its features can teach that."]

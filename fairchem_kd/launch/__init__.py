@@ -1,0 +1,1 @@
+"""From a config to its ranks: in this process, in several, or as a scheduler's jobs."""

@@ -1,0 +1,79 @@
+"""The `fairchem` command's arguments, and the config that they name."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fairchem.core.common.flags import flags
+from fairchem.core.common.utils import build_config
+
+from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.models.legacy import refuse_renamed_keys
+
+_YAML_LITERALS = {"null": "None", "true": "True", "false": "False"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return stock's parser with our flag."""
+    parser = copy.deepcopy(flags.get_parser())
+    parser.prog = "fairchem"
+    parser.add_argument(
+        "--flush-denormal",
+        action="store_true",
+        help="flush denormal numbers to zero on a CPU: on some processors several times faster for "
+        "PaiNN (a DistillationTrainer does so without this flag)",
+    )
+    return parser
+
+
+def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    """Return the config with its includes and the command line's overrides.
+
+    Raises:
+        UserError: the file or one that it includes is missing, not YAML, or conflicting.
+    """
+    path: Path = args.config_yml
+    if not path.is_file():
+        folder = path.parent
+        names = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
+        raise UserError(
+            f"the config {path}, given with --config-yml, does not exist in {Path.cwd()}"
+            f"{did_you_mean(path.name, names)}; "
+            "`fairchem-kd configs --copy .` writes the shipped ones."
+        )
+    for word in overrides:
+        if not word.startswith("--") or "=" not in word:
+            raise UserError(
+                f"the argument {word!r} is no flag of fairchem and no override of a config key; "
+                "overrides are written as --optim.max_epochs=3."
+            )
+    try:
+        config = build_config(args, [_as_literal(word) for word in overrides])
+    except (ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"the config {path} cannot be used: {error}") from error
+    try:
+        refuse_renamed_keys(config, f"the config {path}")
+    except UserError as error:
+        if is_ours(config):
+            raise
+        logging.warning(f"{error} It is not read.")  # as stock, which has defaults in its place
+    missing = [key for key in ("model", "dataset", "optim") if key not in config]
+    if missing:
+        raise UserError(f"the config {path} has no {' and no '.join(missing)} block.")
+    return config
+
+
+def is_ours(config: dict[str, Any]) -> bool:
+    """Whether the trainer that it names is ours."""
+    return str(config.get("trainer")).rpartition(".")[2] in ("distillation", "DistillationTrainer")
+
+
+def _as_literal(override: str) -> str:
+    """YAML's null, true and false as Python's, since stock takes them for text."""
+    key, _, value = override.partition("=")
+    return f"{key}={_YAML_LITERALS.get(value, value)}"

@@ -1,0 +1,60 @@
+"""Which elements a model was trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ase.data import atomic_numbers as _numbers
+from ase.data import chemical_symbols as _symbols
+
+from fairchem_kd.errors import UserError, did_you_mean
+
+
+def _known_elements(path: Path, given: Iterable[str | int] | None) -> frozenset[int] | None:
+    """Those that the config names, or the card beside the checkpoint; None where neither does."""
+    if given is not None:
+        return frozenset(as_atomic_numbers(given, "task.distillation.teacher.elements"))
+    card = path.with_suffix(".json")
+    if not card.is_file():
+        return None
+    try:
+        content = json.loads(card.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"The card {card} of the teacher is no readable JSON: {error}.") from error
+    named = content.get("elements") if isinstance(content, dict) else None
+    return None if named is None else frozenset(as_atomic_numbers(named, f"elements of {card}"))
+
+
+def as_atomic_numbers(elements: Iterable[str | int], where: str) -> list[int]:
+    """Atomic numbers of elements given as symbols or as numbers.
+
+    Raises:
+        UserError: for what is no element.
+    """
+    if isinstance(elements, str) or not isinstance(elements, Iterable):
+        elements = str(elements).replace(",", " ").split()
+    numbers = []
+    for element in elements:
+        text = str(element).strip()
+        number = int(text) if text.isdigit() else _numbers.get(text, 0)
+        if not 0 < number < len(_symbols):
+            known = did_you_mean(text, _symbols[1:]) if len(text) > 1 else ""
+            hint = known if "did you mean" in known else ""
+            raise UserError(f"{where} has '{text}', which is no chemical element{hint}.")
+        numbers.append(number)
+    return numbers
+
+
+def read_elements(path: Path) -> list[Any] | None:
+    """The elements that the card beside a checkpoint names; None without a card."""
+    card = path.with_suffix(".json")
+    if path.suffix in (".yml", ".yaml") or not card.is_file():
+        return None
+    try:
+        content = json.loads(card.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{card}: this card is not readable JSON: {error}") from error
+    return content.get("elements") if isinstance(content, dict) else None

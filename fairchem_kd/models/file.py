@@ -1,0 +1,254 @@
+"""Checkpoints on disk: read without executing code, written whole or not at all.
+
+``torch.load`` unpickles, and a pickle may run anything. Here a file is read with
+``weights_only=True`` and a short list of harmless types that stock fairchem checkpoints hold
+besides tensors: numpy scalars (metrics, configs), paths and defaultdicts.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.files import write_whole
+
+#: The keys without which nothing can be done with a fairchem 1.x checkpoint.
+REQUIRED_KEYS = ("state_dict", "config")
+
+_FAIRCHEM_2 = "fairchem.core.units"  # the package whose classes fairchem 2 pickles
+
+
+#: What a user does who wants a file read that is refused for what it might execute.
+TRUST_HINT = (
+    "if you trust where it comes from, set task.distillation.teacher.trust_checkpoint: true (with "
+    "fairchem-kd: --trust)"
+)
+
+
+def read_checkpoint(
+    path: str | Path, *, trust: bool = False, hint: str = TRUST_HINT
+) -> dict[str, Any]:
+    """The contents of a fairchem 1.x checkpoint, tensors on the CPU.
+
+    Args:
+        path: the file, relative to the current directory.
+        trust: unpickle a file that holds other types than tensors and plain values, which lets it
+            run any code that its author chose, and let its config name models by import path.
+        hint: what to do about a file that needs ``trust``.
+
+    Raises:
+        UserError: the file is missing, truncated, no checkpoint, one of fairchem 2, or one that
+            needs ``trust``.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"The checkpoint {path} does not exist; relative paths start from the current "
+            f"directory, {Path.cwd()}."
+        )
+    if not path.is_file():
+        raise UserError(f"The checkpoint {path} is not a file; give the .pt file inside it.")
+    _check_container(path)
+    try:
+        if trust:
+            contents = torch.load(path, map_location="cpu", weights_only=False)
+        else:
+            with _allowed():
+                contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        culprit = _culprit(error)
+        if culprit.startswith(_FAIRCHEM_2):
+            raise UserError(_of_fairchem_2(path)) from error
+        if trust or culprit == "":
+            raise UserError(_broken(path, error)) from error
+        raise UserError(
+            f"The checkpoint {path} holds more than tensors and plain values ({culprit}), "
+            f"and unpickling that could run any code; {hint}."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(_broken(path, error)) from error
+    except ImportError as error:
+        if str(error.name).startswith(_FAIRCHEM_2):
+            raise UserError(_of_fairchem_2(path)) from error
+        raise UserError(
+            f"The checkpoint {path} needs a Python module that is not installed: {error}."
+        ) from error
+    contents = _checked(contents, path)
+    if not trust:
+        _check_model_names(contents["config"], path, hint)
+    return contents
+
+
+def write_checkpoint(
+    state: Mapping[str, Any], path: str | Path, *, previous: str | Path | None = None
+) -> Path:
+    """Write ``state`` to ``path``, whole or not at all (see :func:`write_whole`)."""
+
+    def save(file: BinaryIO) -> None:
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:
+            # torch ends its archive even where writing failed, and that error hides the reason
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    return write_whole(path, save, previous=previous)
+
+
+def _check_container(path: Path) -> None:
+    """Refuse what is neither a zip (torch >= 1.6) nor a bare pickle, before torch guesses."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if not head:
+        raise UserError(f"The checkpoint {path} is empty; copy or download it again.")
+    if head[:2] == b"PK":
+        if not zipfile.is_zipfile(path):
+            raise UserError(
+                f"The checkpoint {path} is truncated ({path.stat().st_size} bytes, no end of "
+                "archive); copy or download it again."
+            )
+    elif head[:1] != b"\x80":
+        hint = " (a Git LFS pointer: run `git lfs pull`)" if head == b"vers" else ""
+        raise UserError(f"{path} is not a PyTorch checkpoint{hint}.")
+
+
+def _broken(path: Path, error: BaseException) -> str:
+    detail = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    reason = detail.splitlines() or [type(error).__name__]
+    return (
+        f"The checkpoint {path} cannot be read: it is damaged or not a PyTorch checkpoint "
+        f"({reason[0][:200]})."
+    )
+
+
+def _culprit(error: BaseException) -> str:
+    """The type that the loader refused, out of torch's long message; "" where none is named."""
+    named = re.search(
+        r"(?:GLOBAL|[Uu]nsupported class|[Tt]rying to (?:load|call reduce for|instantiate))"
+        r"(?: unsupported)?(?: class| GLOBAL| function)? ([\w.<>]+)",
+        str(error),
+    )
+    return named.group(1).rstrip(".") if named else ""
+
+
+def _of_fairchem_2(path: Path) -> str:
+    return (
+        f"{path} is a checkpoint of fairchem 2, which fairchem-core 1.x cannot build; use one that "
+        "fairchem-core 1.x wrote."
+    )
+
+
+def _checked(contents: Any, path: Path) -> dict[str, Any]:
+    """The contents if they are a fairchem 1.x checkpoint."""
+    if isinstance(contents, Mapping) and "model_config" in contents and "config" not in contents:
+        raise UserError(_of_fairchem_2(path))
+    if not isinstance(contents, dict):
+        raise UserError(
+            f"{path} holds a {type(contents).__name__}, which is not what a fairchem checkpoint is."
+        )
+    missing = [key for key in REQUIRED_KEYS if key not in contents]
+    if missing:
+        held = ", ".join(sorted(map(str, contents))[:8]) or "nothing"
+        raise UserError(
+            f"{path} is not a fairchem checkpoint: it has no {' and no '.join(missing)} "
+            f"(it holds {held})."
+        )
+    config = contents["config"]
+    if not isinstance(config, Mapping) or "model" not in config:
+        raise UserError(f"{path} is not a fairchem checkpoint: its config names no model.")
+    if not isinstance(contents["state_dict"], Mapping) or not contents["state_dict"]:
+        raise UserError(f"{path} holds no weights: its state_dict is empty.")
+    return contents
+
+
+def _check_model_names(config: Mapping[str, Any], path: Path, hint: str) -> None:
+    """Refuse a config that has fairchem import and call something of the file's own choosing.
+
+    fairchem's registry imports whatever a dotted name points to, and calls it with the config's
+    keywords: ``torch.hub.load`` would do. A registered name has no dots.
+    """
+    model = config["model"]
+    model = model if isinstance(model, Mapping) else {"name": model}
+    backbone, heads = model.get("backbone"), model.get("heads")
+    names = [model.get("name")]
+    names += [backbone.get("model")] if isinstance(backbone, Mapping) else []
+    for head in heads.values() if isinstance(heads, Mapping) else []:
+        names += [head.get("module")] if isinstance(head, Mapping) else []
+    for name in names:
+        if name is not None and not str(name).isidentifier():
+            raise UserError(
+                f"The checkpoint {path} names its model by an import path, {str(name)!r}, and "
+                f"importing and calling that could run any code; {hint}."
+            )
+
+
+# What a checkpoint may hold besides tensors. Pickles name a function or a type by module and name;
+# these stand in for the real ones, do no more than rebuild a plain value, and carry both the names
+# of numpy 1 and 2, so that a file of either can be read under either.
+
+
+def _named(function: Callable[..., Any], module: str, name: str) -> Callable[..., Any]:
+    """A function that pickles call ``module.name``."""
+
+    def stand_in(*args: Any) -> Any:
+        return function(*args)
+
+    stand_in.__module__, stand_in.__qualname__, stand_in.__name__ = module, name, name
+    return stand_in
+
+
+def _numpy_scalar(dtype: np.dtype, data: Any) -> Any:
+    """A number or bool as a Python value: that is what metrics and configs mean by it."""
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf" or not isinstance(data, bytes):
+        raise pickle.UnpicklingError(f"Unsupported class numpy scalar of {dtype}")
+    return np.frombuffer(data, dtype=dtype, count=1)[0].item()
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How protocol 2, torch.save's, spells bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"Unsupported class bytes in {encoding}")
+    return text.encode(encoding)
+
+
+def _path(*parts: str) -> str:
+    return str(PurePath(*parts))
+
+
+def _allow_list() -> list[Any]:
+    dtypes = {type(np.dtype(kind)) for kind in ("?", "i1", "i2", "i4", "i8", "f2", "f4", "f8")}
+    dtypes |= {type(np.dtype(kind)) for kind in ("u1", "u2", "u4", "u8")}
+    allowed: list[Any] = [np.dtype, *dtypes, torch.device, dict, list, int, float, set]
+    allowed.append(_named(_latin1, "_codecs", "encode"))
+    allowed.append(_named(lambda *_: {}, "collections", "defaultdict"))
+    allowed += [_named(_numpy_scalar, f"numpy.{core}.multiarray", "scalar") for core in _CORES]
+    for module in ("pathlib", "pathlib._local"):
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+            allowed.append(_named(_path, module, name))
+    return allowed
+
+
+_CORES = ("core", "_core")
+
+
+@contextmanager
+def _allowed() -> Iterator[None]:
+    """Our allow-list in place of what others added; torch 2.4 has no context manager for that."""
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(_allow_list())
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)

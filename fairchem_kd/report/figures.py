@@ -1,0 +1,95 @@
+"""How figures look, and how they are saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Okabe and Ito (2008), without the yellow that is too light for lines on white.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+LINES = ("-", "--", "-.", ":")
+
+
+_INSTALL = "pip install 'fairchem-kd[plots]' (or: pip install matplotlib)"
+
+
+def check_matplotlib() -> None:
+    """Make sure that plots can be drawn, before long work is done for them.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"Plots need matplotlib, which is not installed ({error}): {_INSTALL}, or leave them "
+            "out with --no-plots."
+        ) from error
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches; drawn without a display."""
+    check_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Text stays text in SVG, and the same figure gives the same file.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fairchem-kd"})
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def style(number: int) -> dict[str, Any]:
+    """Colour, marker and line style of the model at this place."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number % len(LINES)],
+    }
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write ``path`` with the endings .png and .svg."""
+    formats: dict[str, dict[str, Any]] = {
+        "png": {"dpi": 200},
+        "svg": {"metadata": {"Date": None}},
+    }
+    return [
+        write_whole(
+            path.with_suffix(f".{ending}"),
+            lambda file, ending=ending, options=options: figure.savefig(  # type: ignore[misc]
+                file, format=ending, **options
+            ),
+        )
+        for ending, options in formats.items()
+    ]
+
+
+def logarithmic(axes: Axes, which: str) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    rows = -(-len(labels) // 4)
+    columns = -(-len(labels) // rows)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -1,0 +1,1 @@
+"""What mends or adapts fairchem-core, with the reason for each."""

@@ -1,0 +1,1 @@
+"""A training that goes on after any kill with the same bits; it knows no teacher."""

@@ -1,0 +1,106 @@
+"""What a scheduler's signals ask of a training, answered between two of its steps.
+
+submitit's handler saves and requeues wherever the program happens to be: the step may be that of
+one update and the weights those of the one before, and only the first rank is asked. While a
+training runs, its signals are noted instead. The training asks for them where its state is whole,
+all ranks together, saves, and then lets submitit's own handler go on.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import signal
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from fairchem.core.common import distutils
+from submitit.core.job_environment import JobEnvironment, SignalHandler
+
+from fairchem_kd.training.ranks import world_size
+
+
+class Ask(enum.IntEnum):
+    """What is asked of a training, the more urgent the greater."""
+
+    NOTHING = 0
+    SAVE = 1  # a kill may follow
+    LEAVE = 2  # save, be requeued, and exit
+
+
+class Interruption:
+    """Holds back submitit's signals within a ``with`` block; without submitit it does nothing.
+
+    SIGTERM, after which a scheduler kills, asks for a save; submitit's own signal (SIGUSR2, or what
+    ``SUBMITIT_PREEMPT_SIGNAL`` says; sent ahead of a time-out, and of a pre-emption where the
+    cluster is set up so) asks for a save and for leaving.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        #: Whether submitit's handler is at work, to which there is nothing left to be saved.
+        self.answering = False
+        self._process = os.getpid()
+        self._signal = JobEnvironment._usr_sig()
+        self._handlers: dict[int, Any] = {}
+        self._noted: list[Ask] = []
+
+    @property
+    def held(self) -> bool:
+        return bool(self._handlers)
+
+    def __enter__(self) -> Interruption:
+        handler = signal.getsignal(self._signal)
+        if isinstance(getattr(handler, "__self__", None), SignalHandler):
+            for number in (self._signal, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+        if kind is None and Ask.LEAVE in self._noted:
+            logging.info("The training was over when it was asked to stop")
+
+    def _note(self, number: int, frame: Any) -> None:
+        # Data-loader workers are forked with this handler, and some schedulers signal them as well.
+        if os.getpid() == self._process:
+            self._noted.append(Ask.LEAVE if number == self._signal else Ask.SAVE)
+
+    def asked(self) -> Ask:
+        """The most urgent thing that any rank was asked since the last time, on every rank.
+
+        A collective where signals are held and there are several ranks: a rank may have had its
+        signal one step before another.
+        """
+        if not self.held:
+            return Ask.NOTHING
+        asked = Ask.NOTHING
+        while self._noted:  # popped one by one: a signal may come at any moment
+            asked = max(asked, self._noted.pop())
+        if world_size() > 1:
+            urgency = torch.tensor(int(asked), device=self.device)
+            dist.all_reduce(urgency, op=dist.ReduceOp.MAX)
+            asked = Ask(int(urgency))
+        return asked
+
+    def leave(self) -> NoReturn:
+        """Let submitit requeue the job, and exit; to be called on every rank."""
+        self.answering = True
+        requeue: Callable[[int, Any], Any] = self._handlers[self._signal]
+        try:
+            requeue(self._signal, None)  # which exits on the first rank and returns on the others
+        finally:
+            distutils.synchronize()  # a rank that ends early could take the first one with it
+            distutils.cleanup()
+        raise SystemExit(0)

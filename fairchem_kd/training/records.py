@@ -1,0 +1,59 @@
+"""A run's own record: one JSON object per line beside its checkpoint, whatever the logger."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.files import plain
+
+RECORDS = "records.jsonl"
+
+
+class Records:
+    """Appends lines to ``records.jsonl``; a resumed run goes on in the same file.
+
+    Each line has ``kind`` (``config``, ``train``, ``val``, ...) and ``seconds`` since the start of
+    this process's run, beside what is given to :meth:`write`. A line cut off by a crash is ended
+    before the next one, so that :func:`read_records` loses that line alone.
+
+    Raises:
+        UserError: a line cannot be written, e.g. for a full disk.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder) / RECORDS
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._start = time.perf_counter()
+        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+
+    def write(self, kind: str, **values: Any) -> None:
+        seconds = round(time.perf_counter() - self._start, 3)
+        line = json.dumps({"kind": kind, "seconds": seconds, **plain(values)}, allow_nan=False)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path} could not be written ({error.strerror}): make room, then start the "
+                f"same command again with --timestamp-id {self.path.parent.name}."
+            ) from error
+
+
+def read_records(folder: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of a run's checkpoint folder, those of one kind if asked for."""
+    records = []
+    for line in (Path(folder) / RECORDS).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut off by a crash
+            continue
+        if kind is None or record["kind"] == kind:
+            records.append(record)
+    return records

@@ -1,0 +1,151 @@
+"""The `fairchem` command in processes that tests can watch and kill."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from trainings import PRELOAD, assert_same, config, write_lmdb, write_teacher, write_yaml
+
+from fairchem_kd.models.file import read_checkpoint
+from fairchem_kd.training.records import read_records
+
+#: How long anything may take here; machines may be busy.
+PATIENCE_S = 1200.0
+#: The optimiser steps of the run that :func:`write_run` writes, whatever the number of ranks.
+LAST_STEP = 40
+
+
+def write_run(root: Path) -> Path:
+    """``root/run.yml`` and its data: saved at every fourth step and evaluated at every fifth.
+
+    Of small models, so that what is tested is what happens between the steps.
+    """
+    write_lmdb(root / "data" / "train", 12, seed=0)
+    write_lmdb(root / "data" / "val", 6, seed=50)
+    teacher = write_teacher(root, root / "data", "painn")
+    arguments = config(
+        root,
+        root / "data",
+        teacher=teacher,
+        losses={"n2n": {"schedule": {"decay": "cosine"}}, "v2v": {}},
+        distillation={"rattle": {"copies": 0.5, "std": 0.05}},
+        batch_size=3,
+        checkpoint_every=4,
+        eval_every=5,
+        T_max=LAST_STEP,
+    )
+    arguments["model"].update(hidden_channels=8, num_layers=2)
+    return write_yaml(root / "run.yml", arguments)
+
+
+def run_argv(ranks: int, *more: str) -> list[str]:
+    """The command that trains it, on ``ranks`` ranks in all, recording each step."""
+    epochs = LAST_STEP * 3 * ranks // 12
+    argv = ["main", "--mode", "train", "--config-yml", "run.yml", "--cpu", "--print-every", "1"]
+    return [*argv, *more, f"--optim.max_epochs={epochs}"]
+
+
+class Command:
+    """``fairchem ARGV``, started in a process group of its own; its output goes to a file.
+
+    Forked from a process that has the imports behind it, and so running within a second.
+    """
+
+    def __init__(self, argv: Sequence[str], cwd: Path, log: Path, **env: str) -> None:
+        multiprocessing.set_forkserver_preload(PRELOAD)
+        self.log = log
+        context = multiprocessing.get_context("forkserver")
+        self.process: ForkServerProcess = context.Process(target=_run, args=(argv, cwd, log, env))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.process.is_alive()
+
+    def kill(self) -> None:
+        """SIGKILL it with all that it has started."""
+        if self.running:
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> int:
+        """Its exit code."""
+        self.process.join(PATIENCE_S)
+        assert not self.running, self.log.read_text()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def finish(self) -> None:
+        """Wait for it to end well."""
+        assert self.wait() == 0, self.log.read_text()
+
+
+def _run(argv: Sequence[str], cwd: Path, log: Path, env: dict[str, str]) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(env, CUDA_VISIBLE_DEVICES="")
+    from fairchem_kd.commands.fairchem import main as fairchem
+
+    sys.exit(fairchem(argv))
+
+
+def children(pid: int) -> list[int]:
+    """The processes that one has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = stat.read_text().rpartition(")")[2].split()[1]  # after the command's name
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(parent) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def cmdline(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except FileNotFoundError:
+        return ""
+
+
+def wait_until(condition: Callable[[], Any], what: str, every_s: float = 0.02) -> Any:
+    """Its first true value."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(every_s)
+
+
+def steps(folder: Path) -> list[int]:
+    """The training steps that a run has recorded so far."""
+    if not (folder / "records.jsonl").is_file():
+        return []
+    return [record["step"] for record in read_records(folder, "train")]
+
+
+def assert_same_end(folder: Path, expected: Path) -> None:
+    """Two runs have left the same, bit for bit: weights, optimisers, EMA, random states, all."""
+    for name in ("checkpoint.pt", "best_checkpoint.pt"):
+        ended, reference = read_checkpoint(folder / name), read_checkpoint(expected / name)
+        for key in reference.keys() - {"config"}:
+            assert_same(ended[key], reference[key], f"{folder.name}/{name}: {key}")

@@ -1,0 +1,131 @@
+"""Killed, or told to leave, and started again: the run ends like one that never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import (
+    LAST_STEP,
+    Command,
+    assert_same_end,
+    children,
+    cmdline,
+    run_argv,
+    steps,
+    wait_until,
+    write_run,
+)
+
+from fairchem_kd.launch.ranks import KDRunner
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("place")
+    write_run(root)
+    return root
+
+
+def argv(place: Path, name: str, ranks: int, *more: str) -> list[str]:
+    here = ("--run-dir", str(place), "--timestamp-id", name, "--num-gpus", str(ranks))
+    return run_argv(ranks, *here, *more)
+
+
+def start(place: Path, name: str, ranks: int) -> Command:
+    return Command(argv(place, name, ranks), place, place / f"{name}.log")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def uninterrupted(place: Path, request: pytest.FixtureRequest) -> Any:
+    """The number of ranks, and the folder of a run that was left alone."""
+    name = f"reference{request.param}"
+    start(place, name, request.param).finish()
+    folder = place / "checkpoints" / name
+    assert steps(folder) == list(range(1, LAST_STEP + 1))
+    return request.param, folder
+
+
+def test_killed_at_random_moments(place: Path, uninterrupted: Any) -> None:
+    ranks, reference = uninterrupted
+    draw = random.Random(ranks)
+    folder = reference.with_name(f"killed{ranks}")
+    # Before there is a checkpoint, and twice in mid-run.
+    for number, after in enumerate((1, draw.randint(4, 14), draw.randint(16, 30))):
+        command = start(place, folder.name, ranks)
+
+        def far_enough(command: Command = command, after: int = after) -> bool:
+            return not command.running or max(steps(folder), default=0) >= after
+
+        wait_until(far_enough, f"step {after}", every_s=0.003)
+        time.sleep(draw.uniform(0, 0.1))  # anywhere in a step, a save or an evaluation
+        assert command.running, command.log.read_text()
+        if number == 2 and ranks > 1:  # one rank dies, and takes the others with it
+            workers = [pid for pid in children(command.pid) if "spawn_main" in cmdline(pid)]
+            os.kill(draw.choice(workers), signal.SIGKILL)
+            assert command.wait() != 0
+        else:
+            command.kill()
+    start(place, folder.name, ranks).finish()
+    assert_same_end(folder, reference)
+    assert len(steps(folder)) >= LAST_STEP
+
+
+def test_runs_side_by_side_do_not_meet(place: Path) -> None:
+    """The first one, at whose place stock would have the second one's ranks meet, ends early."""
+    endless = [*argv(place, "first", 2), "--optim.max_epochs=10000"]
+    first = Command(endless, place, place / "first.log")
+    wait_until(lambda: steps(place / "checkpoints/first") or not first.running, "the first's start")
+    second = start(place, "second", 2)
+    folder = place / "checkpoints/second"
+    wait_until(lambda: steps(folder) or not second.running, "the second's start")
+    assert first.running
+    first.kill()
+    second.finish()
+    assert steps(folder) == list(range(1, LAST_STEP + 1))
+
+
+def test_submitted_without_a_scheduler_and_told_to_leave(place: Path, uninterrupted: Any) -> None:
+    """submitit's local executor stands in; the save comes at a step boundary, nothing is redone."""
+    ranks, reference = uninterrupted
+    folder = reference.with_name(f"left{ranks}")
+    command = argv(place, folder.name, ranks, "--submit", "--logdir", f"logs{ranks}")
+    log = place / f"submit{ranks}.log"
+    Command(command, place, log, PATH=str(Path(sys.executable).parent)).finish()
+    (logs,) = [path for path in (place / f"logs{ranks}").iterdir() if path.name.isdecimal()]
+    controller = int(logs.name)
+    wait_until(lambda: max(steps(folder), default=0) >= 5, "step 5")
+    tasks = children(controller)
+    assert len(tasks) == ranks
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # as a pre-emption has them
+        for pid in tasks:
+            os.kill(pid, number)
+    results = [logs / f"{controller}_{rank}_result.pkl" for rank in range(ranks)]
+    wait_until(lambda: all(path.is_file() for path in results), "the job's end")
+    said = "".join(path.read_text() for path in logs.glob("*_log.*"))
+    assert "Requeued job" in said
+    assert "Traceback" not in said
+    assert steps(folder) == list(range(1, LAST_STEP + 1))
+    assert_same_end(folder, reference)
+
+
+def test_a_signal_during_set_up_requeues_the_run_as_it_was() -> None:
+    given = {"submit": True, "checkpoint": "origin.pt", "timestamp_id": None}
+    requeued = KDRunner().checkpoint(given)
+    assert isinstance(requeued.function, KDRunner)
+    assert requeued.args == (given,)
+
+
+def test_several_nodes_need_a_scheduler(place: Path) -> None:
+    log = place / "nodes.log"
+    command = argv(place, "nodes", 1, "--submit", "--num-nodes", "2")
+    assert Command(command, place, log, PATH=str(Path(sys.executable).parent)).wait() == 2
+    assert "error: --num-nodes 2: there is no scheduler here" in log.read_text()
