@@ -1,4 +1,4 @@
-"""The rooms of the package and the way its imports run: here, and nowhere else, stands the order."""
+"""The rooms of the package, and which way imports run: here alone stands their order."""
 
 from __future__ import annotations
 
