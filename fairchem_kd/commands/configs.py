@@ -11,7 +11,7 @@ from fairchem_kd.errors import UserError
 
 def shipped_configs() -> Path:
     """Return the folder of the shipped configs: inside an installed package, or of the checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     installed, checkout = package / "yaml_configs", package.parent / "yaml_configs"
     return installed if installed.is_dir() else checkout
 
