@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fairchem_kd.commands.arguments import at_least
 from fairchem_kd.commands.output import add_output_arguments, as_text, check_output, deliver
 from fairchem_kd.errors import UserError
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--samples",
-        type=int,
+        type=at_least(0),
         default=500,
         metavar="N",
         help="structures, evenly spread over an LMDB, the first of another file; 0: all (500)",
@@ -61,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STUDENT:TEACHER",
         help="layers to mark (default: those that the student was distilled with)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="structures at a time (16)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=16, help="structures at a time (16)"
+    )
     add_output_arguments(parser, "cka.md, cka.json", "heat maps")
 
 
@@ -71,10 +74,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: models, layers or data that cannot be compared.
     """
-    for flag, least in (("batch_size", 1), ("samples", 0)):
-        if getattr(args, flag) < least:
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name} must be at least {least}, not {getattr(args, flag)}.")
     check_output(args)
     from fairchem_kd.analysis.cka import study as cka
     from fairchem_kd.analysis.cka import tables as shown

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fairchem_kd.analysis.compare.runs import compare_runs
+from fairchem_kd.commands.arguments import at_least
 from fairchem_kd.commands.output import add_output_arguments, as_text, check_output, deliver
-
-if TYPE_CHECKING:
-    pass
 
 EPILOG = """\
 RUN is the folder of a run (checkpoints/<timestamp>-<identifier>), a checkpoint of any fairchem 1.x
@@ -55,7 +51,9 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
         help="labelled data to compare on, any number of times (default: the runs' test set)",
     )
     parser.add_argument("--no-throughput", action="store_true", help="do not measure throughput")
-    parser.add_argument("--batch-size", type=int, default=32, help="structures at a time (32)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=32, help="structures at a time (32)"
+    )
     parser.add_argument(
         "--atoms", choices=("free", "all"), help="whose forces count (default: as in the configs)"
     )
@@ -68,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
         UserError: runs or data that cannot be compared.
     """
     check_output(args)
-    comparison, notes = compare_runs(args)
     from fairchem_kd.analysis.compare import tables as report
+    from fairchem_kd.analysis.compare.runs import compare_runs
 
+    comparison, notes = compare_runs(args)
     said = [*report.verdicts(comparison), *notes]
     deliver(
         args,

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fairchem_kd.commands.arguments import at_least
 from fairchem_kd.commands.output import add_output_arguments, as_text, check_output, deliver
 from fairchem_kd.errors import UserError
 
@@ -35,10 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="PATH", help="structures for inference (default: the runs' test set)"
     )
     parser.add_argument("--batch-sizes", default="1,8,32", metavar="N,N", help="(1,8,32)")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed turns (7)")
-    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="turns before (2)")
     parser.add_argument(
-        "--train-batch-size", type=int, metavar="N", help="in training (default: the run's own)"
+        "--repeats", type=at_least(1), default=7, metavar="N", help="timed turns (7)"
+    )
+    parser.add_argument(
+        "--warm-up", type=at_least(0), default=2, metavar="N", help="turns before (2)"
+    )
+    parser.add_argument(
+        "--train-batch-size",
+        type=at_least(1),
+        metavar="N",
+        help="in training (default: the run's own)",
     )
     parser.add_argument("--no-inference", action="store_true", help="measure training alone")
     parser.add_argument("--no-md", action="store_true", help="no MD steps")
@@ -53,10 +61,6 @@ def run(args: argparse.Namespace) -> int:
         UserError: models or data that cannot be measured.
     """
     sizes = _sizes(args.batch_sizes)
-    for flag, least in (("repeats", 1), ("warm_up", 0), ("train_batch_size", 1)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {value}.")
     check_output(args)
     from fairchem_kd.analysis.cost import tables as cost
     from fairchem_kd.analysis.cost.timing import circumstances

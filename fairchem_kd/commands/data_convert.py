@@ -7,15 +7,17 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ase.data import chemical_symbols
-
-from fairchem_kd.data.convert.assemble import SPLITS, Conversion
-from fairchem_kd.data.convert.convert import convert, default_group, default_references, plan
-from fairchem_kd.data.convert.labels import ENERGY_UNITS, LENGTH_UNITS, Reading
-from fairchem_kd.data.create import default_processes
+from fairchem_kd.commands.arguments import at_least
 from fairchem_kd.errors import UserError
+
+if TYPE_CHECKING:
+    from fairchem_kd.data.convert.assemble import Conversion
+
+#: Those of fairchem_kd.data.convert.labels, which imports ASE; a test compares the two.
+ENERGY_UNITS = ("eV", "meV", "Hartree", "Rydberg", "kcal/mol", "kJ/mol")
+LENGTH_UNITS = ("Angstrom", "Bohr", "nm")
 
 HELP = "convert COLL, OC20, and whatever ASE reads to fairchem's LMDB"
 
@@ -71,15 +73,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-mixed", action="store_true", help="unlike elements or forces in splits and files"
     )
-    parser.add_argument("--processes", type=int, default=default_processes(), metavar="N")
+    parser.add_argument(
+        "--processes", type=at_least(1), metavar="N",
+        help="(default: the machine's cores, at most 16)",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace DEST if it is there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what is in the data set and how a config names it."""
+    from fairchem_kd.data.convert.convert import convert
+    from fairchem_kd.data.create import default_processes
+
     conversion = conversion_of(args)
     start = time.monotonic()
-    card = convert(conversion, args.dest, max(args.processes, 1), args.force)
+    card = convert(conversion, args.dest, args.processes or default_processes(), args.force)
     took = time.monotonic() - start
     print(f"{args.dest}: converted in {took:.0f} s; details in {args.dest / 'card.json'}")
     print(summary(card))
@@ -95,6 +103,10 @@ def conversion_of(args: argparse.Namespace) -> Conversion:
     Raises:
         UserError: an option makes no sense, or sources cannot be read.
     """
+    from fairchem_kd.data.convert.assemble import Conversion
+    from fairchem_kd.data.convert.convert import default_group, default_references, plan
+    from fairchem_kd.data.convert.labels import Reading
+
     if args.into is not None and args.split is not None:
         raise UserError("--into and --split contradict each other; give one of them.")
     if args.into is not None and not re.fullmatch(r"[\w-]+", args.into):
@@ -143,6 +155,8 @@ def parse_shares(text: str) -> tuple[float, ...]:
     Raises:
         UserError: it is something else.
     """
+    from fairchem_kd.data.convert.assemble import SPLITS
+
     try:
         shares = tuple(float(share) for share in text.split("/"))
     except ValueError:
@@ -161,6 +175,8 @@ def read_references(file: Path) -> dict[int, float]:
     Raises:
         UserError: the file is not such a one.
     """
+    from ase.data import chemical_symbols
+
     try:
         given = json.loads(file.read_text())
         return {chemical_symbols.index(symbol): float(value) for symbol, value in given.items()}
@@ -173,6 +189,8 @@ def read_references(file: Path) -> dict[int, float]:
 
 def summary(card: dict[str, Any]) -> str:
     """A table of a card's splits."""
+    from ase.data import chemical_symbols
+
     lines = [
         f"{'split':<8}{'frames':>9}{'traj.':>8}{'skipped':>9}{'atoms':>8}{'E min':>10}"
         f"{'E max':>10}{'E std':>9}{'F rms':>9}{'F max':>9}"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairchem_kd.demo.tables import gaps, table
+from fairchem_kd.commands.arguments import at_least
 from fairchem_kd.errors import UserError
 from fairchem_kd.machine import available_cores
 
@@ -32,9 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR",
         help="the folder for runs, table, results and plots (runs/demo)",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (0)")
-    parser.add_argument("--steps", type=int, help="of each student, in place of the configs'")
-    parser.add_argument("--jobs", type=int, help="trainings at a time (the number of cores)")
+    parser.add_argument(
+        "--seeds", type=at_least(0), nargs="+", default=[0], help="one run for each (0)"
+    )
+    parser.add_argument(
+        "--steps", type=at_least(1), help="of each student, in place of the configs'"
+    )
+    parser.add_argument(
+        "--jobs", type=at_least(1), help="trainings at a time (the number of cores)"
+    )
     parser.add_argument("--no-plots", action="store_true", help="write no plots")
 
 
@@ -53,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from fairchem_kd.analysis.subjects.splits import count_structures, splits_of_run
     from fairchem_kd.demo import children, plan
     from fairchem_kd.demo.regime import regime
+    from fairchem_kd.demo.tables import gaps, table
     from fairchem_kd.machine import flush_denormals
 
     configs = plan.read_configs(args.configs)
@@ -123,12 +130,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("steps", "jobs"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}.")
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise UserError("--seeds must be different whole numbers of at least 0.")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError("--seeds must be different whole numbers; one of them is given twice.")
     if not args.no_plots:
         from fairchem_kd.report.figures import check_matplotlib
 

@@ -7,25 +7,7 @@ import json
 import logging
 from pathlib import Path
 
-from ase.data import chemical_symbols
-from fairchem.core.modules.scaling.util import ensure_fitted
-
 from fairchem_kd.errors import UserError
-from fairchem_kd.files import write_whole
-from fairchem_kd.models.build import build_model
-from fairchem_kd.models.elements import as_atomic_numbers
-from fairchem_kd.models.export import (
-    CARD_FORMAT,
-    _about,
-    _commit,
-    _data_card,
-    _versions,
-    evaluate,
-    portable,
-    training_seconds,
-)
-from fairchem_kd.models.file import read_checkpoint, write_checkpoint
-from fairchem_kd.models.legacy import modern
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +36,25 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"DEST has to end in .pt, and {dest} does not.")
     if not args.force and (dest.exists() or card.exists()):
         raise UserError(f"{dest} or its card {card.name} exists; give --force to overwrite them.")
+    from ase.data import chemical_symbols
+    from fairchem.core.modules.scaling.util import ensure_fitted
+
+    from fairchem_kd.files import write_whole
+    from fairchem_kd.models.build import build_model
+    from fairchem_kd.models.elements import as_atomic_numbers
+    from fairchem_kd.models.export import (
+        CARD_FORMAT,
+        _about,
+        _commit,
+        _data_card,
+        _versions,
+        evaluate,
+        portable,
+        training_seconds,
+    )
+    from fairchem_kd.models.file import read_checkpoint, write_checkpoint
+    from fairchem_kd.models.legacy import modern
+
     checkpoint = modern(read_checkpoint(args.checkpoint, trust=args.trust), str(args.checkpoint))
     data = _data_card(args.data, checkpoint["config"])
     elements = args.elements or (data or {}).get("elements")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fairchem_kd.errors import UserError
+from fairchem_kd.commands.arguments import at_least
 
 EPILOG = """\
 MODEL is a checkpoint of any fairchem 1.x GemNet-OC, PaiNN or SchNet, or the folder of a run;
@@ -37,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pool", choices=("mean", "sum"), help="over the atoms: a row for each structure"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="so many structures at most")
-    parser.add_argument("--batch-size", type=int, default=16, help="structures at a time (16)")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="so many structures at most")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=16, help="structures at a time (16)"
+    )
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
     parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
 
@@ -49,10 +51,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a model, feature, file of structures or kind of output that will not do.
     """
-    for flag in ("batch_size", "limit"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, not {value}.")
     from fairchem_kd.analysis.embeddings.files import check_format, write_features
 
     check_format(args.out)

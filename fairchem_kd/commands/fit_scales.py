@@ -8,12 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fairchem_kd.data.build import ensure_built
+from fairchem_kd.commands.arguments import at_least
 from fairchem_kd.errors import UserError
-from fairchem_kd.files import write_whole
-from fairchem_kd.stock.scales import _trainer, fit_scale_factors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file that `model.scale_file` loads."
     )
     parser.add_argument("--config-yml", type=Path, required=True, help="a training config")
-    parser.add_argument("--num-batches", type=int, default=8, help="batches to measure on (8)")
+    parser.add_argument(
+        "--num-batches", type=at_least(1), default=8, help="batches to measure on (8)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -39,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: no config, no data, no scale factors in the model, or nowhere to write.
     """
-    if args.num_batches < 1:
-        raise UserError(f"--num-batches must be at least 1, not {args.num_batches}.")
+    from fairchem_kd.data.build import ensure_built
+    from fairchem_kd.stock.scales import _trainer, fit_scale_factors
+
     config = _load_config(args.config_yml)
     model_config = dict(config.get("model") or {})
     if "name" not in model_config:
@@ -78,6 +77,10 @@ def _load_config(path: Path) -> dict[str, Any]:
 
 
 def _write(scales: dict[str, float], path: Path) -> None:
+    import torch
+
+    from fairchem_kd.files import write_whole
+
     if path.suffix == ".json":
         text = json.dumps(scales, indent=2) + "\n"
         write_whole(path, lambda file: file.write(text.encode()))

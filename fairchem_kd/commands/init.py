@@ -11,27 +11,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from fairchem_kd.data.build import ensure_built
-from fairchem_kd.distillation.dry_run import DryRun, dry_run
-from fairchem_kd.distillation.pairing import (
-    Choice,
-    check_targets,
-    choose,
-    compare_normalizers,
-    differences,
-    facts,
-)
 from fairchem_kd.errors import UserError
-from fairchem_kd.files import write_whole
-from fairchem_kd.models.build import build
-from fairchem_kd.models.frozen import Teacher
-from fairchem_kd.models.legacy import modern_training_config, predicts_relaxed_energy
-from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.noise import quiet
+
+if TYPE_CHECKING:
+    from fairchem_kd.distillation.dry_run import DryRun
+    from fairchem_kd.distillation.pairing import Choice
 
 #: Without these a config trains nothing.
 _NEEDED = ("model", "dataset", "optim", "loss_functions", "outputs")
@@ -73,6 +60,22 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"{args.student.stem}_{'_'.join(kinds)}.yml")
     if out.exists() and not args.force:
         raise UserError(f"{out} exists; give --force to overwrite it, or another --out.")
+    import yaml
+
+    from fairchem_kd.distillation.dry_run import dry_run
+    from fairchem_kd.distillation.pairing import (
+        check_targets,
+        choose,
+        compare_normalizers,
+        differences,
+        facts,
+    )
+    from fairchem_kd.files import write_whole
+    from fairchem_kd.models.build import build
+    from fairchem_kd.models.frozen import Teacher
+    from fairchem_kd.models.legacy import predicts_relaxed_energy
+    from fairchem_kd.random_state import isolated_random_state
+
     config = read_training_config(args.student)
     teacher = Teacher.from_checkpoint(args.teacher, trust=args.trust, where="--teacher")
     with isolated_random_state():
@@ -136,7 +139,11 @@ def read_training_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is not for training, or distils already.
     """
+    import yaml
     from fairchem.core.common.utils import load_config
+
+    from fairchem_kd.data.build import ensure_built
+    from fairchem_kd.models.legacy import modern_training_config
 
     if not path.is_file():
         raise UserError(f"--student {path} does not exist; give the config of a plain training.")

@@ -7,10 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fairchem_kd.features.describe import describe
-from fairchem_kd.models.build import build, read_model_config
-from fairchem_kd.models.elements import read_elements
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
@@ -25,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the model offers; returns the exit code."""
+    from fairchem_kd.features.describe import describe
+    from fairchem_kd.models.build import build, read_model_config
+    from fairchem_kd.models.elements import read_elements
+
     config = read_model_config(args.model, trust=args.trust)
     report = {"source": str(args.model), **describe(build(config, args.model))}
     report["elements"] = read_elements(args.model)

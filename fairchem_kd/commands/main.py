@@ -1,18 +1,22 @@
 """The `fairchem-kd` command, which finds the file of a subcommand and hands over to it.
 
 A module that is a subcommand of `fairchem-kd` has ``add_arguments(parser)`` and ``run(args)``,
-which returns the exit code. It is imported only when it is asked for.
+which returns the exit code. It is imported only when it is asked for, and what it imports itself,
+torch above all, it imports in ``run``: help and usage errors come without that.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from fairchem_kd._version import __version__
+from fairchem_kd.commands.arguments import Parser
 from fairchem_kd.errors import UserError, report
 from fairchem_kd.stock.noise import drop_noise
 from fairchem_kd.stock.plugin import check_fairchem_core
@@ -61,8 +65,19 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `fairchem-kd` command and return its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone can still be seen to
+    except BrokenPipeError:
+        if not _stop_writing():
+            raise
+        return 128 + signal.SIGPIPE  # as of a program that the signal ends: `| head` is no error
+
+
+def _main(argv: list[str]) -> int:
+    parser = Parser(
         prog="fairchem-kd",
         description="Tools around knowledge distillation with fairchem.",
         epilog="Training is done with `fairchem main --mode train --config-yml CONFIG`.",
@@ -78,14 +93,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[argv[0]]
     drop_noise()
     try:
-        if not command.standalone:
-            check_fairchem_core()
         module = importlib.import_module(command.module)
         module.add_arguments(parsers[argv[0]])
-        return module.run(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        if not command.standalone:
+            check_fairchem_core()
+        return module.run(args)
     except UserError as error:
         return report(error)
     except KeyboardInterrupt:
         told = f"stopped: fairchem-kd {argv[0]}; the files it had written are whole"
         print(f"\n{told}", file=sys.stderr)
         return 130
+
+
+def _stop_writing() -> bool:
+    """Send what is still to be written nowhere if its reader has gone; whether that was so."""
+    poll = select.poll()
+    for output in (1, 2):
+        poll.register(output, 0)
+    gone = [output for output, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in gone:
+        os.dup2(nowhere, output)
+    os.close(nowhere)
+    return bool(gone)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fairchem_kd.commands.arguments import at_least, more_than
 from fairchem_kd.commands.output import add_output_arguments, as_text, check_output, deliver
 from fairchem_kd.errors import UserError
 
@@ -37,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="PATH", help="structures to start from (default: the runs' test set)"
     )
     parser.add_argument(
-        "--structures", type=int, default=5, metavar="N", help="how many, evenly spread (5)"
+        "--structures",
+        type=more_than(0),
+        default=5,
+        metavar="N",
+        help="how many, evenly spread (5)",
     )
     parser.add_argument(
         "--method",
@@ -45,14 +50,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of the labels (default: what the data set's card says)",
     )
-    parser.add_argument("--md-steps", type=int, default=200, metavar="N", help="of MD (200)")
-    parser.add_argument("--time-step", type=float, default=0.5, metavar="FS", help="of MD (0.5)")
     parser.add_argument(
-        "--temperature", type=float, default=300.0, metavar="K", help="of the velocities (300)"
+        "--md-steps", type=more_than(0), default=200, metavar="N", help="of MD (200)"
     )
-    parser.add_argument("--fmax", type=float, default=0.05, help="of relaxations, eV/Å (0.05)")
     parser.add_argument(
-        "--relax-steps", type=int, default=100, metavar="N", help="of a relaxation (100)"
+        "--time-step", type=more_than(0.0), default=0.5, metavar="FS", help="of MD (0.5)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=at_least(0.0),
+        default=300.0,
+        metavar="K",
+        help="of the velocities (300)",
+    )
+    parser.add_argument(
+        "--fmax", type=more_than(0.0), default=0.05, help="of relaxations, eV/Å (0.05)"
+    )
+    parser.add_argument(
+        "--relax-steps", type=more_than(0), default=100, metavar="N", help="of a relaxation (100)"
     )
     add_output_arguments(parser, "physics.md, physics.json")
 
@@ -63,11 +78,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: models, structures or a method that will not do.
     """
-    for flag in ("structures", "md_steps", "time_step", "fmax", "relax_steps"):
-        if getattr(args, flag) <= 0:
-            raise UserError(f"--{flag.replace('_', '-')} must be more than 0.")
-    if args.temperature < 0:
-        raise UserError("--temperature must not be negative.")
     check_output(args)
     from fairchem_kd.analysis.physics import study as physics_study
     from fairchem_kd.analysis.physics import tables as shown

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairchem_kd.analysis.compare.runs import compare_runs
 from fairchem_kd.commands.compare import add_comparison_arguments
 from fairchem_kd.errors import UserError
 
@@ -90,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: runs that cannot be compared, or folders without results.
     """
+    from fairchem_kd.analysis.compare.runs import compare_runs
     from fairchem_kd.files import write_whole
     from fairchem_kd.report.figures import check_matplotlib
     from fairchem_kd.report.page import page
@@ -184,7 +184,7 @@ def _measure(name: str, comparison: Comparison, args: argparse.Namespace) -> Ite
     else:
         order = sorted(students.values(), key=lambda g: g.role != BASELINE)
         calls = [[f"{g.label}={file.path}" for g in order for file in g.files]]
-    module = importlib.import_module(f"fairchem_kd.analysis.cli_{name}")
+    module = importlib.import_module(f"fairchem_kd.commands.{name}")
     for number, call in enumerate(call for call in calls if call):
         parser = argparse.ArgumentParser(prog=f"fairchem-kd {name}")
         module.add_arguments(parser)

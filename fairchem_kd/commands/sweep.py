@@ -6,11 +6,14 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fairchem_kd.commands.arguments import at_least
 from fairchem_kd.errors import UserError
-from fairchem_kd.sweep.columns import columns
-from fairchem_kd.sweep.manifest import Manifest, Run, default_folder, expand, read_manifest
-from fairchem_kd.sweep.state import FAILED, PENDING, STATES, Status, statuses
+
+if TYPE_CHECKING:
+    from fairchem_kd.sweep.manifest import Manifest, Run
+    from fairchem_kd.sweep.state import Status
 
 _EPILOG = """\
 fairchem-kd sweep expand yaml_configs/sweeps/e2n_coefficient.yml --dry-run
@@ -67,33 +70,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-gpus", type=_positive, default=1, help="GPUs (or ranks) of each run")
+    parser.add_argument(
+        "--num-gpus", type=at_least(1), default=1, help="GPUs (or ranks) of each run"
+    )
     parser.add_argument("--cpu", action="store_true", help="leave GPUs alone")
     parser.add_argument(
-        "--print-every", type=_positive, default=10, help="steps between a run's log lines"
+        "--print-every", type=at_least(1), default=10, help="steps between a run's log lines"
     )
     here = parser.add_argument_group("on this machine")
     here.add_argument(
-        "--workers", type=_positive, help="runs at a time (default: as the GPUs allow, else 1)"
+        "--workers", type=at_least(1), help="runs at a time (default: as the GPUs allow, else 1)"
     )
     here.add_argument(
-        "--threads", type=_positive, help="of each rank (default: the cores, shared out)"
+        "--threads", type=at_least(1), help="of each rank (default: the cores, shared out)"
     )
     cluster = parser.add_argument_group("on a cluster (without SLURM: submitit's local executor)")
     cluster.add_argument("--submit", action="store_true", help="submit the runs as one job array")
     cluster.add_argument(
         "--array-parallelism",
-        type=_positive,
+        type=at_least(1),
         default=16,
         metavar="N",
         help="jobs that may run at a time (default: 16)",
     )
-    cluster.add_argument("--num-nodes", type=_positive, default=1, help="nodes of each run")
+    cluster.add_argument("--num-nodes", type=at_least(1), default=1, help="nodes of each run")
     cluster.add_argument("--slurm-partition", help="name of the partition")
     cluster.add_argument("--slurm-account", help="name of the account")
     cluster.add_argument("--slurm-qos", help="name of the quality of service")
     cluster.add_argument(
-        "--slurm-mem", type=_positive, default=80, help="memory of a node, in GB (default: 80)"
+        "--slurm-mem", type=at_least(1), default=80, help="memory of a node, in GB (default: 80)"
     )
     cluster.add_argument(
         "--slurm-timeout",
@@ -103,19 +108,15 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
-
-
 def run(args: argparse.Namespace) -> int:
     """Do what ``args.action`` says; returns 1 where runs failed."""
     return _ACTIONS[args.action](args)
 
 
 def _expand(args: argparse.Namespace) -> int:
+    from fairchem_kd.sweep.manifest import expand
+    from fairchem_kd.sweep.state import statuses
+
     manifest = expand(args.sweep, args.out, args.config_yml, write=not args.dry_run)
     _print_table(manifest.listed, statuses(manifest))
     if not args.dry_run:
@@ -124,6 +125,9 @@ def _expand(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from fairchem_kd.sweep.manifest import expand, read_manifest
+    from fairchem_kd.sweep.state import statuses
+
     if args.sweep.is_dir():
         if args.config_yml:
             raise UserError("--config-yml goes with the sweep's YAML, not with its folder.")
@@ -143,6 +147,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _is_to_run(status: Status) -> bool:
     """Failed, or waiting for nobody; a job in the queue is left alone."""
+    from fairchem_kd.sweep.state import FAILED, PENDING
+
     return status.state == FAILED or (status.state == PENDING and status.job is None)
 
 
@@ -189,6 +195,8 @@ def _has_gpu() -> bool:
 
 
 def _status(args: argparse.Namespace) -> int:
+    from fairchem_kd.sweep.state import statuses
+
     manifest = _manifest(args)
     found = statuses(manifest)
     _print_table(manifest.listed, found)
@@ -201,6 +209,7 @@ def _status(args: argparse.Namespace) -> int:
 
 def _collect(args: argparse.Namespace) -> int:
     from fairchem_kd.sweep.collect import as_markdown, choose_metrics, collect, write_tables
+    from fairchem_kd.sweep.state import statuses
 
     manifest = _manifest(args)
     rows = collect(manifest, statuses(manifest), args.at, partial=args.partial)
@@ -220,11 +229,15 @@ _ACTIONS = {"expand": _expand, "run": _run, "status": _status, "collect": _colle
 
 
 def _manifest(args: argparse.Namespace) -> Manifest:
+    from fairchem_kd.sweep.manifest import default_folder, read_manifest
+
     target: Path = args.sweep
     return read_manifest(target if target.is_dir() else args.out or default_folder(target))
 
 
 def _print_table(runs: Sequence[Run], found: Mapping[str, Status]) -> None:
+    from fairchem_kd.sweep.columns import columns
+
     heads, cells = columns(runs)
     rows = [["run", *heads, "seed", "state"]]
     for run, cell in zip(runs, cells, strict=True):
@@ -238,6 +251,8 @@ def _print_table(runs: Sequence[Run], found: Mapping[str, Status]) -> None:
 
 
 def _counts(manifest: Manifest, found: Mapping[str, Status]) -> str:
+    from fairchem_kd.sweep.state import STATES
+
     counts = Counter(found[run.name].state for run in manifest.listed)
     return ", ".join(f"{counts[state]} {state}" for state in STATES)
 

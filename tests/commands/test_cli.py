@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ from pathlib import Path
 import models
 import pytest
 import yaml
+from commands import run_to_end
 from trainings import write_lmdb
 
-from fairchem_kd.commands import configs, doctor
+from fairchem_kd.commands import configs, data, data_convert, doctor, fairchem
 from fairchem_kd.commands import main as cli
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.plugin import check_fairchem_core
@@ -24,16 +26,8 @@ from fairchem_kd.sweep.grid import sweep_grid
 
 def run(*argv: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run ``python -m fairchem_kd``, the `fairchem` command, on a machine without a GPU."""
-    return subprocess.run(
-        [sys.executable, "-m", "fairchem_kd", *argv],
-        cwd=cwd,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "fairchem_kd", *argv]
+    return run_to_end(command, cwd, **{"CUDA_VISIBLE_DEVICES": "", **env})
 
 
 PROBE = """
@@ -212,7 +206,7 @@ def test_stock_command_is_put_back_and_its_runner_pickles():
 
     names = ("build_config", "create_grid", "Runner", "runner_wrapper", "AutoExecutor")
     before = [getattr(_cli, name) for name in names]
-    replaced = {"config": {"a": 1}, "runner": KDRunner, "rank": run_launched_rank}
+    replaced = {"config": {"a": 1}, "grid": None, "runner": KDRunner, "rank": run_launched_rank}
     with stock_command_with(**replaced, executor=Executor):
         assert _cli.build_config(None, []) == {"a": 1}
         assert type(pickle.loads(pickle.dumps(_cli.Runner()))) is KDRunner
@@ -264,13 +258,119 @@ def test_every_subcommand_explains_itself(command, capsys):
     assert f"fairchem-kd {command}" in capsys.readouterr().out
 
 
-def test_commands_start_without_importing_torch():
-    code = (
-        "import sys, fairchem_kd, fairchem_kd.commands.main\n"
-        "import fairchem_kd.commands.doctor, fairchem_kd.commands.configs\n"
-        "assert not {'torch', 'fairchem', 'fairchem.core'} & {*sys.modules}"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+#: Every command and subcommand asked for help, and given what it does not know.
+PARSED = """
+import argparse, contextlib, importlib, io, json, sys
+from fairchem_kd.commands.arguments import Parser
+from fairchem_kd.commands.main import COMMANDS, main
+
+def below(parser, words):
+    yield words
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, made in action.choices.items():
+                yield from below(made, [*words, name])
+
+cases = [["--help"], ["--version"], [], ["nonsense"], *json.loads(sys.argv[1])]
+for name, command in COMMANDS.items():
+    parser = Parser()
+    importlib.import_module(command.module).add_arguments(parser)
+    for words in below(parser, [name]):
+        cases += [[*words, "--help"], [*words, "--nonsense"]]
+for argv in cases:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = main(argv)
+        except SystemExit as stopped:
+            code = stopped.code
+    heavy = {"torch", "numpy", "ase", "fairchem", "fairchem.core"} & {*sys.modules}
+    print(json.dumps([argv, code, sorted(heavy)]))
+"""
+USAGE_ERRORS = [
+    ["export"],
+    ["export", "best_checkpoint.pt"],
+    ["init", "--student", "config.yml"],
+    ["compare", "run", "--atoms", "some"],
+    ["cka", "--student", "run", "--samples", "-1"],
+    ["data", "slabs", "--train", "3"],
+    ["data", "convert", "SOURCE"],
+    ["data", "convert", "SOURCE", "DEST", "--energy-unit", "J"],
+    ["sweep", "run", "sweep.yml", "--workers", "0"],
+]
+
+
+def test_help_and_usage_errors_import_nothing_heavy():
+    done = run_to_end([sys.executable, "-c", PARSED, json.dumps(USAGE_ERRORS)])
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    asked = [" ".join(argv) for argv, _, _ in found]
+    for words in (*cli.COMMANDS, "data convert", "data slabs", "sweep run", "sweep collect"):
+        assert f"{words} --help" in asked
+    for argv, code, heavy in found:
+        assert code == (0 if argv[-1:] in (["--help"], ["--version"]) else 2), argv
+        assert not heavy, f"{argv} imported {heavy}"
+
+
+def test_what_is_said_of_the_data_without_importing_it_is_so():
+    from fairchem_kd.data.convert import labels
+    from fairchem_kd.data.recipes.registry import RECIPES, least_sizes
+
+    assert {name: dict(recipe.sizes) for name, recipe in RECIPES.items()} == data.SIZES
+    for name, recipe in RECIPES.items():
+        least = dict.fromkeys(recipe.sizes, 1) | {"train": data.LEAST_TRAIN[name]}
+        assert least_sizes(recipe) == least
+    assert tuple(labels.ENERGY_UNITS) == data_convert.ENERGY_UNITS
+    assert tuple(labels.LENGTH_UNITS) == data_convert.LENGTH_UNITS
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["configs"],
+        ["sweep", "run", "--help"],
+        pytest.param(["inspect", "schnet.yml"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_a_reader_that_has_gone_is_no_error(argv, workplace):
+    code = "import sys; from fairchem_kd.commands.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *argv]
+    piped = f"{shlex.join(command)} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = run_to_end(["bash", "-c", piped], workplace)
+    line, status = done.stdout.splitlines()
+    assert line
+    assert (done.stderr, status in ("0", "141")) == ("", True)  # 0: all was written in time
+
+    reader, writer = os.pipe()
+    os.close(reader)  # before the command starts, so that it is never in time
+    with os.fdopen(writer) as out:
+        gone = subprocess.run(
+            command,
+            cwd=workplace,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # else argparse itself drops the error
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (gone.stderr, gone.returncode) == ("", 141)
+
+
+def test_another_broken_pipe_is_not_taken_for_the_readers(monkeypatch):
+    def broken(args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(configs, "run", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["configs"])
+
+
+def test_a_command_is_given_up_when_it_is_silent_rather_than_slow():
+    with pytest.raises(AssertionError, match="no sign of life in 2 s"):
+        run_to_end([sys.executable, "-c", "import time; time.sleep(600)"], silence_s=2)
+    busy = "import time\nwhile time.process_time() < 4: pass\nprint('done')"
+    assert run_to_end([sys.executable, "-c", busy], silence_s=2).stdout == "done\n"
 
 
 def test_configs_are_copied(tmp_path, capsys):
@@ -296,7 +396,7 @@ def test_another_fairchem_core_is_refused(installed, said, monkeypatch, capsys):
     monkeypatch.setattr("fairchem_kd.stock.plugin.version", lambda name: installed)
     with pytest.raises(UserError, match=f"{installed} is installed .*{said}"):
         check_fairchem_core()
-    assert cli.fairchem(["--help"]) == 2
+    assert fairchem.main(["--help"]) == 2
     assert cli.main(["inspect", "x"]) == 2
     assert "fairchem-core>=1.10,<2" in capsys.readouterr().err
 
@@ -338,7 +438,7 @@ def test_doctor_needs_nothing_to_run(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.count("PROBLEM: missing") == len(doctor.REQUIRED) + 2
     assert "pip install ./compat" in said
-    assert cli.fairchem([]) == 2
+    assert fairchem.main([]) == 2
     assert "which is missing" in capsys.readouterr().err
 
 
@@ -350,7 +450,7 @@ def test_fix_survives_a_long_or_spaced_path(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.sys, "executable", str(python))
     script = doctor.fix_script(folder)
     assert os.access(script, os.X_OK)
-    script.write_text(script.read_text().replace("sys.exit(fairchem())", "print(sys.argv[1])"))
+    script.write_text(script.read_text().replace("sys.exit(main())", "print(sys.argv[1])"))
     path = json.dumps([str(p) for p in sys.path if p])
     body = script.read_text().replace("import sys\n", f"import sys\nsys.path += {path}\n", 1)
     script.write_text(body)

@@ -1,11 +1,14 @@
-"""The `fairchem` command in processes that tests can watch and kill."""
+"""The commands in processes that tests can watch and kill."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
@@ -19,6 +22,10 @@ from fairchem_kd.training.records import read_records
 
 #: How long anything may take here; machines may be busy.
 PATIENCE_S = 1200.0
+#: For how long a command may print nothing, once it does not compute either, ...
+SILENCE_S = 600.0
+#: ... which is less than this share of the time, whatever else the machine does.
+IDLE = 0.01
 #: The optimiser steps of the run that :func:`write_run` writes, whatever the number of ranks.
 LAST_STEP = 40
 
@@ -77,8 +84,9 @@ class Command:
 
     def kill(self) -> None:
         """SIGKILL it with all that it has started."""
-        if self.running:
-            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            if self.running:
+                os.killpg(self.pid, signal.SIGKILL)
         self.wait()
 
     def wait(self) -> int:
@@ -103,6 +111,61 @@ def _run(argv: Sequence[str], cwd: Path, log: Path, env: dict[str, str]) -> None
     from fairchem_kd.commands.fairchem import main as fairchem
 
     sys.exit(fairchem(argv))
+
+
+def run_to_end(
+    argv: Sequence[str], cwd: Path | None = None, silence_s: float = SILENCE_S, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command for as long as it prints or computes, on however busy a machine.
+
+    Args:
+        silence_s: after so much time without a sign of life it is killed, and the test fails.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+        try:
+            since, printed, used = time.monotonic(), 0, 0.0
+            while True:
+                try:
+                    process.wait(min(5.0, silence_s / 4))
+                    break
+                except subprocess.TimeoutExpired:
+                    pass
+                now, size = time.monotonic(), sum(os.fstat(f.fileno()).st_size for f in (out, err))
+                computed = cpu_seconds(process.pid)
+                if size != printed or abs(computed - used) > IDLE * silence_s:
+                    since, printed, used = now, size, computed
+                assert now - since < silence_s, f"no sign of life in {silence_s:g} s: {argv}"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read())
+    return subprocess.CompletedProcess(argv, process.returncode, *texts)
+
+
+def cpu_seconds(session: int) -> float:
+    """What the processes of a session have used so far, and those of them that have ended."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()  # after the command's name
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session:
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def children(pid: int) -> list[int]:

@@ -1,0 +1,81 @@
+"""How the commands parse: positional arguments anywhere, and numbers with a bound.
+
+Imported for every help text, so nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from fairchem_kd.errors import UserError
+
+Number = TypeVar("Number", int, float)
+
+
+class OutOfRange(argparse.ArgumentTypeError):
+    """A number that its option cannot have; the message goes on after the option's name."""
+
+
+def at_least(least: Number) -> Callable[[str], Number]:
+    """The type of an option that takes no smaller number: whole ones if ``least`` is whole."""
+    return _bounded(type(least), lambda number: number >= least, f"at least {least:g}")
+
+
+def more_than(bound: Number) -> Callable[[str], Number]:
+    """The type of an option that takes larger numbers only: whole ones if ``bound`` is whole."""
+    return _bounded(type(bound), lambda number: number > bound, f"more than {bound:g}")
+
+
+def _bounded(
+    kind: type[Number], allowed: Callable[[Number], bool], words: str
+) -> Callable[[str], Number]:
+    def number(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise OutOfRange(f"must be {what} that is {words}, not '{text}'") from None
+        if not (math.isfinite(value) and allowed(value)):
+            raise OutOfRange(f"must be {words}, not {text}")
+        return value
+
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes ``A --flag B`` for ``A B --flag``, and so do its subcommands' parsers.
+
+    Stock argparse has that in ``parse_intermixed_args``, which refuses subcommands.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "exit_on_error": False})
+        self._intermixing = False
+
+    def parse_known_args(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        namespace: argparse.Namespace | None = None,
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, which every subcommand's parser is called with.
+
+        Raises:
+            UserError: a number is out of range.
+        """
+        if self._intermixing:
+            return super().parse_known_args(args, namespace)
+        # Words after `--` are positional, which the second pass of argparse would not know.
+        plain = self._subparsers is not None or "--" in (args or ())
+        self._intermixing = True
+        try:
+            parse = super().parse_known_args if plain else self.parse_known_intermixed_args
+            return parse(args, namespace)
+        except argparse.ArgumentError as error:
+            if isinstance(error.__context__, OutOfRange):
+                raise UserError(f"{error.argument_name} {error.message}.") from None
+            self.error(str(error))
+        finally:
+            self._intermixing = False
