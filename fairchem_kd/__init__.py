@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairchem_kd._version import __version__
 from fairchem_kd.errors import UserError
+from fairchem_kd.moved import know_old_names
 from fairchem_kd.stock.plugin import register
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ _HOME = {
     "Teacher": "fairchem_kd.models.frozen",
     "available_features": "fairchem_kd.features",
 }
+
+
+know_old_names()
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ ROOMS = (
     "launch",
     "distillation",
     "training",  # knows no teacher
+    "teachers",
     "losses",
     "models",
     "features",
@@ -29,7 +30,7 @@ ROOMS = (
 #: What every room stands on.
 GROUND = ("_version", "errors", "files", "machine", "random_state", "schema")
 #: The public face of the package: its names are looked up when they are used.
-FACE = ("", "__main__", "trainer")
+FACE = ("", "__main__", "moved")
 #: Where fairchem-core itself is imported.
 STOCK_IN = ("stock", "launch", "models", "features", "training")
 #: Places that still import fairchem-core elsewhere; the list may only get shorter.
@@ -43,13 +44,7 @@ STOCK_ELSEWHERE = {
     "commands.export",
     "commands.fit_scales",
     "commands.init",
-    "distillation.companions.unlabelled",
-    "distillation.dry_run",
     "distillation.pairing",
-    "distillation.terms",
-    "distillation.trainer",
-    "sweep.keys",
-    "sweep.spec",
 }
 
 PACKAGE = ROOT / "fairchem_kd"

@@ -89,7 +89,7 @@ def test_wheel_holds_every_module_and_config(built, tmp_path):
     scripts = configparser.ConfigParser()
     scripts.read(info / "entry_points.txt")
     assert dict(scripts["console_scripts"]) == {
-        "fairchem": "fairchem_kd.commands.main:fairchem",
+        "fairchem": "fairchem_kd.commands.fairchem:main",
         "fairchem-kd": "fairchem_kd.commands.main:main",
     }
     # the installed package finds its configs

@@ -8,19 +8,18 @@ import math
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from fairchem_kd.distillation.trainer import DistillationTrainer
 from fairchem_kd.errors import UserError
-
-if TYPE_CHECKING:
-    from fairchem_kd.distillation.trainer import DistillationTrainer
+from fairchem_kd.stock.noise import without_noise
+from fairchem_kd.stock.trainer import in_one_process
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,7 @@ def dry_run(config: Mapping[str, Any], where: Path, repeats: int = 3) -> DryRun:
     Raises:
         UserError: it cannot be trained, or the loss is not finite.
     """
-    with warnings.catch_warnings():  # fairchem's own, of every training
-        for message in ("'PaiNNMessage.jittable' is deprecated", "'pin_memory' argument"):
-            warnings.filterwarnings("ignore", message)
+    with without_noise():
         try:
             return _measure(config, where, repeats)
         finally:
@@ -62,7 +59,7 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
     trainer = _trainer(config, where)
     assert trainer.train_loader is not None
     trainer.check_labels()
-    trainer._set_up_distillation()
+    trainer.set_up()
     batch = next(iter(trainer.train_loader), None)
     if batch is None:
         raise UserError(f"{where}: dataset.train gives no batch; it is empty.")
@@ -78,7 +75,7 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
             "training with this config starts, and that the teacher takes such structures."
         ) from error
     distillation = trainer.distillation
-    terms = distillation.read_values() if distillation is not None else {}
+    terms = distillation.values.read() if distillation is not None else {}
     memory = _memory(trainer.device)
     trainer.distillation = None
     _, plain = _steps(trainer, batch, repeats)
@@ -101,30 +98,12 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
 
 
 def _trainer(config: Mapping[str, Any], where: Path) -> DistillationTrainer:
-    """Ours, in one process and in debug mode, in which it makes no folders."""
-    from fairchem.core.common.utils import setup_imports
-
-    from fairchem_kd.distillation.trainer import DistillationTrainer
-
-    setup_imports()
     config = copy.deepcopy(dict(config))
-    distillation = config["task"]["distillation"]
-    distillation["statistics_samples"] = config["optim"].get("batch_size", 1)
+    config["task"]["distillation"]["statistics_samples"] = config["optim"].get("batch_size", 1)
+    config["optim"]["num_workers"] = 0
     try:
-        return DistillationTrainer(
-            task=config["task"],
-            model=config["model"],
-            outputs=config.get("outputs", {}),
-            dataset={"train": config["dataset"]["train"]},
-            optimizer={**config["optim"], "num_workers": 0},
-            loss_functions=config["loss_functions"],
-            evaluation_metrics=config.get("evaluation_metrics", {}),
-            identifier="init",
-            local_rank=0,
-            is_debug=True,
-            seed=0,
-            cpu=not torch.cuda.is_available(),
-        )
+        data = {"train": config["dataset"]["train"]}
+        return in_one_process(DistillationTrainer, config, data, identifier="init", seed=0)
     except UserError:
         raise
     except Exception as error:  # whatever fairchem makes of a config that it cannot train
@@ -139,12 +118,7 @@ def _steps(trainer: DistillationTrainer, batch: Any, repeats: int) -> tuple[floa
     losses, seconds = [], []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        trainer.model.train()
-        copied = batch.clone()
-        with torch.autocast("cuda", enabled=trainer.scaler is not None):
-            loss = trainer._compute_loss(trainer._forward(copied), copied)
-        losses.append(loss.item())
-        trainer._backward(trainer.scaler.scale(loss) if trainer.scaler else loss)
+        losses.append(trainer.take_step(batch.clone()))
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

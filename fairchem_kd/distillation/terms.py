@@ -7,34 +7,28 @@ optimiser of their own, and its state a key of its own in the checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
-from fairchem.core.common import distutils
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fairchem_kd.distillation.config import DistillationConfig
+from fairchem_kd.distillation.projections import Projections
+from fairchem_kd.distillation.statistics import Collate, fit_statistics
+from fairchem_kd.distillation.values import Values
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Captured, FeatureExtractor, Request
 from fairchem_kd.losses import Loss, LossInputs, Part
-from fairchem_kd.models.frozen import Teacher, TeacherOutput
 from fairchem_kd.models.units import Units
-from fairchem_kd.training.checks import check_finite
-from fairchem_kd.training.ranks import all_sum, average_gradients, world_size
+from fairchem_kd.teachers import ATOM_ENERGY, Taught, Teacher
+from fairchem_kd.training.ranks import all_sum, world_size
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from torch_geometric.data import Batch
-
-ATOM_ENERGY = Request("atom_energy", "node")
-Collate = Callable[[list[Any]], "Batch"]
 
 
 class Distillation:
@@ -43,7 +37,7 @@ class Distillation:
     Args:
         config: the validated ``task.distillation`` block.
         student: the bare student (what DDP wraps), in whose forward its features are tapped.
-        teacher: the frozen teacher.
+        teacher: what teaches.
         units: the student's normalisers and element references.
         label_losses: the trainer's ``(target, {"fn", "coefficient"})`` pairs.
         outputs: the trainer's ``output_targets``.
@@ -85,38 +79,38 @@ class Distillation:
         self._outputs = sorted({name for term in terms for name in term.needs_outputs})
         teacher.require_outputs(self._outputs)
         self._atom_energy = any(term.needs_atom_energy for term in terms)
-        self.student_tap = self._tap(student, "student")
-        self.teacher_tap = self._tap(teacher.model, "teacher")
+        wanted = self._requests("student", lambda own: FeatureExtractor(student, own))
+        self.student_tap = FeatureExtractor(student, wanted)
+        self.teacher_requests = self._requests("teacher", teacher.specs)
+        teacher_specs = teacher.specs(self.teacher_requests)
         generator = torch.Generator().manual_seed(seed)
         for term in terms:
-            term.build(self.student_tap.specs, self.teacher_tap.specs, generator)
+            term.build(self.student_tap.specs, teacher_specs, generator)
         self.modules = nn.ModuleList(terms).to(device)
 
-        optim = config.projections
-        self.learning_rate = optim.lr or learning_rate
-        self.clip_grad_norm = optim.clip_grad_norm or clip_grad_norm
-        self.weight_decay = optim.weight_decay
-        self.parameters = list(self.modules.parameters())
-        self.optimizer = (
-            torch.optim.AdamW(self.parameters, self.learning_rate, weight_decay=self.weight_decay)
-            if self.parameters
-            else None
+        self.projections = Projections(
+            self.modules,
+            config.projections,
+            learning_rate=learning_rate,
+            clip_grad_norm=clip_grad_norm,
         )
-        self._values: dict[str, Tensor] = {}
-        self._steps = 0
+        self.values = Values()
 
-    def _tap(self, model: nn.Module, side: Literal["student", "teacher"]) -> FeatureExtractor:
+    def _requests(
+        self, side: Literal["student", "teacher"], specs: Callable[[list[Request]], Any]
+    ) -> list[Request]:
+        """What the terms want of one model, each term's refused under its own name."""
         wanted: list[Request] = []
         for term in self.terms.values():
             own = term.student_requests() if side == "student" else term.teacher_requests()
             if term.needs_atom_energy:
                 own = [*own, ATOM_ENERGY]
             try:
-                FeatureExtractor(model, own)
+                specs(own)
             except UserError as error:
                 raise UserError(f"{term.where}.{side}: {error}") from None
             wanted += own
-        return FeatureExtractor(model, wanted)
+        return wanted
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -137,18 +131,33 @@ class Distillation:
                 for name, term in self.terms.items()
                 for part in term(inputs)
             }
-            if inputs.systems is not None:  # the share of the copies that counts, for the records
+            noted: dict[str, Part] = {}
+            if (
+                inputs.systems is not None and "rattled" in batch
+            ):  # the share of the copies that counts
                 kept = (inputs.systems & batch.rattled).sum()
-                parts["rattle"] = (0.0, Part("", 1.0, kept, batch.rattled.sum()))
-            totals = torch.stack([part.total.double() for _, part in parts.values()])
-            counts = torch.stack([self._count(part.count) for _, part in parts.values()])
+                noted["rattle"] = Part("", 1.0, kept, batch.rattled.sum())
+            summed = [*(part for _, part in parts.values()), *noted.values()]
+            totals = torch.stack([part.total.double() for part in summed])
+            counts = torch.stack([self._count(part.count) for part in summed])
             sums = all_sum(torch.cat([counts, totals.detach()]))
-            counts, values = sums.chunk(2)
+            counts, means = sums.chunk(2)
             counts = counts.clamp(min=1.0)
+            means = means / counts
             weights = [weight * part.weight for weight, part in parts.values()]
             weight = torch.tensor(weights, dtype=torch.float64).to(self.device, non_blocking=True)
-            self._note(list(parts), values / counts, weight)
-            return (weight * totals * (world_size() / counts)).sum().float()
+            own = slice(len(parts))
+            self._note(parts, means[own], weight)
+            for name, value in zip(noted, means[len(parts) :], strict=True):
+                self.values.note(name, value)
+            self.values.end_step()
+            return (weight * totals[own] * (world_size() / counts[own])).sum().float()
+
+    def _note(self, names: Iterable[str], values: Tensor, weights: Tensor) -> None:
+        """Note each term's raw and weighted value."""
+        for name, value, weighted in zip(names, values, weights * values, strict=True):
+            self.values.note(name, value)
+            self.values.note(f"{name}_weighted", weighted)
 
     def _weight(self, term: Loss, step: int) -> float:
         return term.coefficient * term.schedule.factor(step, self.last_step)
@@ -159,136 +168,52 @@ class Distillation:
         return torch.as_tensor(count, dtype=torch.float64).to(self.device, non_blocking=True)
 
     def _inputs(self, batch: Batch, out: dict[str, Tensor], student: Captured) -> LossInputs:
-        taught = self.teacher.forward(batch, self.teacher_tap)
+        taught = self.teacher.teach(batch, self.teacher_requests)
         inputs = LossInputs(
             batch,
             student={r: student[r].values for r in self.student_tap.specs},
-            teacher=self._features(taught),
+            teacher=taught.features,
             student_outputs=out,
+            systems=self._counting(batch, taught),
         )
-        # In float64: references of total energies are orders larger than what is compared.
-        taught.raw = {name: value.double() for name, value in taught.raw.items()}
-        rattled = "rattled" in batch
-        physical = self.teacher.denormalized(taught, batch) if self._outputs or rattled else {}
-        if rattled:
-            inputs.systems = self._trusted(batch, physical)
-        if self._outputs:
-            inputs.teacher_outputs = {
-                name: self.units.normalized(name, physical[name].view_as(out[name]), batch).float()
-                for name in self._outputs
-            }
+        inputs.teacher_outputs = {
+            name: self.units.normalized(name, values.view_as(out[name]), batch).float()
+            for name, values in taught.outputs.items()
+            if name in self._outputs
+        }
         if self._atom_energy:
-            energies = inputs.teacher[ATOM_ENERGY].double()
-            physical_energies = self.teacher.units.physical_atom_energies(energies, batch)
+            assert taught.atom_energy is not None
             inputs.student_atom_energy = inputs.student[ATOM_ENERGY]
             inputs.teacher_atom_energy = self.units.normalized_atom_energies(
-                physical_energies, batch
+                taught.atom_energy, batch
             ).float()
         return inputs
 
-    def _trusted(self, batch: Batch, physical: dict[str, Tensor]) -> Tensor | None:
-        """``(B,)``: all but the copies on which the teacher's largest force exceeds the limit."""
-        if self.max_force is None or "forces" not in physical:
-            return None
-        norms = physical["forces"].view(-1, 3).norm(dim=1)
-        largest = norms.new_zeros(len(batch.natoms)).scatter_reduce(0, batch.batch, norms, "amax")
-        return ~batch.rattled | (largest <= self.max_force)
+    def _counting(self, batch: Batch, taught: Taught) -> Tensor | None:
+        """``(B,)``: all but what the teacher cannot be trusted on; None: all.
 
-    def _features(self, taught: TeacherOutput) -> dict[Request, Tensor]:
-        assert taught.features is not None
-        return {r: taught.features[r].values for r in self.teacher_tap.specs}
-
-    # -- values for the records -------------------------------------------------------------------
-
-    def _note(self, names: list[str], values: Tensor, weights: Tensor) -> None:
-        """Add one step's values, on the device: reading them is what waits for it."""
-        for name, value, weighted in zip(names, values, weights * values, strict=True):
-            noted_as = {name: value}
-            if name != "rattle":
-                noted_as[f"{name}_weighted"] = weighted
-            for key, noted in noted_as.items():
-                self._values[key] = self._values.get(key, 0.0) + noted.detach()
-        self._steps += 1
-
-    def read_values(self) -> dict[str, float]:
-        """Each term's raw and weighted value, a mean over the steps since the last reading."""
-        means = {name: float(value) / self._steps for name, value in self._values.items()}
-        self._values, self._steps = {}, 0
-        return means
-
-    @contextmanager
-    def values_apart(self) -> Iterator[None]:
-        """Within the block, values are kept apart from those of the training steps around it."""
-        values, steps = self._values, self._steps
-        self._values, self._steps = {}, 0
-        try:
-            yield
-        finally:
-            self._values, self._steps = values, steps
-
-    # -- the projections' optimiser ---------------------------------------------------------------
-
-    def zero_grad(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
-
-    def step(self, rate: float, scaler: torch.amp.GradScaler | None) -> None:
-        """Step the projections: gradients averaged over ranks, unscaled, clipped by themselves.
-
-        Args:
-            rate: the student's learning rate over its initial one.
-            scaler: the AMP scaler with which the loss was scaled.
+        Of rattled copies, those on which its largest force exceeds the limit do not count.
         """
-        if self.optimizer is None:
-            return
-        average_gradients(self.parameters)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * rate
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        if self.clip_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm)
-        if scaler is not None:
-            scaler.step(self.optimizer)  # the trainer updates the scaler after the student's step
-        else:
-            self.optimizer.step()
+        if "rattled" not in batch or self.max_force is None or "forces" not in taught.outputs:
+            return taught.trusted
+        norms = taught.outputs["forces"].view(-1, 3).norm(dim=1)
+        largest = norms.new_zeros(len(batch.natoms)).scatter_reduce(0, batch.batch, norms, "amax")
+        counting = ~batch.rattled | (largest <= self.max_force)
+        return counting if taught.trusted is None else counting & taught.trusted
 
     # -- statistics and state ---------------------------------------------------------------------
 
-    @torch.no_grad()
     def fit_statistics(self, dataset: Dataset, collate: Collate) -> None:
-        """Fix the standardisation on evenly spread training samples, on the first rank for all."""
-        fitted = [term for term in self.terms.values() if term.needs_statistics]
-        if not fitted:
-            return
-        error = [""]  # told to the other ranks, which would wait for the statistics
-        if distutils.is_master():
-            try:
-                self._fit(fitted, dataset, collate)
-            except UserError as refusal:
-                error[0] = str(refusal)
-        distutils.broadcast_object_list(error, src=0, device=self.device)
-        if error[0]:
-            raise UserError(error[0])
-        if world_size() > 1:
-            for buffer in self.modules.buffers():
-                dist.broadcast(buffer, src=0)
-
-    def _fit(self, terms: list[Loss], dataset: Dataset, collate: Collate) -> None:
-        count = len(dataset)  # type: ignore[arg-type]
-        number = min(self.statistics_samples, count)
-        samples = [i * count // number for i in range(number)]
-        logging.info(f"Standardising the teacher's features on {number} training samples")
-        for start in tqdm(range(0, number, 16), desc="standardise", disable=None):
-            batch = collate([dataset[i] for i in samples[start : start + 16]])
-            check_finite(batch, ())
-            self.teacher.check_elements(batch.atomic_numbers)
-            batch = batch.to(self.device)
-            features = self._features(self.teacher.forward(batch, self.teacher_tap))
-            for term in terms:
-                term.update_statistics(features, batch)
-        for term in terms:
-            term.finalize_statistics()
+        """Fix the standardisation of the teacher's features on training samples."""
+        fit_statistics(
+            list(self.terms.values()),
+            self.teacher,
+            self.teacher_requests,
+            dataset,
+            collate,
+            samples=self.statistics_samples,
+            device=self.device,
+        )
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -305,7 +230,7 @@ class Distillation:
                 key: value for key, value in options.items() if key not in changeable
             }
         return {
-            "teacher": _fingerprint(self.teacher.model),
+            "teacher": self.teacher.identity,
             "statistics_samples": self.statistics_samples,
             "losses": terms,
         }
@@ -314,7 +239,7 @@ class Distillation:
         return {
             "identity": self.identity,
             "terms": {name: term.state_dict() for name, term in self.terms.items()},
-            "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
+            "optimizer": self.projections.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -333,16 +258,4 @@ class Distillation:
         assert state is not None
         for name, term in self.terms.items():
             term.load_state_dict(state["terms"][name])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group in self.optimizer.param_groups:
-                group["weight_decay"] = self.weight_decay
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """A digest of a model's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        self.projections.load_state_dict(state["optimizer"])

@@ -43,6 +43,16 @@ def _unfitted(config: Mapping[str, Any], name: str, error: str) -> str:
     )
 
 
+def model_class(name: str) -> type[nn.Module]:
+    """The class that fairchem knows by a name.
+
+    Raises:
+        RuntimeError, ImportError, ValueError: there is none.
+    """
+    setup_imports()
+    return registry.get_model_class(name)
+
+
 def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
     """The bare stock model of a checkpoint, on the CPU, with its (EMA) weights.
 

@@ -16,12 +16,14 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 import torch
+from fairchem.core.trainers import OCPTrainer
 from torch import nn
 
 from fairchem_kd._version import __version__
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import stock_model_config
 from fairchem_kd.models.file import read_checkpoint
+from fairchem_kd.stock.trainer import in_one_process
 
 CARD_FORMAT = 1
 _METRICS = {
@@ -105,10 +107,6 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, dict[str, float]]:
         By split: ``energy_mae`` in eV, ``forces_mae`` in eV/Å over free atoms where the config
         evaluates on those.
     """
-    from fairchem.core.common.utils import setup_imports
-    from fairchem.core.trainers import OCPTrainer
-
-    setup_imports()
     contents = read_checkpoint(checkpoint)
     config = contents["config"]
     train = config.get("dataset") or {}
@@ -119,21 +117,12 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, dict[str, float]]:
     for split in ("val", "test", "test_ood"):
         if not (data / split).exists():
             continue
-        trainer = OCPTrainer(
-            task=config.get("task", {}),
-            model=copy.deepcopy(config["model"]),
-            outputs=copy.deepcopy(config["outputs"]),
-            dataset={
-                "train": {},
-                "val": {"format": "lmdb", **reading, "src": str(data / split)},
-            },
-            optimizer=copy.deepcopy(config["optim"]),
-            loss_functions=config["loss_functions"],
-            evaluation_metrics=_METRICS,
+        trainer = in_one_process(
+            OCPTrainer,
+            config,
+            {"train": {}, "val": {"format": "lmdb", **reading, "src": str(data / split)}},
             identifier="export",
-            local_rank=0,
-            is_debug=True,
-            cpu=not torch.cuda.is_available(),
+            evaluation_metrics=_METRICS,
         )
         trainer.load_checkpoint(str(checkpoint), copy.deepcopy(contents), inference_only=True)
         found = trainer.validate(split="val", disable_tqdm=True)

@@ -26,6 +26,13 @@ def in_file_order(settings: Mapping[str, Any], split: str) -> dict[str, Any]:
     return chosen
 
 
+def open_in_order(settings: Mapping[str, Any], split: str) -> Any:
+    """The data set of a config, in the order of its files (see :func:`in_file_order`)."""
+    from fairchem.core.datasets import create_dataset
+
+    return create_dataset(in_file_order(settings, split), split)
+
+
 def with_own_databases(
     loader: DataLoader, start_worker: Callable[[int], None] | None = None
 ) -> DataLoader:

@@ -1,4 +1,4 @@
-"""Stock fairchem logs whole configs, and what it makes of them, on the root logger."""
+"""What stock fairchem says that is of no use to a user: in logs, and in warnings."""
 
 from __future__ import annotations
 
@@ -27,5 +27,14 @@ NOISE = (
 
 
 def drop_noise() -> None:
+    """Show none of these warnings from here on."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Within the block, none of these warnings is shown."""
+    with warnings.catch_warnings():
+        drop_noise()
+        yield

@@ -7,8 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fairchem_kd.errors import UserError
 
-#: The modules whose import registers something with fairchem's registry.
-MODULES = ("fairchem_kd.features.wrappers", "fairchem_kd.distillation.trainer")
+#: The module whose import registers the models, and where the trainer is, by its short name.
+MODELS = "fairchem_kd.features.wrappers"
+TRAINERS = {"distillation": ("fairchem_kd.distillation.trainer", "DistillationTrainer")}
 
 
 def check_fairchem_core() -> None:
@@ -38,5 +39,8 @@ def register() -> None:
         UserError: as :func:`check_fairchem_core`.
     """
     check_fairchem_core()
-    for module in MODULES:
-        importlib.import_module(module)
+    importlib.import_module(MODELS)
+    from fairchem.core.common.registry import registry
+
+    for short, (module, name) in TRAINERS.items():
+        registry.register_trainer(short)(getattr(importlib.import_module(module), name))

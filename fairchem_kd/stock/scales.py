@@ -1,4 +1,4 @@
-"""``fairchem-kd fit-scales``: the scale factors that GemNet-OC and PaiNN need before training.
+"""The scale factors that GemNet-OC and PaiNN need before training, fitted.
 
 Each factor brings the variance of one activation back to that of its input, measured on a few
 batches of the training set with the freshly initialised model, in the order in which the factors
@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fairchem.core.common.utils import setup_logging
+from fairchem.core.modules.scaling import ScaleFactor
+from fairchem.core.trainers import OCPTrainer
 from torch import nn
 from tqdm import tqdm
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.trainer import in_one_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from fairchem.core.modules.scaling import ScaleFactor
 
 
 class _Reached(Exception):
@@ -42,8 +44,6 @@ def fit_scale_factors(
     Raises:
         UserError: a model without scale factors, no batches, or a factor that cannot be fitted.
     """
-    from fairchem.core.modules.scaling import ScaleFactor
-
     factors: dict[str, ScaleFactor] = {
         name: m for name, m in model.named_modules() if isinstance(m, ScaleFactor)
     }
@@ -120,33 +120,26 @@ def _stop_after(factor: nn.Module, calls: int) -> Iterator[list[None]]:
         handle.remove()
 
 
-def _trainer(config: dict[str, Any], path: Path, *, seed: int, cpu: bool) -> Any:
-    """A stock trainer in one process, for its model and its training batches.
+def trainer_for_scales(config: dict[str, Any], path: Path, *, seed: int, cpu: bool) -> OCPTrainer:
+    """A stock trainer in this process, for its model and its training batches.
 
-    In debug mode it writes nothing; the config's own trainer is not asked, for a distillation
-    would load a teacher first.
+    The config's own trainer is not asked, for a distillation would load a teacher first.
+
+    Raises:
+        UserError: the config, found at ``path``, has no training set.
     """
-    from fairchem.core.common.utils import setup_imports, setup_logging
-    from fairchem.core.trainers import OCPTrainer
-
-    setup_imports()
     setup_logging()
     dataset = config.get("dataset")
     train = dataset.get("train") if isinstance(dataset, dict) else None
     if not train or "src" not in train:
         raise UserError(f"{path} has no dataset.train.src, and scale factors are fitted on it.")
     model = {k: v for k, v in config["model"].items() if k != "scale_file"}
-    return OCPTrainer(
-        task=config.get("task", {}),
-        model=model,
-        outputs=config.get("outputs", {}),
-        dataset={"train": train},
-        optimizer=config["optim"],
-        loss_functions=config.get("loss_functions", {}),
-        evaluation_metrics=config.get("evaluation_metrics", {}),
+    return in_one_process(
+        OCPTrainer,
+        config,
+        {"train": train},
         identifier="fit-scales",
-        local_rank=0,
-        is_debug=True,
-        seed=seed,
         cpu=cpu,
+        model=model,
+        seed=seed,
     )

@@ -1,14 +1,137 @@
-"""Stock's trainer, with what is worked around in it: one function each, with the reason."""
+"""Stock's trainer with what is worked around in it, and nothing added to what it trains.
+
+Each function says what stock does, and why that is worked around.
+"""
 
 from __future__ import annotations
 
+import copy
 import datetime
+import logging
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from fairchem.core.common import distutils
+from fairchem.core.common.utils import setup_imports
+from fairchem.core.trainers import OCPTrainer
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.machine import flush_denormals, flush_worker
+from fairchem_kd.stock.datasets import with_own_databases
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from torch_geometric.data import Batch
+
+Trainer = TypeVar("Trainer", bound=OCPTrainer)
+
+
+class StockTrainer(OCPTrainer):
+    """Stock's :class:`OCPTrainer`, mended: same losses, same steps, same weights.
+
+    Args:
+        flush_denormal: flush denormal numbers to zero where it runs on a CPU.
+        stock: OCPTrainer's own.
+    """
+
+    def __init__(self, *, flush_denormal: bool = False, **stock: Any) -> None:
+        self._run_dir = stock.get("run_dir") or os.getcwd()
+        self._flush_denormal = flush_denormal
+        if flush_denormal and (stock.get("cpu", False) or not torch.cuda.is_available()):
+            flush_denormals()
+        super().__init__(**stock)
+
+    def _get_timestamp(self, device: torch.device, suffix: str | None) -> str:
+        """A run folder of this run's own; stock's clock has a granularity of 128 s."""
+        return fresh_timestamp(self._run_dir, device, suffix, claim=not self.is_debug)
+
+    def load_model(self) -> None:
+        try:
+            super().load_model()
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise UserError(f"model has a key that the model does not know: {error}.") from error
+
+    def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> DataLoader:
+        loader = super().get_dataloader(dataset, sampler, workers)
+        flush = self._flush_denormal and self.device.type == "cpu"
+        return with_own_databases(loader, flush_worker if flush else None)
+
+    def load_task(self) -> None:
+        self.config["evaluation_metrics"] = with_primary_metric(
+            self.config.get("evaluation_metrics"), self.config["outputs"]
+        )
+        super().load_task()
+
+    @property
+    def last_step(self) -> int:
+        """The optimiser steps of the whole training."""
+        return self.config["optim"]["max_epochs"] * len(self.train_loader)
+
+    def take_step(self, batch: Batch) -> float:
+        """One step on ``batch``, which is used up, as stock's loop takes it; returns its loss."""
+        self.model.train()
+        with torch.autocast("cuda", enabled=self.scaler is not None):
+            loss = self._compute_loss(self._forward(batch), batch)
+        value = loss.item()
+        self._backward(self.scaler.scale(loss) if self.scaler else loss)
+        return value
+
+    def warn_of_no_evaluation(self) -> None:
+        """Stock saves and evaluates at multiples of a number of steps, and not at the end."""
+        optim = self.config["optim"]
+        steps = self.last_step
+        eval_every = optim.get("eval_every", len(self.train_loader))
+        if eval_every <= steps or self.is_debug or not distutils.is_master():
+            return
+        saved = 0 < optim.get("checkpoint_every", eval_every) <= steps
+        left = "no best_checkpoint.pt" if saved else "no checkpoint"
+        logging.warning(
+            f"This training has {steps} steps, optim.eval_every is {eval_every}: it ends without "
+            f"an evaluation and leaves {left}. Give a smaller optim.eval_every."
+        )
+
+
+def in_one_process(
+    trainer: type[Trainer],
+    config: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    *,
+    identifier: str,
+    cpu: bool | None = None,
+    **more: Any,
+) -> Trainer:
+    """A trainer in this process that makes no folders and writes nothing (stock's debug mode).
+
+    Args:
+        trainer: its class.
+        config: a training config, as in a file or in a checkpoint; it is not changed.
+        dataset: its splits, in place of the config's.
+        identifier: of what it is for, in the log.
+        cpu: run on the CPU; None: where there is no GPU.
+        more: what is to be given in place of the config's, by OCPTrainer's names.
+    """
+    setup_imports()
+    given: dict[str, Any] = {
+        "task": config.get("task", {}),
+        "model": config["model"],
+        "outputs": config.get("outputs", {}),
+        "dataset": dataset,
+        "optimizer": config["optim"],
+        "loss_functions": config.get("loss_functions", {}),
+        "evaluation_metrics": config.get("evaluation_metrics", {}),
+    }
+    given = copy.deepcopy(given | more)
+    return trainer(
+        **given,
+        identifier=identifier,
+        local_rank=0,
+        is_debug=True,
+        cpu=not torch.cuda.is_available() if cpu is None else cpu,
+    )
 
 
 def fresh_timestamp(

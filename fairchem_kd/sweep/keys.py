@@ -210,8 +210,7 @@ def _scheduler_parameters(config: Mapping[str, Any]) -> set[str]:
 
 def _model_parameters(config: Mapping[str, Any], block: str) -> tuple[set[str], bool]:
     """The arguments of the config's model, and whether it takes no others."""
-    from fairchem.core.common.registry import registry
-    from fairchem.core.common.utils import setup_imports
+    from fairchem_kd.models.build import model_class
 
     model = config.get("model")
     if not isinstance(model, Mapping):
@@ -219,9 +218,8 @@ def _model_parameters(config: Mapping[str, Any], block: str) -> tuple[set[str], 
     name = model.get("name") if block == "model" else (model.get("backbone") or {}).get("model")
     if not name:
         return set(), False
-    setup_imports()
     try:
-        parameters = inspect.signature(registry.get_model_class(str(name))).parameters.values()
+        parameters = inspect.signature(model_class(str(name))).parameters.values()
     except (RuntimeError, ImportError, ValueError):
         return set(), False  # fairchem says so when it builds the model
     free = any(p.kind is p.VAR_KEYWORD for p in parameters)

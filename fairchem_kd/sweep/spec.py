@@ -116,10 +116,10 @@ def read_sweep(path: str | Path, given_with: str = "") -> Sweep:
 
 
 def _read(path: Path, given_with: str) -> Any:
-    from fairchem.core.common.utils import UniqueKeyLoader
+    from fairchem_kd.stock.configs import read_yaml
 
     try:
-        return yaml.load(path.read_text(), Loader=UniqueKeyLoader)
+        return read_yaml(path)
     except OSError as error:
         by = f", given with {given_with}," if given_with else ""
         what = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
@@ -196,9 +196,9 @@ def _is_distribution(node: Any) -> bool:
 
 def _parsed(value: Any) -> Any:
     """A string as the command line would read it: ``1e-4``, text in YAML, is a number here."""
-    from fairchem.core.common.utils import parse_value
+    from fairchem_kd.stock.configs import as_on_the_command_line
 
-    return parse_value(value) if isinstance(value, str) else value
+    return as_on_the_command_line(value)
 
 
 def _listed(given: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any], str]]:

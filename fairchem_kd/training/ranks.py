@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from fairchem.core.common import distutils
 from torch.utils.data import Dataset, Subset
 
 from fairchem_kd.errors import UserError
@@ -20,6 +21,17 @@ from fairchem_kd.errors import UserError
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def told_by_first(text: str, device: torch.device) -> str:
+    """The first rank's ``text``, on every rank; a collective."""
+    told = [text]
+    distutils.broadcast_object_list(told, src=0, device=device)
+    return told[0]
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,378 @@
-"""A training that goes on, when it was killed, as if it had not been."""
+"""A training that goes on after any interruption as if there had been none, bit for bit.
+
+Stock's checkpoints are enough to start from, not to go on from: they hold no random states, and a
+kill while one is written leaves none. What is added here stands under one more key of a stock
+checkpoint, and knows no teacher: a subclass with state of its own has the hooks
+
+    set_up -> (load_own_state) -> steps: run_model, values -> own_state, seen
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
+from fairchem.core.common import distutils
+from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 from fairchem.core.trainers import base_trainer
 
+from fairchem_kd.errors import UserError
 from fairchem_kd.models.file import write_checkpoint
-from fairchem_kd.training.resume import previous_of
+from fairchem_kd.random_state import random_state, set_random_state
+from fairchem_kd.stock.trainer import StockTrainer
+from fairchem_kd.training.checks import check_finite, check_labels
+from fairchem_kd.training.interruption import Ask, Interruption
+from fairchem_kd.training.ranks import check_same_on_ranks, refused_by_all, seen_by_rank
+from fairchem_kd.training.records import Records
+from fairchem_kd.training.resume import (
+    STATE_FORMAT,
+    STATE_KEY,
+    check_format,
+    check_same_run,
+    check_same_steps,
+    has_checkpoint,
+    previous_of,
+    random_state_for,
+    random_states,
+    read_student,
+    remove_leftovers,
+)
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
+
+
+#: What a checkpoint's state holds of a subclass; the name is that of the first one there was.
+OWN_STATE = "distillation"
+
+
+@dataclass
+class Restart:
+    """Where a training came from and how far it is, as far as going on depends on it."""
+
+    asked: bool  #: for a run of this name, with ``--timestamp-id``
+    loaded_from: str = ""
+    state: dict[str, Any] | None = None  #: what the loaded file holds under `STATE_KEY`
+    random_state: dict[str, Any] | None = None  #: to be set when the first batch has come
+    scheduled_step: int = 0  #: the last step after which the scheduler took one
+    saved_step: int = 0
+    validated: dict[str, Any] | None = None  #: the last validated step, and its primary metric
+    training: bool = False
+    evaluating: bool = False
+
+
+class RestartableTrainer(StockTrainer):
+    """Trains as stock does; its runs keep records, survive kills and go on with the same bits.
+
+    Raises:
+        UserError: data without labels, ranks that see different things, a checkpoint of another
+            run or one that cannot be written.
+    """
+
+    ema: ExponentialMovingAverage | None
+
+    def __init__(self, **stock: Any) -> None:
+        self.records: Records | None = None
+        self.restart = Restart(asked=stock.get("timestamp_id") is not None)
+        super().__init__(**stock)
+        self.interruption = Interruption(self.device)
+
+    # -- what a subclass adds ---------------------------------------------------------------------
+
+    def set_up(self) -> None:
+        """Make what is there before the first step; leaves the global random states as they are."""
+
+    def own_state(self) -> dict[str, Any] | None:
+        """What has to be saved of it."""
+        return None
+
+    def load_own_state(self, state: dict[str, Any] | None) -> None:
+        """Go on from what was saved of it; None of a run that had none.
+
+        Raises:
+            UserError: it does not belong to this training.
+        """
+        if state is not None:
+            raise UserError(
+                f"--timestamp-id {self.timestamp_id}: that run distilled, and this trainer does "
+                "not: give the config that it was started with, or start a new run."
+            )
+
+    def seen(self) -> dict[str, Any]:
+        """What all ranks have to agree on beside config and data, by what a user calls it."""
+        return {}
+
+    def values(self) -> dict[str, float]:
+        """Means since the last time, for the logs and records of the step."""
+        return {}
+
+    def run_model(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The outputs of the model on ``batch``."""
+        return super()._forward(batch)
+
+    # -- setting up -------------------------------------------------------------------------------
+
+    def load_extras(self) -> None:
+        super().load_extras()
+        step_schedule = self.scheduler.step
+
+        def step_and_note(*args: Any, **kwargs: Any) -> None:
+            step_schedule(*args, **kwargs)
+            self.restart.scheduled_step = self.step
+
+        self.scheduler.step = step_and_note  # a resume has to know whether it was taken
+
+    def check_labels(self) -> None:
+        """Refuse data without the labels that the losses are for; stock would fail in a step."""
+        targets = [name for name, _ in self.loss_functions]
+        for split, loader in (("train", self.train_loader), ("val", self.val_loader)):
+            if loader is not None and len(loader.dataset) > 0:
+                check_labels(loader.dataset[0], targets, f"dataset.{split}")
+
+    def check_ranks(self) -> None:
+        """Make sure that all ranks go on from the same, with the same data and config."""
+        if distutils.get_world_size() == 1:
+            return
+        loaders = {"train": self.train_loader, "val": self.val_loader, "test": self.test_loader}
+        datasets = {f"dataset.{name}": it.dataset for name, it in loaders.items() if it is not None}
+        seen = seen_by_rank(self.config, datasets)
+        seen["the run's checkpoint"] = f"step {self.step}"
+        check_same_on_ranks(seen | self.seen())
+
+    def prepare(self) -> None:
+        """Set up, and go on from the saved state where this run has one."""
+        self.set_up()
+        if self.continues_run:
+            with refused_by_all():
+                self.load_own_state((self.restart.state or {}).get(OWN_STATE))
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def train(self, disable_eval_tqdm: bool = False) -> None:
+        if self.train_loader is None:
+            raise UserError("dataset.train is missing: there are no structures to train on.")
+        if self.scheduler.scheduler_type == "ReduceLROnPlateau" and self.val_loader is None:
+            raise UserError(
+                "optim.scheduler is ReduceLROnPlateau, which needs a dataset.val; give one, or "
+                "choose another scheduler."
+            )
+        self.restart.training = True
+        with self.interruption:
+            self._resume_own_run()
+            if self.continues_run:
+                check_same_steps(
+                    self.restart.state,
+                    step=self.step,
+                    epoch=self.epoch,
+                    steps=len(self.train_loader),
+                    run=self.timestamp_id,
+                )
+            self.check_ranks()
+            self.check_labels()
+            self.prepare()
+            self.warn_of_no_evaluation()
+            if distutils.is_master() and not self.is_debug:
+                self.records = Records(self.config["cmd"]["checkpoint_dir"])
+                self.records.write("config", step=self.step, config=self.config)
+            if self.restart.state is not None:
+                self._finish_resumed_step(self.restart.state, disable_eval_tqdm)
+            super().train(disable_eval_tqdm=disable_eval_tqdm)
+        self.restart.training = False
+
+    def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        check_finite(batch, tuple(self.output_targets))
+        if self.restart.evaluating and self.interruption.asked() is Ask.LEAVE:
+            self.interruption.leave()  # this step has been saved; its evaluation will be run again
+        if self.model.training and self.restart.random_state is not None:
+            # as it was at this step of the interrupted run
+            set_random_state(self.restart.random_state)
+            self.restart.random_state = None
+        return self.run_model(batch)
+
+    def _compute_metrics(self, out: Any, batch: Batch, evaluator: Any, metrics: Any = None) -> Any:
+        metrics = super()._compute_metrics(out, batch, evaluator, metrics)
+        if self.model.training and self._is_printed:
+            for name, value in self.values().items():
+                metrics[name] = {"metric": value, "total": value, "numel": 1}
+        return metrics
+
+    @property
+    def _is_printed(self) -> bool:
+        return self.step % self.config["cmd"]["print_every"] == 0
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        super()._backward(loss)
+        if self.records is not None and self._is_printed:
+            metrics = {name: metric["metric"] for name, metric in self.metrics.items()}
+            rate = self.scheduler.get_lr()
+            self.records.write("train", step=self.step, epoch=self.epoch, lr=rate, metrics=metrics)
+        asked = self.interruption.asked()
+        if asked is not Ask.NOTHING:
+            self.save()
+        if asked is Ask.LEAVE:
+            self.interruption.leave()
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def validate(self, split: str = "val", disable_tqdm: bool = False) -> dict[str, Any]:
+        with self._in_evaluation():
+            metrics = super().validate(split=split, disable_tqdm=disable_tqdm)
+        more = self.values()
+        if more and self.logger is not None:
+            self.logger.log(more, step=self.step, split=split)
+        values = {name: metric["metric"] for name, metric in metrics.items()} | more
+        if self.records is not None:
+            self.records.write(split, step=self.step, epoch=self.epoch, metrics=values)
+        return metrics
+
+    def update_best(
+        self, primary_metric: str, val_metrics: dict[str, Any], disable_eval_tqdm: bool = True
+    ) -> None:
+        with self._in_evaluation():  # a new best one predicts the test set
+            super().update_best(primary_metric, val_metrics, disable_eval_tqdm=disable_eval_tqdm)
+        metric = float(val_metrics[primary_metric]["metric"])
+        self.restart.validated = {"step": self.step, "metric": metric}
+
+    @contextmanager
+    def _in_evaluation(self) -> Iterator[None]:
+        """Within the block a training can leave at any batch, since its step has been saved."""
+        if not self.restart.training or not self.interruption.held:
+            yield
+            return
+        if self.restart.saved_step != self.step:
+            self.save()
+        self.restart.evaluating = True
+        try:
+            yield
+        finally:
+            self.restart.evaluating = False
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def save(
+        self,
+        metrics: Any = None,
+        checkpoint_file: str = "checkpoint.pt",
+        training_state: bool = True,
+    ) -> str | None:
+        """Stock's checkpoint, written aside and renamed, with our state under one more key.
+
+        Raises:
+            UserError: it cannot be written, e.g. for a full disk; the one before is whole then.
+        """
+        if self.interruption.answering:  # every rank has just saved; stock asks the first one again
+            return self._own_checkpoint
+        extra = {STATE_KEY: self._state()} if training_state else {}
+        try:
+            with checkpoints_written_with(extra):
+                path = super().save(metrics, checkpoint_file, training_state)
+        except OSError as error:
+            run = self.config["cmd"]["timestamp_id"]
+            raise UserError(
+                f"{checkpoint_file} of step {self.step} could not be written ({error}), and the "
+                "one before it is kept: make room, then start the same command again with "
+                f"--timestamp-id {run}."
+            ) from error
+        if training_state:
+            self.restart.saved_step = self.step
+        return path
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format": STATE_FORMAT,
+            OWN_STATE: self.own_state(),
+            "random_states": random_states(gather=self.restart.training),
+            "scheduler_stepped": self.restart.scheduled_step >= self.step,
+            "validated": self.restart.validated,
+            "steps_per_epoch": len(self.train_loader) if self.train_loader is not None else None,
+        }
+
+    def load_checkpoint(
+        self,
+        checkpoint_path: str,
+        checkpoint: dict[str, Any] | None = None,
+        inference_only: bool = False,
+    ) -> None:
+        """Stock's, from a file read without executing code."""
+        own = self.restart.asked and self._is_own(checkpoint_path)
+        if checkpoint is None:
+            logging.info(f"Loading checkpoint from: {checkpoint_path}")
+            checkpoint = read_student(checkpoint_path, own=own)
+        if own:
+            check_same_run(checkpoint["config"], self.config, self.timestamp_id)
+        super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
+        if inference_only:
+            return
+        if self.ema_decay and self.ema is None:
+            # Stock drops EMA where the file has none, e.g. for an exported student.
+            self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
+        self.restart.loaded_from = checkpoint_path
+        self.restart.state = checkpoint.get(STATE_KEY)
+        self.restart.saved_step = self.step if own else 0
+        check_format(self.restart.state, checkpoint_path)
+
+    @property
+    def _own_checkpoint(self) -> str:
+        return os.path.join(self.config["cmd"]["checkpoint_dir"], "checkpoint.pt")
+
+    @property
+    def continues_run(self) -> bool:
+        """Whether what was loaded is this run's own, rather than a start for a new one."""
+        return self.restart.loaded_from != "" and self._is_own(self.restart.loaded_from)
+
+    def _is_own(self, path: str) -> bool:
+        return os.path.abspath(path) == os.path.abspath(self._own_checkpoint)
+
+    def _resume_own_run(self) -> None:
+        """Go on from this run's own checkpoint, if it was asked for by name and there is one."""
+        if not self.restart.asked:
+            return
+        if distutils.is_master():
+            remove_leftovers(self._own_checkpoint)
+        if self.continues_run:
+            return
+        if has_checkpoint(self._own_checkpoint):
+            # It goes before the one that --checkpoint names: a requeued run goes on.
+            self.load_checkpoint(self._own_checkpoint)
+        else:
+            logging.info(f"{self.timestamp_id} has no checkpoint: starting from the beginning")
+
+    def _finish_resumed_step(self, state: dict[str, Any], disable_eval_tqdm: bool) -> None:
+        """What the interrupted run had still to do after its save, in stock's order."""
+        optim = self.config["optim"]
+        set_random_state(random_state_for(state, distutils.get_rank()))
+        eval_due = self.step % optim.get("eval_every", len(self.train_loader)) == 0
+        self.restart.validated = state["validated"]
+        validated = (
+            self.restart.validated is not None and self.restart.validated["step"] == self.step
+        )
+        if (
+            eval_due
+            and self.val_loader is not None
+            and not (validated or state["scheduler_stepped"])
+        ):
+            metrics = self.validate(split="val", disable_tqdm=disable_eval_tqdm)
+            self.update_best(self.primary_metric, metrics, disable_eval_tqdm=disable_eval_tqdm)
+        if not state["scheduler_stepped"]:
+            if self.scheduler.scheduler_type != "ReduceLROnPlateau":
+                with warnings.catch_warnings():
+                    # The optimiser has taken its step, but in the interrupted run.
+                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                    self.scheduler.step()
+            elif eval_due and self.restart.validated is not None:
+                self.scheduler.step(metrics=self.restart.validated["metric"])
+        self.restart.scheduled_step = self.step
+        self.restart.state = None
+        if self.step % len(self.train_loader) != 0:
+            # In mid-epoch the loader is opened once more than in an uninterrupted run, which draws
+            # a random number: the state goes back to this one when the first batch has come.
+            self.restart.random_state = random_state()
 
 
 @contextmanager

@@ -162,12 +162,12 @@ def test_steps_are_those_of_the_trainer(home: Path) -> None:
     found = []
     for way in ("whole", "watched"):
         with trainer({**run, "is_debug": True}, _Stepping) as built:
-            built._set_up_distillation()
+            built.set_up()
             batch = next(built.batches())
             built.one_step(batch) if way == "whole" else built.watched_step(batch)
             found.append([p.detach().clone() for p in built.model.parameters()])
     with trainer({**run, "is_debug": True}) as built:
-        built._set_up_distillation()
+        built.set_up()
         built.train_sampler.set_epoch_and_start_iteration(0, 0)
         batch = next(iter(built.train_loader))
         built.step = 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fairchem.core.trainers import OCPTrainer
 from models import model_config
 from trainings import config, trainer, write_lmdb, write_splits
 from trainings import teacher as teacher
@@ -32,7 +33,7 @@ def distilled(root: Path, data: Path, teacher: Path, **block: Any) -> dict[str, 
 def first_batch(built: Any) -> Any:
     """The batch of the first step, for which the trainer is ready then."""
     built.train_sampler.set_epoch_and_start_iteration(0, 0)
-    built._set_up_distillation()
+    built.set_up()
     built.model.train()
     built.step = 1
     return next(iter(built.train_loader))
@@ -85,7 +86,7 @@ def test_a_batch_with_copies_is_the_sum_of_its_parts(
         sums: dict[str, list[Any]] = {}
         for one in (join([clean, copies]), clean, copies):
             with built.distillation.tap_student() as features:
-                out = super(type(built), built)._forward(one)
+                out = OCPTrainer._forward(built, one)
             for name, term in built.distillation.terms.items():
                 for part in term(built.distillation._inputs(one, out, features)):
                     sums.setdefault(f"{name}.{part.name}", []).append(
@@ -173,7 +174,7 @@ def test_a_hydra_student_has_companions(tmp_path: Path, data: Path, teacher: Pat
     assert len(extended["natoms"]) == 12
     arguments["model"]["backbone"]["otf_graph"] = False
     with trainer(arguments) as built, pytest.raises(UserError, match=r"model\.backbone\.otf_graph"):
-        built._set_up_distillation()
+        built.set_up()
 
 
 @pytest.mark.parametrize("name", ["lmdb", "trajectory_lmdb"])
@@ -195,4 +196,4 @@ def test_a_graph_from_the_data_set_is_refused(tmp_path: Path, data: Path, teache
         trainer(arguments) as built,
         pytest.raises(UserError, match=r"need model\.otf_graph: true"),
     ):
-        built._set_up_distillation()
+        built.set_up()

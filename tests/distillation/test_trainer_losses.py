@@ -28,7 +28,7 @@ def test_one_step_has_the_loss_of_the_formula(
         options["student"] = "vector@1"
     arguments = config(tmp_path, data, model=model, teacher=teacher, losses={kind: options})
     with trainer(arguments) as built:
-        built._set_up_distillation()
+        built.set_up()
         built.step = 2  # half-way through the warm-up
         built.model.train()
         batch = next(iter(built.train_loader))
@@ -68,12 +68,12 @@ def test_outputs_of_teacher_and_student_are_compared_in_physical_units(
     losses = {"vanilla": {"energy": 3.0, "forces": 5.0}, "per_atom_energy": {"coefficient": 7.0}}
     arguments = config(tmp_path, data, teacher=teacher, losses=losses)
     with trainer(arguments) as built:
-        built._set_up_distillation()
+        built.set_up()
         built.model.train()
         batch = next(iter(built.train_loader))
         out = built._forward(batch)
         loss = built._compute_loss(out, batch)
-        values = built.distillation.read_values()
+        values = built.distillation.values.read()
         model_t = Teacher.from_checkpoint(str(teacher)).model
         with torch.no_grad():
             labels = OCPTrainer._compute_loss(built, OCPTrainer._forward(built, batch), batch)
@@ -111,8 +111,10 @@ def test_every_loss_trains_every_student(
         start = weights(built)
         built.train(disable_eval_tqdm=True)
         folder = Path(built.config["cmd"]["checkpoint_dir"])
-        assert all(p.grad is not None for p in built.distillation.parameters)
-        assert not any(p.requires_grad for p in built.distillation.teacher.model.parameters())
+        assert all(p.grad is not None for p in built.distillation.projections.parameters)
+        assert not any(
+            p.requires_grad for p in built.distillation.teacher.frozen.model.parameters()
+        )
         assert any(not torch.equal(v, start[k]) for k, v in weights(built).items())
         assert built._distilled is None
     records = read_records(folder)

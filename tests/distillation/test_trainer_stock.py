@@ -11,9 +11,9 @@ from trainings import ALL_LOSSES, FEATURE_LOSSES, assert_equal, config, trained,
 from trainings import data as data
 from trainings import teacher as teacher
 
-from fairchem_kd.distillation.trainer import STATE_KEY
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.stock.trainer import with_primary_metric
+from fairchem_kd.training.resume import STATE_KEY
 
 
 @pytest.mark.parametrize("model", ["painn", "schnet", "gemnet_oc"])

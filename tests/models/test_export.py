@@ -20,6 +20,7 @@ from fairchem.core.trainers import OCPTrainer
 from models import batch, fit_scales, structures
 from trainings import config, trainer, write_lmdb
 
+from fairchem_kd.commands import export as command
 from fairchem_kd.errors import UserError
 from fairchem_kd.models import export
 from fairchem_kd.models.file import read_checkpoint, write_checkpoint
@@ -60,8 +61,8 @@ def _there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run(*arguments: str | Path) -> int:
     parser = argparse.ArgumentParser()
-    export.add_arguments(parser)
-    return export.run(parser.parse_args([str(argument) for argument in arguments]))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 from fixtures.make_old_checkpoints import FOLDER, SCALE_FILE, structure
 from trainings import config, trainer, weights, write_lmdb
 
+from fairchem_kd.commands import export as command
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.describe import describe
-from fairchem_kd.models import export
 from fairchem_kd.models.build import build, read_model_config
 from fairchem_kd.models.file import read_checkpoint, write_checkpoint
 from fairchem_kd.models.frozen import Teacher
@@ -176,10 +176,10 @@ def test_an_old_checkpoint_can_be_inspected() -> None:
 def test_what_is_exported_loads_in_stock_fairchem(tmp_path: Path, name: str) -> None:
     """fairchem's own calculator takes it, and says the same."""
     parser = argparse.ArgumentParser()
-    export.add_arguments(parser)
+    command.add_arguments(parser)
     dest = tmp_path / "exported.pt"
     argv = [str(FOLDER / f"{name}.pt"), str(dest), "--elements", "H", "O", "Cu"]
-    assert export.run(parser.parse_args(argv)) == 0
+    assert command.run(parser.parse_args(argv)) == 0
     check_predictions(dest, name)
     assert "model_attributes" not in torch.load(dest, weights_only=True)["config"]
     batch = structure()

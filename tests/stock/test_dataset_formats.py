@@ -131,7 +131,7 @@ def test_distilling_with_companions(root: Path, tmp_path: Path, name: str) -> No
         built.train(disable_eval_tqdm=True)
         assert built.step == 2
         assert seen[0] == 3
-        assert built.distillation.teacher_tap.specs
+        assert built.distillation.teacher_requests
         assert all(torch.isfinite(p).all() for p in built.model.parameters())
 
 

@@ -15,6 +15,7 @@ from models import batch, build_model, model_config, small_model, structures
 from torch import nn
 from trainings import config, write_lmdb, write_yaml
 
+from fairchem_kd.commands import fit_scales as command
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock import scales as fit_scales
 
@@ -114,8 +115,8 @@ def arguments(tmp_path: Path) -> dict[str, Any]:
 
 def _run(config_yml: Path, *more: str) -> int:
     parser = argparse.ArgumentParser()
-    fit_scales.add_arguments(parser)
-    return fit_scales.run(
+    command.add_arguments(parser)
+    return command.run(
         parser.parse_args(["--config-yml", str(config_yml), "--cpu", "--num-batches", "2", *more])
     )
 

@@ -81,7 +81,7 @@ def step(rank: int, world: int, root: Path, data: Path, teacher: Path) -> dict[s
     )
     arguments["outputs"]["forces"]["train_on_free_atoms"] = False  # stock's loss needs some
     with trainer(arguments) as built:
-        built._set_up_distillation()
+        built.set_up()
         built.step = 1
         built.model.train()
         structures = [built.train_dataset[i] for i in SHARES[world][rank]]
@@ -97,7 +97,7 @@ def step(rank: int, world: int, root: Path, data: Path, teacher: Path) -> dict[s
         projections = dict(built.distillation.modules.named_parameters())
         return {
             "loss": (shared / world).item(),
-            "values": built.distillation.read_values(),
+            "values": built.distillation.values.read(),
             "statistics": dict(built.distillation.modules.named_buffers()),
             "student": {name: p.grad for name, p in names.items()},
             "projections": {name: p.grad for name, p in projections.items()},
@@ -167,7 +167,7 @@ def evaluation(world: int, root: Path, data: Path, teacher: Path) -> dict[str, A
         with trainer(arguments, cls) as built:
             built.ema = None
             if name == "ours":
-                built._set_up_distillation()
+                built.set_up()
             metrics = built.validate(split="val", disable_tqdm=True)
             found[name] = {key: float(metrics[key]["metric"]) for key in METRICS}
     return found
@@ -204,8 +204,8 @@ def refusal(rank: int, root: Path, data: Path, teacher: Path, other: str) -> str
             src = data / "other" if other == "more" else data / "no-such-folder"
             distillation.unlabelled.dataset["src"] = str(src)
         try:
-            built._check_ranks()
-            built._set_up_distillation()
+            built.check_ranks()
+            built.set_up()
         except (UserError, AssertionError, OSError) as error:
             return str(error)
     return ""

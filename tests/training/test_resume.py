@@ -68,13 +68,13 @@ def test_a_checkpoint_of_format_1_is_gone_on_from(run: Path, arguments: dict[str
     state = contents[STATE_KEY]
     assert (state["format"], contents["step"]) == (1, 6)
     with trainer(arguments, timestamp_id=folder.name) as built:
-        built._set_up_distillation()
+        built.set_up()
         # the teacher's weights are drawn anew here, and the last bits may differ
         state["distillation"]["identity"]["teacher"] = built.distillation.identity["teacher"]
     torch.save(contents, path)
     with trainer(arguments, timestamp_id=folder.name) as built:
         built.load_checkpoint(str(path))
-        built._set_up_distillation()
+        built.prepare()
         loaded = {k.removeprefix("module."): v for k, v in contents["state_dict"].items()}
         assert_same(weights(built), loaded, "weights")
         theirs = state["distillation"]
@@ -168,7 +168,7 @@ def test_a_run_is_resumed_that_took_no_step_after_the_start_it_was_given(
     other = {**arguments, "optimizer": optimizer}
     with trainer(other, timestamp_id="begun") as built:
         built.load_checkpoint(str(run / "checkpoint.pt"))
-        built._set_up_distillation()
+        built.set_up()
         built.save()  # as before an evaluation in which a job is told to leave
     contents = read_checkpoint(run.with_name("begun") / "checkpoint.pt")
     assert (contents["step"], contents["epoch"]) == (6, 1.5)
@@ -222,7 +222,7 @@ def test_signals_at_awkward_moments(
     original = getattr(where, method)
 
     def signalled(*given: Any, **more: Any) -> Any:
-        if moment != "evaluation" or runner.trainer._evaluating:
+        if moment != "evaluation" or runner.trainer.restart.evaluating:
             while waiting:
                 os.kill(os.getpid(), getattr(signal, waiting.pop(0)))
         return original(*given, **more)

@@ -12,9 +12,10 @@ from trainings import assert_equal, assert_same, config, trainer, weights, write
 from trainings import data as data
 from trainings import teacher as teacher
 
-from fairchem_kd.distillation.trainer import STATE_KEY, DistillationTrainer
+from fairchem_kd.distillation.trainer import DistillationTrainer
 from fairchem_kd.errors import UserError
 from fairchem_kd.models.file import read_checkpoint
+from fairchem_kd.training.resume import STATE_KEY
 
 
 class Keeping(DistillationTrainer):

@@ -22,12 +22,14 @@ from fairchem_kd.analysis.cost.timing import Stopwatch, Timing, clock, peak_memo
 from fairchem_kd.data.build import check_dataset
 from fairchem_kd.distillation.trainer import DistillationTrainer
 from fairchem_kd.errors import UserError
+from fairchem_kd.features import FeatureExtractor
 from fairchem_kd.models.build import load_weights, model_config
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import modern
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.datasets import close_dataset
 from fairchem_kd.stock.noise import quiet
+from fairchem_kd.teachers import LiveTeacher
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -116,7 +118,7 @@ def measure_training(
         try:
             contents = modern(read_checkpoint(file.path, trust=file.trust), str(file.path))
             load_weights(trainer._unwrapped_model, contents, str(file.path))
-            trainer._set_up_distillation()
+            trainer.set_up()
             return _measure(trainer, repeats, warm_up, progress)
         finally:
             trainer.close()
@@ -274,12 +276,19 @@ class _Stepping(DistillationTrainer):
             wanted.append((self.ema, "update", "EMA"))
         if self.companions is not None:
             wanted.append((self.companions, "joined", "companions"))
+        taps: dict[str, FeatureExtractor] = {}
         if self.distillation is not None:
+            teacher = self.distillation.teacher
+            assert isinstance(teacher, LiveTeacher)
+            taps = {
+                "student taps": self.distillation.student_tap,
+                "teacher taps": teacher.extractor(self.distillation.teacher_requests),
+            }
             wanted += [
-                (self.distillation.teacher, "forward", "teacher forward"),
+                (teacher.frozen, "forward", "teacher forward"),
                 (self.distillation, "loss", "units and sums of the terms"),
-                (self.distillation, "step", "projections' optimiser"),
-                (self.distillation, "zero_grad", "projections' optimiser"),
+                (self.distillation.projections, "step", "projections' optimiser"),
+                (self.distillation.projections, "zero_grad", "projections' optimiser"),
             ]
             wanted += [
                 (term, "forward", f"loss {name}") for name, term in self.distillation.terms.items()
@@ -289,11 +298,9 @@ class _Stepping(DistillationTrainer):
                 stack.enter_context(
                     _replaced(owner, name, watch.timed(label, getattr(owner, name)))
                 )
-            if self.distillation is not None:
-                student, teacher = self.distillation.student_tap, self.distillation.teacher_tap
-                for tap, label in ((student, "student taps"), (teacher, "teacher taps")):
-                    around = partial(watch.section, label)
-                    stack.enter_context(_replaced(tap, "around", around))
+            for label, tap in taps.items():
+                around = partial(watch.section, label)
+                stack.enter_context(_replaced(tap, "around", around))
             yield
 
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fairchem.core.datasets import create_dataset
 from torch.utils.data import DataLoader, Sampler, Subset
 from torch_geometric.data import Batch
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.schema import option
-from fairchem_kd.stock.datasets import in_file_order
+from fairchem_kd.stock.datasets import open_in_order
 
 WHERE = "task.distillation.unlabelled"
 CHECKED = 256  # samples that are looked at before training starts
@@ -60,7 +59,7 @@ class UnlabelledLoader:
         ranks: int,
         make_loader: Callable[[Any, Any], DataLoader],
     ) -> None:
-        ordered = create_dataset(in_file_order(options.dataset, "train"), "train")
+        ordered = open_in_order(options.dataset, "train")
         if options.skip >= len(ordered):
             raise UserError(
                 f"{WHERE}.skip is {options.skip}, but the data set has {len(ordered)} samples: "

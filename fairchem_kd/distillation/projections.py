@@ -1,0 +1,77 @@
+"""The optimiser of what only distillation trains: the projections, apart from the student."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fairchem_kd.training.ranks import average_gradients
+
+if TYPE_CHECKING:
+    from fairchem_kd.distillation.config import ProjectionOptim
+
+
+class Projections:
+    """Steps the parameters of the loss terms, if they have any, with AdamW.
+
+    Args:
+        modules: those of the terms.
+        options: what the config gives.
+        learning_rate: where it gives none.
+        clip_grad_norm: where it gives none.
+    """
+
+    def __init__(
+        self,
+        modules: nn.Module,
+        options: ProjectionOptim,
+        *,
+        learning_rate: float,
+        clip_grad_norm: float | None,
+    ) -> None:
+        self.learning_rate = options.lr or learning_rate
+        self.clip_grad_norm = options.clip_grad_norm or clip_grad_norm
+        self.weight_decay = options.weight_decay
+        self.parameters = list(modules.parameters())
+        self.optimizer = (
+            torch.optim.AdamW(self.parameters, self.learning_rate, weight_decay=self.weight_decay)
+            if self.parameters
+            else None
+        )
+
+    def zero_grad(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    def step(self, rate: float, scaler: torch.amp.GradScaler | None) -> None:
+        """Step the projections: gradients averaged over ranks, unscaled, clipped by themselves.
+
+        Args:
+            rate: the student's learning rate over its initial one.
+            scaler: the AMP scaler with which the loss was scaled.
+        """
+        if self.optimizer is None:
+            return
+        average_gradients(self.parameters)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * rate
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        if self.clip_grad_norm:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm)
+        if scaler is not None:
+            scaler.step(self.optimizer)  # the trainer updates the scaler after the student's step
+        else:
+            self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return self.optimizer.state_dict() if self.optimizer is not None else None
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a saved state, with the weight decay of now."""
+        if self.optimizer is not None and state is not None:
+            self.optimizer.load_state_dict(state)
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = self.weight_decay

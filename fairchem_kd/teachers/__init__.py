@@ -1,0 +1,13 @@
+"""What a teacher says of a batch, whatever stands behind it.
+
+:class:`Teacher` is the seam: distillation asks ``teach(batch, requests)`` and gets a frozen
+:class:`Taught`. :class:`LiveTeacher` runs the model at every step. Another source (a store, a
+calculator) is one more file here with the same methods.
+"""
+
+from __future__ import annotations
+
+from fairchem_kd.teachers.base import ATOM_ENERGY, Taught, Teacher
+from fairchem_kd.teachers.live import LiveTeacher
+
+__all__ = ["ATOM_ENERGY", "LiveTeacher", "Taught", "Teacher"]

@@ -1,0 +1,90 @@
+"""The seam between distillation and what teaches: a question, and a frozen answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from fairchem_kd.features import Request
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
+
+    from fairchem_kd.features import FeatureSpec
+
+#: The energies of atoms: a feature of the models that make their energy of them.
+ATOM_ENERGY = Request("atom_energy", "node")
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher says of the B structures, N atoms in all, of one batch; detached."""
+
+    natoms: Tensor  #: ``(B,)``: the rows of atoms go by structure, in the batch's order
+    outputs: Mapping[str, Tensor]  #: float64: ``(B, 1)`` in eV, ``(N, 3)`` in eV/Å, by name
+    features: Mapping[Request, Tensor]  #: ``(N, C)`` or ``(N, 3, C)``, by request
+    atom_energy: Tensor | None = None  #: ``(N, 1)`` in eV, float64, where it was requested
+    trusted: Tensor | None = None  #: ``(B,)``, true where it can be relied on; None: everywhere
+    origin: str = ""  #: who says so
+
+    def of(self, structures: Sequence[int]) -> Taught:
+        """What is said of some of the structures, in the order in which they are named."""
+        chosen = torch.as_tensor(structures, dtype=torch.long, device=self.natoms.device)
+        stops = self.natoms.cumsum(0)
+        atoms = torch.cat(
+            [
+                torch.arange(int(stops[i] - self.natoms[i]), int(stops[i]), device=stops.device)
+                for i in chosen.tolist()
+            ]
+        )
+        systems, total = len(self.natoms), int(stops[-1])
+
+        def rows(values: Tensor) -> Tensor:
+            # one row a structure or one an atom; the same number means structures of one atom
+            assert len(values) in (systems, total)
+            return values[chosen] if len(values) == systems else values[atoms]
+
+        return Taught(
+            self.natoms[chosen],
+            {name: rows(values) for name, values in self.outputs.items()},
+            {request: values[atoms] for request, values in self.features.items()},
+            None if self.atom_energy is None else self.atom_energy[atoms],
+            None if self.trusted is None else self.trusted[chosen],
+            self.origin,
+        )
+
+
+class Teacher(Protocol):
+    """Whatever can teach."""
+
+    @property
+    def identity(self) -> str:
+        """A digest of what it says: two teachers with the same one say the same."""
+
+    def specs(self, requests: Sequence[Request]) -> Mapping[Request, FeatureSpec]:
+        """What the features are.
+
+        Raises:
+            UserError: one that it does not have.
+        """
+
+    def require_outputs(self, names: Iterable[str]) -> None:
+        """Make sure that it gives all of them.
+
+        Raises:
+            UserError: naming the first that it does not give.
+        """
+
+    def check_elements(self, atomic_numbers: Tensor) -> None:
+        """Refuse atoms, ``(N,)``, that it knows nothing about.
+
+        Raises:
+            UserError: naming the elements.
+        """
+
+    def teach(self, batch: Batch, requests: Sequence[Request]) -> Taught:
+        """What it says of a batch, which stays as it was: all outputs, and these features."""
