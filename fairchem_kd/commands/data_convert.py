@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what is in the data set and how a config names it."""
-    from fairchem_kd.data.convert.convert import convert
+    from fairchem_kd.data.convert.conversion import convert
     from fairchem_kd.data.create import default_processes
 
     conversion = conversion_of(args)
@@ -104,7 +104,7 @@ def conversion_of(args: argparse.Namespace) -> Conversion:
         UserError: an option makes no sense, or sources cannot be read.
     """
     from fairchem_kd.data.convert.assemble import Conversion
-    from fairchem_kd.data.convert.convert import default_group, default_references, plan
+    from fairchem_kd.data.convert.conversion import default_group, default_references, plan
     from fairchem_kd.data.convert.labels import Reading
 
     if args.into is not None and args.split is not None:

@@ -65,7 +65,7 @@ def _release(text: str) -> tuple[int, int]:
 
 def check_versions(findings: Findings) -> None:
     """Python and the distributions that this package stands on."""
-    findings.note("fairchem-kd", f"{__version__} in {Path(__file__).resolve().parent}")
+    findings.note("fairchem-kd", f"{__version__} in {Path(__file__).resolve().parents[1]}")
     findings.note("python", f"{platform.python_version()} at {sys.executable}")
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         findings.problem(

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: no config, no data, no scale factors in the model, or nowhere to write.
     """
     from fairchem_kd.data.build import ensure_built
-    from fairchem_kd.stock.scales import _trainer, fit_scale_factors
+    from fairchem_kd.stock.scales import fit_scale_factors, trainer_for_scales
 
     config = _load_config(args.config_yml)
     model_config = dict(config.get("model") or {})
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {out} must end in .json or .pt, the formats fairchem reads.")
 
     ensure_built(config)  # says which path is missing
-    trainer = _trainer(config, args.config_yml, seed=args.seed, cpu=args.cpu)
+    trainer = trainer_for_scales(config, args.config_yml, seed=args.seed, cpu=args.cpu)
     assert trainer.train_loader is not None
     scales = fit_scale_factors(
         trainer.model,

@@ -21,7 +21,7 @@ from fairchem_kd.commands.main import main
 from fairchem_kd.data.card import read_card
 from fairchem_kd.data.convert import sources
 from fairchem_kd.data.convert.assemble import Conversion
-from fairchem_kd.data.convert.convert import convert, split_for
+from fairchem_kd.data.convert.conversion import convert, split_for
 from fairchem_kd.data.convert.labels import Reading
 from fairchem_kd.errors import UserError
 
