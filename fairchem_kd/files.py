@@ -79,7 +79,12 @@ def plain(value: Any) -> Any:
     return plain(value.item()) if hasattr(value, "item") else str(value)
 
 
+def write_text(path: str | Path, text: str) -> Path:
+    """Write ``text`` as UTF-8 to ``path``, whole or not at all (see :func:`write_whole`)."""
+    return write_whole(path, lambda file: file.write(text.encode()))
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     """Write plain values as JSON that every reader takes: no NaN."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    return write_whole(path, lambda file: file.write(f"{text}\n".encode()))
+    return write_text(path, f"{text}\n")

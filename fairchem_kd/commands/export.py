@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from ase.data import chemical_symbols
     from fairchem.core.modules.scaling.util import ensure_fitted
 
-    from fairchem_kd.files import write_whole
+    from fairchem_kd.files import write_text
     from fairchem_kd.models.build import build_model
     from fairchem_kd.models.elements import as_atomic_numbers
     from fairchem_kd.models.export import (
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.data is not None and not args.no_metrics:
         contents["metrics"] = evaluate(dest, args.data)
     text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
-    write_whole(card, lambda file: file.write(text.encode()))
+    write_text(card, text)
     for split, values in contents["metrics"].items():
         shown = ", ".join(f"{name} {1000 * value:.1f}" for name, value in values.items())
         print(f"{split}: {shown} (meV, meV/Å)")

@@ -79,11 +79,11 @@ def _load_config(path: Path) -> dict[str, Any]:
 def _write(scales: dict[str, float], path: Path) -> None:
     import torch
 
-    from fairchem_kd.files import write_whole
+    from fairchem_kd.files import write_text, write_whole
 
     if path.suffix == ".json":
         text = json.dumps(scales, indent=2) + "\n"
-        write_whole(path, lambda file: file.write(text.encode()))
+        write_text(path, text)
     else:
         tensors = {name: torch.tensor(value) for name, value in scales.items()}
         write_whole(path, lambda file: torch.save(tensors, file))

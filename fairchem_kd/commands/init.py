@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         differences,
         facts,
     )
-    from fairchem_kd.files import write_whole
+    from fairchem_kd.files import write_text
     from fairchem_kd.models.build import build
     from fairchem_kd.models.frozen import Teacher
     from fairchem_kd.models.legacy import predicts_relaxed_energy
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         with _quiet():
             found = dry_run(config, args.student)
         print(_reported(found))
-    write_whole(out, lambda file: file.write(text.encode()))
+    write_text(out, text)
     print(f"wrote {out}; train with: fairchem main --mode train --config-yml {out}")
     return 0
 

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: runs that cannot be compared, or folders without results.
     """
     from fairchem_kd.analysis.compare.runs import compare_runs
-    from fairchem_kd.files import write_whole
+    from fairchem_kd.files import write_text
     from fairchem_kd.report.figures import check_matplotlib
     from fairchem_kd.report.page import page
 
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     _distinguish(sections)
     sections += [_configs(comparison), _cards(comparison)]
     text = page(args.title, [section for section in sections if section.pieces])
-    write_whole(args.out, lambda file: file.write(text.encode()))
+    write_text(args.out, text)
     print(f"wrote {args.out} ({len(text.encode()) / 1e6:.1f} MB)", file=sys.stderr)
     return 0
 

@@ -26,7 +26,7 @@ import yaml
 from fairchem_kd.demo.plan import Training
 from fairchem_kd.demo.progress import Progress
 from fairchem_kd.errors import UserError
-from fairchem_kd.files import write_whole
+from fairchem_kd.files import write_text
 from fairchem_kd.training.records import RECORDS
 
 DONE, LOG, CONFIG = "done.json", "log.txt", "config.yml"
@@ -163,7 +163,7 @@ def _start(training: Training, out: Path, lock: int) -> _Child:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     text = yaml.safe_dump(dict(training.config), sort_keys=False)
-    write_whole(folder / CONFIG, lambda file: file.write(text.encode()))
+    write_text(folder / CONFIG, text)
     command = [sys.executable, "-m", "fairchem_kd", "main", "--mode", "train"]
     command += ["--config-yml", str(folder / CONFIG), "--run-dir", str(folder)]
     command += ["--identifier", f"{training.name}-s{training.seed}", "--seed", str(training.seed)]
@@ -219,7 +219,7 @@ def _finish(child: _Child) -> Finished:
         "checkpoint": str(best[-1].relative_to(child.folder)),
     }
     text = json.dumps(content) + "\n"
-    write_whole(child.folder / DONE, lambda file: file.write(text.encode()))
+    write_text(child.folder / DONE, text)
     return Finished(child.training, taken, best[-1])
 
 

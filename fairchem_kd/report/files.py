@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairchem_kd.files import write_whole
+from fairchem_kd.files import write_text
 from fairchem_kd.report.tables import Table
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def write_tables(path: Path, tables: Sequence[Table], head: str = "") -> Path:
     """Write tables as Markdown below ``head``."""
     text = "\n\n".join([*([head] if head else []), *(table.markdown() for table in tables)])
-    return write_whole(path, lambda file: file.write(f"{text}\n".encode()))
+    return write_text(path, f"{text}\n")
 
 
 def write_plots(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:

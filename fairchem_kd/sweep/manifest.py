@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from fairchem_kd.errors import UserError, did_you_mean
-from fairchem_kd.files import write_whole
+from fairchem_kd.files import write_text
 from fairchem_kd.sweep.spec import Point, Sweep, read_sweep
 
 MANIFEST = "manifest.json"
@@ -266,7 +266,7 @@ def _write_config(manifest: Manifest, run: Run, config: dict[str, Any]) -> None:
     head = f"# Run {run.name} of {Path(manifest.sweep).name}, written by fairchem-kd sweep.\n{told}"
     head += f"# By hand: fairchem {' '.join(manifest.command(run))}\n"
     text = head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def check_config(manifest: Manifest, run: Run) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def _write_manifest(manifest: Manifest) -> None:
     }
     contents["digest"] = _digest(contents)
     text = json.dumps(contents, indent=1) + "\n"
-    write_whole(manifest.folder / MANIFEST, lambda file: file.write(text.encode()))
+    write_text(manifest.folder / MANIFEST, text)
 
 
 def _digest(contents: Mapping[str, Any]) -> str:

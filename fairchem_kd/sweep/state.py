@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairchem_kd.files import write_whole
+from fairchem_kd.files import write_text
 from fairchem_kd.sweep.log import last_words
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config
 from fairchem_kd.sweep.scheduler import LOCAL, Jobs, known_jobs
@@ -45,7 +45,7 @@ def write_state(manifest: Manifest, run: Run, state: str, **more: Any) -> None:
     """Note what happens to a run; ``more`` explains it (``reason``, ``job``, ...)."""
     contents = {"state": state, "time": time.strftime("%Y-%m-%d %H:%M:%S"), **more}
     text = json.dumps(contents) + "\n"
-    write_whole(state_path(manifest, run), lambda file: file.write(text.encode()))
+    write_text(state_path(manifest, run), text)
 
 
 def read_state(manifest: Manifest, run: Run) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from fairchem_kd.data.frames import Frame
 from fairchem_kd.data.workers import Progress, worker_pool
 from fairchem_kd.data.writer import to_data
 from fairchem_kd.errors import UserError
-from fairchem_kd.files import write_whole
+from fairchem_kd.files import write_text
 
 #: Of the hidden folder; another one is begun anew.
 _LAYOUT = 2
@@ -164,7 +164,7 @@ def _prepare(work: Path, conversion: Conversion) -> None:
     if work.exists() and (not mark.is_file() or mark.read_text() != wanted):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
-    write_whole(mark, lambda file: file.write(wanted.encode()))
+    write_text(mark, wanted)
 
 
 def _identity(part: Part) -> list[Any]:
@@ -257,7 +257,7 @@ def convert_part(part: Part, folder: Path, conversion: Conversion) -> None:
         tally.save(folder / f"{name}.npz")
     splits = {name: tally.summary() for name, tally in sorted(tallies.items())}
     done = {"part": identity, "skipped": skipped, "pbc": sorted(pbc), "splits": splits}
-    write_whole(folder / DONE, lambda file: file.write(json.dumps(done).encode()))
+    write_text(folder / DONE, json.dumps(done))
 
 
 def _digest(frame: Frame) -> int:
