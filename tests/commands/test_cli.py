@@ -399,6 +399,9 @@ def test_another_fairchem_core_is_refused(installed, said, monkeypatch, capsys):
     assert fairchem.main(["--help"]) == 2
     assert cli.main(["inspect", "x"]) == 2
     assert "fairchem-core>=1.10,<2" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:  # help needs none
+        cli.main(["inspect", "--help"])
+    assert stopped.value.code == 0
 
 
 def test_doctor_finds_this_environment_in_order(capsys, monkeypatch, tmp_path):

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_compare import SIZES
 from trainings import config, inside, trainer, write_home
 
 from fairchem_kd.commands import main as cli
 from fairchem_kd.report.page import Section, page
 from fairchem_kd.report.tables import Table, read_tables
 
+SIZES = {"train": 12, "val": 4, "test": 9, "test_ood": 6}
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 
