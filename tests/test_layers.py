@@ -40,10 +40,6 @@ STOCK_ELSEWHERE = {
     "analysis.subjects.calculators",
     "analysis.subjects.splits",
     "analysis.subjects.structures",
-    "commands.cost",
-    "commands.export",
-    "commands.fit_scales",
-    "commands.init",
     "distillation.pairing",
 }
 

@@ -100,12 +100,11 @@ def _inference(
     args: argparse.Namespace, costs: Any, runs: dict[str, Any], sizes: Sequence[int], device: Any
 ) -> None:
     """Fill in throughput, memory and MD of the teacher and of every architecture among the runs."""
-    from fairchem.core.datasets import data_list_collater
-
     from fairchem_kd.analysis.cost.inference import measure_inference, measure_md
     from fairchem_kd.analysis.subjects.calculators import atoms_of, make_calculator
     from fairchem_kd.analysis.subjects.runs import load_model, read_model
     from fairchem_kd.analysis.subjects.structures import data_of, open_structures
+    from fairchem_kd.stock.datasets import collate
 
     files = {}
     named = args.teacher or next((file.teacher for file in runs.values() if file.teacher), None)
@@ -129,7 +128,7 @@ def _inference(
         samples = list(structures.samples())
         first = None if args.no_md else atoms_of(structures)[0]
     fitting = sorted({min(size, len(samples)) for size in sizes})
-    batches = [data_list_collater(samples[:size], otf_graph=True) for size in fitting]
+    batches = [collate(samples[:size]) for size in fitting]
     costs.inference = measure_inference(
         models, batches, repeats=args.repeats, warm_up=args.warm_up, progress=True
     )

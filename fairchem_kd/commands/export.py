@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.force and (dest.exists() or card.exists()):
         raise UserError(f"{dest} or its card {card.name} exists; give --force to overwrite them.")
     from ase.data import chemical_symbols
-    from fairchem.core.modules.scaling.util import ensure_fitted
 
     from fairchem_kd.files import write_text
     from fairchem_kd.models.build import build_model
@@ -54,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from fairchem_kd.models.file import read_checkpoint, write_checkpoint
     from fairchem_kd.models.legacy import modern
+    from fairchem_kd.stock.scales import are_fitted
 
     checkpoint = modern(read_checkpoint(args.checkpoint, trust=args.trust), str(args.checkpoint))
     data = _data_card(args.data, checkpoint["config"])
@@ -68,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
         elements = [chemical_symbols[z] for z in numbers]
 
     model = build_model(checkpoint, str(args.checkpoint))
-    try:
-        ensure_fitted(model)
-    except ValueError:
+    if not are_fitted(model):
         logging.warning(
             f"{args.checkpoint} was trained without scale factors: it is exported as it is, but "
             "cannot be a teacher (see `fairchem-kd fit-scales`)."

@@ -67,13 +67,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load_config(path: Path) -> dict[str, Any]:
-    from fairchem.core.common.flags import flags
-    from fairchem.core.common.utils import build_config
+    from fairchem_kd.stock.configs import training_config
 
     if not path.is_file():
         raise UserError(f"The config {path} (--config-yml) does not exist.")
-    args = flags.get_parser().parse_args(["--mode", "train", "--config-yml", str(path)])
-    return build_config(args, [])
+    return training_config(path)
 
 
 def _write(scales: dict[str, float], path: Path) -> None:

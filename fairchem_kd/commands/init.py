@@ -140,10 +140,10 @@ def read_training_config(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, is not for training, or distils already.
     """
     import yaml
-    from fairchem.core.common.utils import load_config
 
     from fairchem_kd.data.build import ensure_built
     from fairchem_kd.models.legacy import modern_training_config
+    from fairchem_kd.stock.configs import load_config
 
     if not path.is_file():
         raise UserError(f"--student {path} does not exist; give the config of a plain training.")
@@ -186,9 +186,9 @@ def _normalizer(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unfitted(config: dict[str, Any], student: Any, path: Path) -> list[str]:
-    from fairchem.core.modules.scaling import ScaleFactor
+    from fairchem_kd.stock.scales import scale_factors
 
-    factors = [module for module in student.modules() if isinstance(module, ScaleFactor)]
+    factors = scale_factors(student)
     block = config["model"].get("backbone") or config["model"]
     if not factors or block.get("scale_file") or config["model"].get("scale_file"):
         return []

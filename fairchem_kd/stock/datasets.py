@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Subset, get_worker_info
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
 
 
 def in_file_order(settings: Mapping[str, Any], split: str) -> dict[str, Any]:
@@ -24,6 +27,13 @@ def in_file_order(settings: Mapping[str, Any], split: str) -> dict[str, Any]:
     if chosen.get("first_n") is None and chosen.get("sample_n") is None:
         chosen.setdefault("no_shuffle", True)
     return chosen
+
+
+def collate(samples: Sequence[Any]) -> Batch:
+    """A batch of samples without graphs, which models then make for themselves."""
+    from fairchem.core.datasets import data_list_collater
+
+    return data_list_collater(list(samples), otf_graph=True)
 
 
 def open_in_order(settings: Mapping[str, Any], split: str) -> Any:

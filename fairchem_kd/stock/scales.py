@@ -28,6 +28,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+def scale_factors(model: nn.Module) -> dict[str, ScaleFactor]:
+    """Every scale factor of a model, by its name there."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, ScaleFactor)}
+
+
+def are_fitted(model: nn.Module) -> bool:
+    """Whether every scale factor of a model has a value; true of a model without any."""
+    return all(factor.fitted for factor in scale_factors(model).values())
+
+
 class _Reached(Exception):
     """The factor being fitted has seen the batch: the rest of the forward is not needed."""
 
@@ -44,9 +54,7 @@ def fit_scale_factors(
     Raises:
         UserError: a model without scale factors, no batches, or a factor that cannot be fitted.
     """
-    factors: dict[str, ScaleFactor] = {
-        name: m for name, m in model.named_modules() if isinstance(m, ScaleFactor)
-    }
+    factors = scale_factors(model)
     if not factors:
         raise UserError(
             f"{type(model).__name__} has no scale factors to fit (GemNet-OC and PaiNN have)."
