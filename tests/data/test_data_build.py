@@ -368,10 +368,8 @@ def test_the_command_builds_reports_and_replaces(
 
 def test_the_command_refuses_sizes_out_of_range(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (["--train", "5"], ["--val", "x"], ["--processes", "0"], ["--seed", "-1"]):
-        with pytest.raises(SystemExit) as caught:
-            main(["data", "collisions", *wrong])
-        assert caught.value.code == 2
-        assert "is not a whole number of at least" in capsys.readouterr().err
+        assert main(["data", "collisions", *wrong]) == 2
+        assert "at least" in capsys.readouterr().err
 
 
 def test_two_splits_that_are_one_lmdb(tmp_path: Path) -> None:
