@@ -62,7 +62,8 @@ def _first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().splitlines()[0].replace("``", "`") + "\n"
 
 
-def _table(cls: type, skip: tuple[str, ...] = ()) -> str:
+def _table(cls: type, skip: tuple[str, ...] = (), **defaults: float) -> str:
+    """Rows of the options; ``defaults`` are those that another class has for them."""
     types = typing.get_type_hints(cls)
     rows = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(cls):
@@ -71,7 +72,9 @@ def _table(cls: type, skip: tuple[str, ...] = ()) -> str:
         choices = field.metadata.get("choices")
         value = ", ".join(f"`{c}`" for c in choices) if choices else _type(types[field.name])
         meaning = field.metadata["help"].replace("<", "\\<")
-        rows.append(f"| `{field.name}` | {value} | {_default(field)} | {meaning} |")
+        own = defaults.get(field.name)
+        default = _default(field) if own is None else f"`{own:g}`"
+        rows.append(f"| `{field.name}` | {value} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
@@ -98,7 +101,11 @@ def page() -> str:
         "file.\n",
     ]
     for kind, loss in known_losses().items():
-        parts += [f"### `kind: {kind}`\n", _first_line(loss), _table(loss.Options)]
+        parts += [
+            f"### `kind: {kind}`\n",
+            _first_line(loss),
+            _table(loss.Options, coefficient=loss.default_coefficient),
+        ]
     parts += ["### `schedule`\n", _first_line(Schedule)]
     parts += [_table(Schedule), BUILD]
     return "\n".join(part.rstrip() + "\n" for part in parts).replace("``", "`")

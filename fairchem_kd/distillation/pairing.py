@@ -16,7 +16,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.features import FeatureExtractor, Request, architecture_of
 from fairchem_kd.features.address import FeatureSpec
 from fairchem_kd.features.architecture import backbone_of
-from fairchem_kd.losses import DEFAULT_COEFFICIENTS, Loss, loss_class
+from fairchem_kd.losses import Loss, known_losses, loss_class
 from fairchem_kd.models.frozen import Teacher
 
 _SIDES = ("student", "teacher")
@@ -46,7 +46,7 @@ def choose(kind: str, student: nn.Module, teacher: Teacher) -> Choice:
     try:
         return _choose(kind, made, student, teacher)
     except UserError as error:
-        others = [name for name in DEFAULT_COEFFICIENTS if name != kind]
+        others = [name for name in known_losses() if name != kind]
         fitting = [name for name in others if _fits(name, student, teacher)]
         raise UserError(
             f"{where}: {str(error).rstrip('.')}. This pair can have: "
@@ -63,14 +63,12 @@ def _fits(kind: str, student: nn.Module, teacher: Teacher) -> bool:
 
 
 def _choose(kind: str, made: type[Loss], student: nn.Module, teacher: Teacher) -> Choice:
-    options: dict[str, Any] = {}
     models = {"student": student, "teacher": teacher.model}
-    for side in _SIDES:
-        address = getattr(made.Options(), side, None)
-        if address is not None:
-            options[side] = _offered(made, kind, side, address, models[side])
-    if hasattr(made.Options(), "forces") and "forces" not in teacher.outputs:
-        options["forces"] = 0.0  # energies alone
+    options: dict[str, Any] = {
+        side: _offered(made, kind, side, address, models[side])
+        for side, address in made.addresses().items()
+    }
+    options |= made.options_for(teacher.outputs)
     term = made.from_options(options, kind)
     if term.needs_atom_energy:
         for side in _SIDES:
@@ -84,8 +82,7 @@ def _choose(kind: str, made: type[Loss], student: nn.Module, teacher: Teacher) -
         if side in options:
             comments[side] = _shown(specs.values())
     options["coefficient"] = term.coefficient
-    if hasattr(term.options, "standardize"):
-        options["standardize"] = term.options.standardize
+    options |= {name: getattr(term.options, name) for name in term.telling}
     return Choice(kind, options, comments)
 
 

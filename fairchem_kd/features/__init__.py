@@ -7,10 +7,14 @@ from fairchem_kd.features.address import Feature, FeatureSpec, Kind, Request
 from fairchem_kd.features.architecture import (
     Architecture,
     Graph,
+    Handle,
     Tap,
     architecture_of,
+    on_input,
+    on_output,
     register_architecture,
     unwrap,
+    wrap_method,
 )
 from fairchem_kd.features.extractor import Captured, FeatureExtractor, available_features
 from fairchem_kd.features.wrappers import STOCK_NAMES, stock_model_config
@@ -23,12 +27,16 @@ __all__ = [
     "FeatureExtractor",
     "FeatureSpec",
     "Graph",
+    "Handle",
     "Kind",
     "Request",
     "Tap",
     "architecture_of",
     "available_features",
+    "on_input",
+    "on_output",
     "register_architecture",
     "stock_model_config",
     "unwrap",
+    "wrap_method",
 ]

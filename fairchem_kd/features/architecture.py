@@ -161,24 +161,32 @@ def architecture_of(model: nn.Module) -> Architecture:
     )
 
 
-def on_output(module: nn.Module, index: int | None = None) -> Callable[[Emit], Handle]:
-    """Attach to a module's output (or to item ``index`` of the tuple it returns)."""
+#: What is taken of a module's output or arguments: an item by its index, or what a function gives.
+Select = int | Callable[[Any], Any]
+
+
+def _selected(whole: Any, select: Select) -> Any:
+    return select(whole) if callable(select) else whole[select]
+
+
+def on_output(module: nn.Module, select: Select | None = None) -> Callable[[Emit], Handle]:
+    """Attach to a module's output, to one item of it, or to what ``select(output)`` gives."""
 
     def attach(emit: Emit) -> Handle:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            emit(output if index is None else output[index])
+            emit(output if select is None else _selected(output, select))
 
         return module.register_forward_hook(hook)
 
     return attach
 
 
-def on_input(module: nn.Module, index: int) -> Callable[[Emit], Handle]:
-    """Attach to positional argument ``index`` of a module's forward."""
+def on_input(module: nn.Module, select: Select) -> Callable[[Emit], Handle]:
+    """Attach to one positional argument of a module's forward, or to ``select(arguments)``."""
 
     def attach(emit: Emit) -> Handle:
         def hook(_module: nn.Module, args: Any) -> None:
-            emit(args[index])
+            emit(_selected(args, select))
 
         return module.register_forward_pre_hook(hook)
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from fairchem_kd.losses.base import (
-    DEFAULT_COEFFICIENTS,
+    ElementwiseOptions,
     Loss,
     LossInputs,
     LossOptions,
     Part,
     known_losses,
     loss_class,
+    masked_sum,
     register_loss,
 )
-from fairchem_kd.losses.features import EdgeToNode, FeatureLoss, NodeToNode, VectorToVector
+from fairchem_kd.losses.features import (
+    EdgeToNode,
+    FeatureLoss,
+    FeatureOptions,
+    NodeToNode,
+    VectorToVector,
+)
 from fairchem_kd.losses.outputs import PerAtomEnergy, Vanilla
 
 __all__ = [
-    "DEFAULT_COEFFICIENTS",
     "EdgeToNode",
+    "ElementwiseOptions",
     "FeatureLoss",
+    "FeatureOptions",
     "Loss",
     "LossInputs",
     "LossOptions",
@@ -29,5 +37,6 @@ __all__ = [
     "VectorToVector",
     "known_losses",
     "loss_class",
+    "masked_sum",
     "register_loss",
 ]

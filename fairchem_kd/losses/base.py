@@ -8,7 +8,7 @@ package.module.Class``, which imports it in every process.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -23,22 +23,14 @@ from fairchem_kd.schema import option, parse
 if TYPE_CHECKING:
     from fairchem_kd.features import FeatureSpec, Request
 
-# Coefficients where a config gives none, per kind: those of standardised features are on one scale
-# whatever the pair of models; those of the outputs multiply the training loss's own coefficients.
-DEFAULT_COEFFICIENTS = {
-    "n2n": 100.0,
-    "e2n": 100.0,
-    "v2v": 100.0,
-    "vanilla": 1.0,
-    "per_atom_energy": 1.0,
-}
-
 
 @dataclass
 class LossOptions:
     """What every term has."""
 
-    coefficient: float = option(1.0, ge=0, help="factor on the loss; 0 switches the term off")
+    coefficient: float | None = option(
+        None, ge=0, help="factor on the loss; 0 switches the term off"
+    )  # None: the loss's own
     schedule: Schedule = option(factory=Schedule, help="how the coefficient changes over training")
 
 
@@ -107,6 +99,11 @@ class Loss(nn.Module):
 
     kind: ClassVar[str]
     Options: ClassVar[type[LossOptions]] = LossOptions
+    #: Where a config gives none. Of standardised features 100 is on one scale whatever the pair of
+    #: models; of the outputs it multiplies the training loss's own coefficients.
+    default_coefficient: ClassVar[float] = 1.0
+    #: Options that a written config shows, with their values.
+    telling: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: LossOptions, where: str) -> None:
         super().__init__()
@@ -122,9 +119,20 @@ class Loss(nn.Module):
         """
         return cls(parse(cls.Options, given, where), where)
 
+    @classmethod
+    def addresses(cls) -> dict[str, str]:
+        """The features that it compares by default, by the option that names another."""
+        return {}
+
+    @classmethod
+    def options_for(cls, outputs: Collection[str]) -> dict[str, Any]:
+        """Options with which it does without the outputs that a teacher does not have."""
+        return {}
+
     @property
     def coefficient(self) -> float:
-        return self.options.coefficient
+        given = self.options.coefficient
+        return self.default_coefficient if given is None else given
 
     @property
     def schedule(self) -> Schedule:

@@ -16,7 +16,6 @@ from torch import Tensor
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Request
 from fairchem_kd.losses.base import (
-    DEFAULT_COEFFICIENTS,
     ElementwiseOptions,
     Loss,
     LossInputs,
@@ -33,14 +32,11 @@ from fairchem_kd.schema import option
 if TYPE_CHECKING:
     from fairchem_kd.features import FeatureSpec
 
-_COEFFICIENT_HELP = "factor on the loss; 0 switches the term off"
-
 
 @dataclass
 class FeatureOptions(ElementwiseOptions):
     """Options of n2n; the defaults of e2n and v2v differ."""
 
-    coefficient: float = option(DEFAULT_COEFFICIENTS["n2n"], ge=0, help=_COEFFICIENT_HELP)
     student: str = option("node", help="the student's feature: <feature>[@<layer>[+<layer>...]]")
     teacher: str = option("node", help="the teacher's feature, in the same form")
     projection: str = option("linear", choices=PROJECTIONS, help="student to teacher channels")
@@ -52,7 +48,6 @@ class FeatureOptions(ElementwiseOptions):
 class E2NOptions(FeatureOptions):
     """Options of e2n."""
 
-    coefficient: float = option(DEFAULT_COEFFICIENTS["e2n"], ge=0, help=_COEFFICIENT_HELP)
     teacher: str = option("edge", help="the teacher's edge feature, summed onto target atoms")
 
 
@@ -60,7 +55,6 @@ class E2NOptions(FeatureOptions):
 class V2VOptions(FeatureOptions):
     """Options of v2v."""
 
-    coefficient: float = option(DEFAULT_COEFFICIENTS["v2v"], ge=0, help=_COEFFICIENT_HELP)
     student: str = option("vector", help="the student's vector feature")
     teacher: str = option("vector", help="the teacher's vector feature, or an edge feature")
 
@@ -69,6 +63,8 @@ class FeatureLoss(Loss):
     """The mean over atoms and channels (and xyz) of ``fn(M h_s, h_t)``."""
 
     Options: ClassVar[type[LossOptions]] = FeatureOptions
+    default_coefficient: ClassVar[float] = 100.0
+    telling: ClassVar[tuple[str, ...]] = ("standardize",)
     form: ClassVar[Literal["node", "vector"]] = "node"
 
     def __init__(self, options: LossOptions, where: str) -> None:
@@ -77,6 +73,11 @@ class FeatureLoss(Loss):
         self.teacher_request = Request(self.options.teacher, self.form)
         self.projection: torch.nn.Module | None = None
         self.standardizer: Standardizer | None = None
+
+    @classmethod
+    def addresses(cls) -> dict[str, str]:
+        options: Any = cls.Options()
+        return {"student": options.student, "teacher": options.teacher}
 
     def student_requests(self) -> list[Request]:
         return [self.student_request]

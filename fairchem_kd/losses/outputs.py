@@ -5,7 +5,7 @@ Teacher and student are compared in the student's normalised units, as labels an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.losses.base import (
-    DEFAULT_COEFFICIENTS,
     ElementwiseOptions,
     Loss,
     LossInputs,
@@ -33,9 +32,6 @@ TARGETS = ("energy", "forces")
 class VanillaOptions(LossOptions):
     """Options of vanilla."""
 
-    coefficient: float = option(
-        DEFAULT_COEFFICIENTS["vanilla"], ge=0, help="factor on both; 0 switches the term off"
-    )
     energy: float | None = option(
         None, ge=0, help="coefficient of the energy; default: that of the training loss"
     )
@@ -68,6 +64,10 @@ class Vanilla(Loss):
     def __init__(self, options: LossOptions, where: str) -> None:
         super().__init__(options, where)
         self._compared: list[_Compared] | None = None
+
+    @classmethod
+    def options_for(cls, outputs: Collection[str]) -> dict[str, Any]:
+        return {} if "forces" in outputs else {"forces": 0.0}  # energies alone
 
     @property
     def needs_outputs(self) -> tuple[str, ...]:
@@ -141,9 +141,6 @@ class Vanilla(Loss):
 class PerAtomEnergyOptions(ElementwiseOptions):
     """Options of per_atom_energy."""
 
-    coefficient: float = option(
-        DEFAULT_COEFFICIENTS["per_atom_energy"], ge=0, help="factor; 0 switches the term off"
-    )
     fn: str = option("mae", choices=FUNCTIONS, help="how two energies are compared")
 
 

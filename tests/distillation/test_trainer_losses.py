@@ -133,11 +133,11 @@ def test_every_loss_trains_every_student(
 
 def built_coefficient(name: str, losses: dict[str, Any]) -> float:
     """Default coefficient of a part: vanilla's are those of the training loss, 2 and 10."""
-    from fairchem_kd.losses import DEFAULT_COEFFICIENTS
+    from fairchem_kd.losses import known_losses
 
     kind, _, part = name.partition(".")
     kind = losses[kind].get("kind", kind)
-    return DEFAULT_COEFFICIENTS[kind] * {"energy": 2.0, "forces": 10.0}.get(part, 1.0)
+    return known_losses()[kind].default_coefficient * {"energy": 2.0, "forces": 10.0}.get(part, 1.0)
 
 
 def test_records_are_json_lines(tmp_path: Path, data: Path) -> None:
