@@ -38,7 +38,6 @@ STOCK_ELSEWHERE = {
     "analysis.compare.evaluation",
     "analysis.cost.training",
     "analysis.subjects.calculators",
-    "analysis.subjects.splits",
     "analysis.subjects.structures",
     "distillation.pairing",
 }

@@ -38,9 +38,16 @@ def collate(samples: Sequence[Any]) -> Batch:
 
 def open_in_order(settings: Mapping[str, Any], split: str) -> Any:
     """The data set of a config, in the order of its files (see :func:`in_file_order`)."""
-    from fairchem.core.datasets import create_dataset
+    return open_dataset(in_file_order(settings, split), split)
 
-    return create_dataset(in_file_order(settings, split), split)
+
+def open_dataset(settings: Mapping[str, Any], split: str) -> Any:
+    """The data set of a config, as a training would open it."""
+    from fairchem.core.common.utils import setup_imports
+    from fairchem.core.datasets.base_dataset import create_dataset
+
+    setup_imports()
+    return create_dataset(dict(settings), split)
 
 
 def with_own_databases(

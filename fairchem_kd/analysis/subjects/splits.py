@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from fairchem_kd.data.build import check_dataset, ensure_built
 from fairchem_kd.errors import UserError
-from fairchem_kd.stock.datasets import close_dataset
+from fairchem_kd.stock.datasets import close_dataset, collate, open_dataset, open_in_order
 
 #: Keys of a dataset's config that choose or make samples: a split given by its path is the whole.
 _CHOOSING = (
@@ -38,11 +38,6 @@ class Split:
 
     def loader(self, batch_size: int) -> DataLoader:
         """Batches in the order of the file, read in this process."""
-        from functools import partial
-
-        from fairchem.core.datasets import data_list_collater
-
-        collate = partial(data_list_collater, otf_graph=True)
         return DataLoader(self.dataset, batch_size, shuffle=False, collate_fn=collate)
 
 
@@ -65,19 +60,13 @@ def open_split(settings: Mapping[str, Any], name: str = "") -> Iterator[Split]:
     Raises:
         UserError: it is missing, empty, or without energies.
     """
-    from fairchem.core.common.utils import setup_imports
-    from fairchem.core.datasets.base_dataset import create_dataset
-
-    from fairchem_kd.stock.datasets import in_file_order
-
     path = str(settings["src"])
     name = name or Path(path).name
     if settings.get("build") is not None:
         ensure_built({"dataset": {"test": dict(settings)}})
     check_dataset(settings, f"the split {name}")
-    setup_imports()
     try:
-        dataset = create_dataset(in_file_order(settings, "test"), "test")
+        dataset = open_in_order(settings, "test")
     except Exception as error:  # whatever a dataset makes of a path that is not for it
         raise UserError(
             f"The split {name} ({path}) cannot be read as format '{settings.get('format')}' "
@@ -99,11 +88,7 @@ def open_split(settings: Mapping[str, Any], name: str = "") -> Iterator[Split]:
 
 def count_structures(settings: Mapping[str, Any]) -> int:
     """How many structures the data set of a config has, ``first_n`` and the like honoured."""
-    from fairchem.core.common.utils import setup_imports
-    from fairchem.core.datasets.base_dataset import create_dataset
-
-    setup_imports()
-    dataset = create_dataset(dict(settings), "train")
+    dataset = open_dataset(settings, "train")
     try:
         return len(dataset)
     finally:

@@ -15,7 +15,7 @@ from fairchem_kd.analysis.subjects.splits import splits_of_run
 from fairchem_kd.data.build import LMDB_FORMATS, check_dataset, ensure_built
 from fairchem_kd.data.convert.sources import find_files
 from fairchem_kd.errors import UserError
-from fairchem_kd.stock.datasets import close_dataset
+from fairchem_kd.stock.datasets import close_dataset, collate, open_in_order
 
 if TYPE_CHECKING:
     import ase
@@ -46,13 +46,11 @@ class Structures:
         Raises:
             UserError: the file holds no structure, or one that cannot be read.
         """
-        from fairchem.core.datasets import data_list_collater
-
         samples = self._read()
         empty = True
         while chunk := list(islice(samples, batch_size)):
             empty = False
-            yield data_list_collater(chunk, otf_graph=True)
+            yield collate(chunk)
         if empty:
             raise UserError(f"{self.path} holds no structure; name a file that does.")
 
@@ -110,19 +108,13 @@ def open_structures(
 
 
 def _open_dataset(settings: Mapping[str, Any]) -> Any:
-    from fairchem.core.common.utils import setup_imports
-    from fairchem.core.datasets.base_dataset import create_dataset
-
-    from fairchem_kd.stock.datasets import in_file_order
-
     path = settings["src"]
     if settings.get("build") is not None:
         ensure_built({"dataset": {"test": dict(settings)}})
     if settings.get("format", "lmdb") in LMDB_FORMATS:
         check_dataset(settings, "the structures")
-    setup_imports()
     try:
-        dataset = create_dataset(in_file_order(settings, "test"), "test")
+        dataset = open_in_order(settings, "test")
     except Exception as error:  # whatever a dataset makes of a path that is not for it
         raise UserError(
             f"{path} cannot be read as format '{settings.get('format')}' "
