@@ -28,7 +28,7 @@ def dealt(
 ) -> list:
     """The samples of each step, of all ranks in their order."""
     monkeypatch.setattr(
-        "fairchem_kd.distillation.companions.unlabelled.create_dataset", lambda *args: _Numbers()
+        "fairchem_kd.distillation.companions.unlabelled.open_in_order", lambda *args: _Numbers()
     )
     loaders = [
         UnlabelledLoader(
