@@ -39,7 +39,6 @@ STOCK_ELSEWHERE = {
     "analysis.cost.training",
     "analysis.subjects.calculators",
     "analysis.subjects.structures",
-    "distillation.pairing",
 }
 
 PACKAGE = ROOT / "fairchem_kd"

@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         choose,
         compare_normalizers,
         differences,
-        facts,
     )
+    from fairchem_kd.features.facts import facts
     from fairchem_kd.files import write_text
     from fairchem_kd.models.build import build
     from fairchem_kd.models.frozen import Teacher
@@ -199,10 +199,11 @@ def _unfitted(config: dict[str, Any], student: Any, path: Path) -> list[str]:
 
 
 def _described(fact: dict[str, Any]) -> str:
+    forces = "as a gradient" if fact["forces"] == "gradient" else fact["forces"]
     return (
         f"{fact['model']}, {fact['parameters']:,} parameters, cutoff {fact['cutoff']} Å, at most "
         f"{fact['neighbours']} neighbours, use_pbc {str(fact['use_pbc']).lower()}, forces "
-        f"{fact['forces']}"
+        f"{forces}"
     )
 
 

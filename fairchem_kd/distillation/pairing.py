@@ -8,19 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fairchem.core.models.dimenet_plus_plus import DimeNetPlusPlusWrap
-from fairchem.core.models.schnet import SchNetWrap
 from torch import nn
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import FeatureExtractor, Request, architecture_of
 from fairchem_kd.features.address import FeatureSpec
-from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.losses import Loss, known_losses, loss_class
 from fairchem_kd.models.frozen import Teacher
 
 _SIDES = ("student", "teacher")
-_WITHOUT_FORCE_HEAD = (SchNetWrap, DimeNetPlusPlusWrap)
 
 
 @dataclass(frozen=True)
@@ -103,24 +99,6 @@ def _offered(made: type[Loss], kind: str, side: str, address: str, model: nn.Mod
 
 def _shown(specs: Iterable[FeatureSpec]) -> str:
     return "; ".join(f"{spec.shape}: {spec.description}" for spec in specs)
-
-
-def facts(model: nn.Module) -> dict[str, Any]:
-    """Parameters, cutoff, neighbours and forces of a model, as far as it has them."""
-    backbone = backbone_of(model)
-    # EquiformerV2 and eSCN have a head for forces and no such switch
-    direct = getattr(backbone, "direct_forces", not isinstance(backbone, _WITHOUT_FORCE_HEAD))
-    forces = "none"
-    if getattr(backbone, "regress_forces", True):
-        forces = "direct" if direct else "as a gradient"
-    return {
-        "model": type(backbone).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "cutoff": getattr(backbone, "cutoff", None),
-        "neighbours": getattr(backbone, "max_neighbors", None),
-        "use_pbc": getattr(backbone, "use_pbc", None),
-        "forces": forces,
-    }
 
 
 def differences(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""``fairchem-kd inspect``: the features that a model offers."""
+"""The features that a model offers, and how often each tap fires."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch_geometric.data import Data
 
 from fairchem_kd.features import wrappers  # noqa: F401  (registers the wrappers)
 from fairchem_kd.features.architecture import Architecture, architecture_of
+from fairchem_kd.features.facts import facts
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """
     architecture = architecture_of(model)
     firings = count_firings(architecture)
-    backbone = architecture.backbone
+    backbone, known = architecture.backbone, facts(model)
     features = [
         {
             "address": address,
@@ -37,19 +38,13 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {
         "model": type(model).__name__,
         "backbone": type(backbone).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "cutoff": backbone.cutoff,
-        "max_neighbors": backbone.max_neighbors,
-        "forces": _forces(backbone),
+        "parameters": known["parameters"],
+        "cutoff": known["cutoff"],
+        "max_neighbors": known["neighbours"],
+        "forces": known["forces"],
         "embedded_elements": architecture.num_elements,
         "features": features,
     }
-
-
-def _forces(backbone: Any) -> str:
-    if not backbone.regress_forces:
-        return "none"
-    return "direct" if getattr(backbone, "direct_forces", False) else "gradient"
 
 
 def count_firings(architecture: Architecture) -> dict[str, int]:

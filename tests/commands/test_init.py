@@ -21,9 +21,9 @@ from fairchem_kd.distillation.pairing import (
     choose,
     compare_normalizers,
     differences,
-    facts,
 )
 from fairchem_kd.errors import UserError
+from fairchem_kd.features.facts import facts
 from fairchem_kd.launch.config import make_parser, read_config
 from fairchem_kd.models.frozen import Teacher
 from fairchem_kd.models.units import Units
@@ -276,11 +276,11 @@ def test_how_forces_are_made_is_named() -> None:
     hidden = {"hidden_channels": 8, "out_emb_channels": 8, "num_blocks": 1}
     models = {
         "direct": {"name": "escn", "hidden_channels": 4, **small},
-        "as a gradient": {"name": "dimenetplusplus", **hidden},
+        "gradient": {"name": "dimenetplusplus", **hidden},
     }
     for expected, options in models.items():
         assert facts(build_model({**block, **options}, fitted=False))["forces"] == expected
-    assert facts(small_model("schnet"))["forces"] == "as a gradient"
+    assert facts(small_model("schnet"))["forces"] == "gradient"
     assert facts(small_model("painn_hydra"))["forces"] == "direct"
     assert facts(small_model("painn_energy"))["forces"] == "none"
 
