@@ -21,7 +21,7 @@ from fairchem_kd.distillation.statistics import Collate, fit_statistics
 from fairchem_kd.distillation.values import Values
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Captured, FeatureExtractor, Request
-from fairchem_kd.losses import Loss, LossInputs, Part
+from fairchem_kd.losses import Labels, Loss, LossInputs, Part
 from fairchem_kd.models.units import Units
 from fairchem_kd.teachers import ATOM_ENERGY, Taught, Teacher
 from fairchem_kd.training.ranks import all_sum, world_size
@@ -74,9 +74,8 @@ class Distillation:
         self.device = device
 
         terms = list(self.terms.values())
-        for term in terms:
-            term.set_label_losses(label_losses, outputs)
-        self._outputs = sorted({name for term in terms for name in term.needs_outputs})
+        labels = Labels(label_losses, outputs)
+        self._outputs = sorted({name for term in terms for name in term.compared_outputs(labels)})
         teacher.require_outputs(self._outputs)
         self._atom_energy = any(term.needs_atom_energy for term in terms)
         wanted = self._requests("student", lambda own: FeatureExtractor(student, own))
@@ -85,7 +84,7 @@ class Distillation:
         teacher_specs = teacher.specs(self.teacher_requests)
         generator = torch.Generator().manual_seed(seed)
         for term in terms:
-            term.build(self.student_tap.specs, teacher_specs, generator)
+            term.build(self.student_tap.specs, teacher_specs, generator, labels)
         self.modules = nn.ModuleList(terms).to(device)
 
         self.projections = Projections(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fairchem_kd.losses.base import (
     ElementwiseOptions,
+    Labels,
     Loss,
     LossInputs,
     LossOptions,
@@ -27,6 +28,7 @@ __all__ = [
     "ElementwiseOptions",
     "FeatureLoss",
     "FeatureOptions",
+    "Labels",
     "Loss",
     "LossInputs",
     "LossOptions",

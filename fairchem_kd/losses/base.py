@@ -47,13 +47,23 @@ class Part:
     """One local sum of a loss, before its mean over ranks.
 
     The mean over all elements of all ranks is the sum of ``total`` over ranks divided by the sum
-    of ``count`` over ranks; with ``count`` None the part is a plain sum over ranks.
+    of ``count`` over ranks; with ``count`` None the part is a plain sum over ranks. A value that
+    every rank works out from the rows of all (:func:`~fairchem_kd.losses.gather_rows`) has the
+    count 1: the mean over ranks is the value itself, and its gradient that of a single rank.
     """
 
     name: str  # within the term; empty where it has but one part
     weight: float  # within the term; the term's coefficient and schedule come on top
     total: Tensor  # (), local sum over elements, with its gradient
     count: Tensor | int | None  # local number of elements
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How a training learns its labels, for a loss that follows it."""
+
+    losses: Sequence[tuple[str, Mapping[str, Any]]]  # (target, {"fn", "coefficient"}), as trained
+    outputs: Mapping[str, Mapping[str, Any]]  # by target: level, train_on_free_atoms
 
 
 @dataclass
@@ -86,11 +96,13 @@ class Loss(nn.Module):
     """A term of ``task.distillation.losses``.
 
     Its life: options are parsed (:meth:`from_options`); the trainer reads what it needs
-    (:meth:`student_requests`, :meth:`teacher_requests`, :attr:`needs_outputs`,
-    :attr:`needs_atom_energy`); :meth:`build` makes its modules once the channels are known;
-    :meth:`set_label_losses` hands over the training loss; where :attr:`needs_statistics`,
-    :meth:`update_statistics` sees some batches of the teacher, then :meth:`finalize_statistics`;
-    after that it is called once per batch. Nothing in it waits for the device or for other ranks.
+    (:meth:`student_requests`, :meth:`teacher_requests`, :meth:`compared_outputs`,
+    :attr:`needs_atom_energy`); :meth:`build` makes its modules once the channels are known; where
+    :attr:`needs_statistics`, :meth:`update_statistics` sees some batches of the teacher, then
+    :meth:`finalize_statistics`; after that it is called once per batch. What it needs depends on
+    its options and arguments alone, never on what was called before. Nothing in it waits for the
+    device or for other ranks, but for a loss that compares atoms with each other: it has the rows
+    of all ranks from :func:`~fairchem_kd.losses.gather_rows`.
 
     Args:
         options: of the class :attr:`Options`.
@@ -121,7 +133,10 @@ class Loss(nn.Module):
 
     @classmethod
     def addresses(cls) -> dict[str, str]:
-        """The features that it compares by default, by the option that names another."""
+        """The features that it compares by default, by side: ``student``, ``teacher``.
+
+        An option of the side's name names another feature. Empty: it compares no features.
+        """
         return {}
 
     @classmethod
@@ -140,8 +155,16 @@ class Loss(nn.Module):
 
     @property
     def needs_outputs(self) -> tuple[str, ...]:
-        """Names of the outputs (``energy``, ``forces``) that it compares."""
+        """Names of the outputs (``energy``, ``forces``) that it may compare, by its options."""
         return ()
+
+    def compared_outputs(self, labels: Labels) -> tuple[str, ...]:
+        """Those of :attr:`needs_outputs` that it compares in a training with these labels.
+
+        Raises:
+            UserError: its options and the labels do not go together.
+        """
+        return self.needs_outputs
 
     @property
     def needs_atom_energy(self) -> bool:
@@ -162,15 +185,19 @@ class Loss(nn.Module):
         student_specs: Mapping[Request, FeatureSpec],
         teacher_specs: Mapping[Request, FeatureSpec],
         generator: torch.Generator,
+        labels: Labels | None = None,
     ) -> None:
-        """Make projection and standardizer, the random numbers from ``generator`` alone."""
+        """Make projection and standardizer, the random numbers from ``generator`` alone.
 
-    def set_label_losses(
-        self,
-        label_losses: Sequence[tuple[str, Mapping[str, Any]]],
-        outputs: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """Take the trainer's ``(target, {"fn", "coefficient"})`` pairs and ``output_targets``."""
+        Args:
+            student_specs: by each of its :meth:`student_requests`, at least.
+            teacher_specs: by each of its :meth:`teacher_requests`, at least.
+            generator: a CPU generator.
+            labels: of the training; None: there is none, and only whether the pair fits matters.
+
+        Raises:
+            UserError: what the two models offer does not fit, or not the labels.
+        """
 
     def update_statistics(self, teacher: Mapping[Request, Tensor], batch: Any) -> None:
         """Take in one batch of the teacher's features."""

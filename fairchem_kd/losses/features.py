@@ -17,6 +17,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.features import Request
 from fairchem_kd.losses.base import (
     ElementwiseOptions,
+    Labels,
     Loss,
     LossInputs,
     LossOptions,
@@ -94,6 +95,7 @@ class FeatureLoss(Loss):
         student_specs: Mapping[Request, FeatureSpec],
         teacher_specs: Mapping[Request, FeatureSpec],
         generator: torch.Generator,
+        labels: Labels | None = None,
     ) -> None:
         student, teacher = student_specs[self.student_request], teacher_specs[self.teacher_request]
         for side, spec in (("student", student), ("teacher", teacher)):

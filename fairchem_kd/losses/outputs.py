@@ -5,9 +5,9 @@ Teacher and student are compared in the student's normalised units, as labels an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from fairchem_kd.errors import UserError
 from fairchem_kd.losses.base import (
     ElementwiseOptions,
+    Labels,
     Loss,
     LossInputs,
     LossOptions,
@@ -24,6 +25,9 @@ from fairchem_kd.losses.base import (
 )
 from fairchem_kd.losses.elementwise import FUNCTIONS, elementwise
 from fairchem_kd.schema import option
+
+if TYPE_CHECKING:
+    from fairchem_kd.features import FeatureSpec, Request
 
 TARGETS = ("energy", "forces")
 
@@ -71,20 +75,27 @@ class Vanilla(Loss):
 
     @property
     def needs_outputs(self) -> tuple[str, ...]:
-        """Before :meth:`set_label_losses`, all that it may compare; after it, what it does."""
-        if self._compared is not None:
-            return tuple(dict.fromkeys(c.target for c in self._compared))
         return tuple(t for t in TARGETS if getattr(self.options, t) != 0)
 
-    def set_label_losses(
+    def compared_outputs(self, labels: Labels) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(c.target for c in self._compare(labels)))
+
+    def build(
         self,
-        label_losses: Sequence[tuple[str, Mapping[str, Any]]],
-        outputs: Mapping[str, Mapping[str, Any]],
+        student_specs: Mapping[Request, FeatureSpec],
+        teacher_specs: Mapping[Request, FeatureSpec],
+        generator: torch.Generator,
+        labels: Labels | None = None,
     ) -> None:
-        self._compared = []
+        if labels is not None:
+            self._compared = self._compare(labels)
+
+    def _compare(self, labels: Labels) -> list[_Compared]:
+        """What is compared, and how, in a training with these labels."""
+        compared: list[_Compared] = []
         for target in TARGETS:
             own = getattr(self.options, target)
-            infos = [info for name, info in label_losses if name == target]
+            infos = [info for name, info in labels.losses if name == target]
             if own and not infos:
                 raise UserError(
                     f"{self.where}.{target} is {own:g}, but loss_functions has no {target} loss "
@@ -98,8 +109,9 @@ class Vanilla(Loss):
                 if weight == 0:
                     continue
                 # only atoms have a mask; a system's energy is that of all its atoms
-                per_atom = outputs[target].get("level") == "atom"
-                self._compared.append(
+                output = labels.outputs[target]
+                per_atom = output.get("level") == "atom"
+                compared.append(
                     _Compared(
                         target,
                         target if len(infos) == 1 else f"{target}{number}",
@@ -107,17 +119,18 @@ class Vanilla(Loss):
                         info["fn"].loss_fn,
                         info["fn"].reduction == "mean",
                         per_atom,
-                        per_atom and bool(outputs[target].get("train_on_free_atoms", True)),
+                        per_atom and bool(output.get("train_on_free_atoms", True)),
                     )
                 )
-        if not self._compared:
+        if not compared:
             raise UserError(
                 f"{self.where}: vanilla has neither energy nor forces to compare; give "
                 "loss_functions one of them with a coefficient above 0."
             )
+        return compared
 
     def forward(self, inputs: LossInputs) -> list[Part]:
-        assert self._compared is not None, "set_label_losses() comes before the first batch"
+        assert self._compared is not None, "build() with the labels comes before the first batch"
         return [self._part(compared, inputs) for compared in self._compared]
 
     def _part(self, compared: _Compared, inputs: LossInputs) -> Part:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from terms import WHERE, batch, feature_loss, value, vanilla
+from terms import WHERE, batch, feature_loss, value
 from torch import nn
 
 from fairchem_kd.errors import UserError
@@ -42,6 +42,7 @@ def test_a_loss_by_its_path():
 
 
 def test_terms_are_modules_that_a_trainer_can_hold():
-    terms = nn.ModuleDict({"a": feature_loss("n2n"), "b": vanilla()})
+    without_weights = loss_class("vanilla", WHERE).from_options({}, WHERE)
+    terms = nn.ModuleDict({"a": feature_loss("n2n"), "b": without_weights})
     assert {name.split(".")[0] for name, _ in terms.named_parameters()} == {"a"}
     assert {"a.standardizer.scale", "a.projection.weight"} <= set(terms.state_dict())
