@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.features import FeatureExtractor, Request, architecture_of
-from fairchem_kd.features.address import FeatureSpec
+from fairchem_kd.features import FeatureExtractor, FeatureSpec, Request, architecture_of
 from fairchem_kd.losses import Loss, known_losses, loss_class
 from fairchem_kd.models.frozen import Teacher
 
@@ -84,16 +83,21 @@ def _choose(kind: str, made: type[Loss], student: nn.Module, teacher: Teacher) -
 
 def _offered(made: type[Loss], kind: str, side: str, address: str, model: nn.Module) -> str:
     """``address``, or the last layer of that name where the model has no default of it."""
-    requests = f"{side}_requests"
+
+    def check(options: dict[str, Any]) -> None:
+        term = made.from_options(options, kind)
+        own = term.student_requests() if side == "student" else term.teacher_requests()
+        FeatureExtractor(model, own)
+
     try:
-        FeatureExtractor(model, getattr(made.from_options({}, kind), requests)())
+        check({})
         return address
     except UserError:
         layers = [a for a in architecture_of(model).specs() if re.fullmatch(rf"{address}@\d+", a)]
         if not layers:
             raise
     last = max(layers, key=lambda layer: int(layer.rpartition("@")[2]))
-    FeatureExtractor(model, getattr(made.from_options({side: last}, kind), requests)())
+    check({side: last})
     return last
 
 
