@@ -5,7 +5,9 @@ from __future__ import annotations
 from fairchem_kd.features import gemnet_oc, painn, schnet  # noqa: F401  (they register themselves)
 from fairchem_kd.features.address import Feature, FeatureSpec, Kind, Request
 from fairchem_kd.features.architecture import (
+    MEAN_READOUT,
     Architecture,
+    Emit,
     Graph,
     Handle,
     Tap,
@@ -20,9 +22,11 @@ from fairchem_kd.features.extractor import Captured, FeatureExtractor, available
 from fairchem_kd.features.wrappers import STOCK_NAMES, stock_model_config
 
 __all__ = [
+    "MEAN_READOUT",
     "STOCK_NAMES",
     "Architecture",
     "Captured",
+    "Emit",
     "Feature",
     "FeatureExtractor",
     "FeatureSpec",

@@ -14,6 +14,7 @@ from fairchem_kd.losses.base import (
     masked_sum,
     register_loss,
 )
+from fairchem_kd.losses.elementwise import elementwise
 from fairchem_kd.losses.features import (
     EdgeToNode,
     FeatureLoss,
@@ -21,7 +22,10 @@ from fairchem_kd.losses.features import (
     NodeToNode,
     VectorToVector,
 )
+from fairchem_kd.losses.gather import gather_rows
 from fairchem_kd.losses.outputs import PerAtomEnergy, Vanilla
+from fairchem_kd.losses.projection import projection
+from fairchem_kd.losses.standardize import Standardizer
 
 __all__ = [
     "EdgeToNode",
@@ -35,10 +39,14 @@ __all__ = [
     "NodeToNode",
     "Part",
     "PerAtomEnergy",
+    "Standardizer",
     "Vanilla",
     "VectorToVector",
+    "elementwise",
+    "gather_rows",
     "known_losses",
     "loss_class",
     "masked_sum",
+    "projection",
     "register_loss",
 ]
