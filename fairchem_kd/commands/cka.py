@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fairchem_kd.commands.arguments import at_least
-from fairchem_kd.commands.output import add_output_arguments, as_text, check_output, deliver
-from fairchem_kd.errors import UserError
+from fairchem_kd.commands.output import add_output_arguments, check_output, deliver
 
 EPILOG = """\
 A model is the folder of a run (checkpoints/<timestamp>-<identifier>) or a checkpoint. The teacher
@@ -75,72 +72,20 @@ def run(args: argparse.Namespace) -> int:
         UserError: models, layers or data that cannot be compared.
     """
     check_output(args)
-    from fairchem_kd.analysis.cka import study as cka
-    from fairchem_kd.analysis.cka import tables as shown
-    from fairchem_kd.analysis.cka.layers import distilled_pairs, layers_of
-    from fairchem_kd.analysis.subjects.runs import find_checkpoint, load_model, read_model
-    from fairchem_kd.analysis.subjects.structures import data_of, open_structures
-    from fairchem_kd.machine import choose_device
+    from fairchem_kd.analysis.cka.runs import study
 
-    files = {cka.STUDENT: read_model(args.student, trust=args.trust)}
-    own_teacher = files[cka.STUDENT].teacher
-    teacher = args.teacher or own_teacher
-    if teacher is None:
-        raise UserError(
-            f"{files[cka.STUDENT].path} was not distilled from a teacher: name one with --teacher."
-        )
-    files[cka.TEACHER] = read_model(teacher, trust=args.trust)
-    if args.before is not None:
-        files[cka.BEFORE] = read_model(args.before, trust=args.trust)
-    is_own = own_teacher is not None and find_checkpoint(Path(teacher)) == Path(own_teacher)
-    marks = distilled_pairs(files[cka.STUDENT]) if is_own else []
-    source = args.data or data_of(files[cka.STUDENT])
-    device = choose_device(cpu=args.cpu)
-    models = {role: load_model(file, device) for role, file in files.items()}
-    layers = {
-        cka.TEACHER: layers_of(models[cka.TEACHER].model, args.teacher_layers),
-        cka.STUDENT: layers_of(models[cka.STUDENT].model, args.student_layers),
-    }
-    if args.pair:
-        marks = [_pair(text, models[cka.STUDENT].model) for text in args.pair]
-    with open_structures(source, limit=args.samples or None) as structures:
-        found = cka.study(
-            models,
-            structures,
-            layers,
-            names=_names(files),
-            marks=marks,
-            distilled=not args.pair,
-            batch_size=args.batch_size,
-            progress=True,
-        )
-    deliver(
-        args,
-        text=lambda: as_text(shown.tables(found)),
-        content=lambda: shown.as_dict(found),
-        write=partial(shown.write, found),
+    found = study(
+        args.student,
+        teacher=args.teacher,
+        before=args.before,
+        data=args.data,
+        samples=args.samples,
+        student_layers=args.student_layers,
+        teacher_layers=args.teacher_layers,
+        pairs=args.pair,
+        batch_size=args.batch_size,
+        cpu=args.cpu,
+        trust=args.trust,
     )
+    deliver(args, found)
     return 0
-
-
-def _names(files: dict[str, Any]) -> dict[str, str]:
-    """What each model is called; its role goes with names that are not told apart."""
-    names = {role: file.identifier for role, file in files.items()}
-    if len(set(names.values())) < len(names):
-        names = {role: f"{name} ({role})" for role, name in names.items()}
-    return names
-
-
-def _pair(text: str, student: Any) -> Any:
-    """The mark that ``STUDENT:TEACHER`` names; its form is that of the student's layer."""
-    from fairchem_kd.analysis.cka.layers import Form, Mark
-    from fairchem_kd.features import available_features
-    from fairchem_kd.features.address import parse_address
-
-    ours, separator, theirs = text.partition(":")
-    if not separator or not ours or not theirs:
-        raise UserError(f"--pair '{text}' does not read STUDENT:TEACHER, for example node:edge@2.")
-    specs = available_features(student)
-    first = parse_address(ours)[0]
-    form: Form = "vector" if first in specs and specs[first].kind == "vector" else "node"
-    return Mark(text, form, ours, theirs)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fairchem_kd.commands.arguments import at_least
-from fairchem_kd.commands.output import add_output_arguments, as_text, check_output, deliver
+from fairchem_kd.commands.output import add_output_arguments, check_output, deliver
+
+if TYPE_CHECKING:
+    from fairchem_kd.analysis.compare.runs import Options
 
 EPILOG = """\
 RUN is the folder of a run (checkpoints/<timestamp>-<identifier>), a checkpoint of any fairchem 1.x
@@ -33,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is compared, and how: for :func:`compare_runs`."""
+    """What is compared, and how: for :func:`comparison_options`."""
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="runs or checkpoints")
     parser.add_argument("--teacher", type=Path, help="its checkpoint (default: the runs' own)")
     parser.add_argument(
@@ -59,6 +62,22 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def comparison_options(args: argparse.Namespace) -> Options:
+    """What :func:`add_comparison_arguments` asked for."""
+    from fairchem_kd.analysis.compare.runs import Options
+
+    return Options(
+        teacher=args.teacher,
+        baselines=args.baseline,
+        splits=args.split,
+        throughput=not args.no_throughput,
+        batch_size=args.batch_size,
+        atoms=args.atoms,
+        cpu=args.cpu,
+        trust=args.trust,
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Compare, print and write; returns the exit code.
 
@@ -66,15 +85,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: runs or data that cannot be compared.
     """
     check_output(args)
-    from fairchem_kd.analysis.compare import tables as report
-    from fairchem_kd.analysis.compare.runs import compare_runs
+    from fairchem_kd.analysis.compare.runs import study
 
-    comparison, notes = compare_runs(args)
-    said = [*report.verdicts(comparison), *notes]
-    deliver(
-        args,
-        text=lambda: "\n".join([as_text(report.tables(comparison)), "", *said]),
-        content=lambda: report.as_dict(comparison),
-        write=partial(report.write, comparison),
-    )
+    deliver(args, study(args.runs, comparison_options(args)))
     return 0

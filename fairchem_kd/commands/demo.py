@@ -6,6 +6,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     from fairchem_kd.analysis.compare import tables as report
     from fairchem_kd.analysis.compare.comparison import BASELINE, TEACHER, Group, compare
+    from fairchem_kd.analysis.compare.runs import as_study
     from fairchem_kd.analysis.subjects.runs import read_model
     from fairchem_kd.analysis.subjects.splits import count_structures, splits_of_run
     from fairchem_kd.demo import children, plan
@@ -111,20 +113,15 @@ def run(args: argparse.Namespace) -> int:
     wrapped = (textwrap.fill(one, 100, subsequent_indent="  ") for one in head)
     print("\n".join(wrapped), end="\n\n")
     print("\n\n".join(one.text() for one in tables), end="\n\n")
-    print("\n".join(report.verdicts(comparison)))
-
-    def add_regime(results: dict[str, Any]) -> None:
-        results["regime"] = head
-        results["training_jobs"] = jobs
-
-    written = report.write(
-        comparison,
-        args.out,
-        head="\n".join([*head, "", *(f"- {one}" for one in report.verdicts(comparison))]),
-        chosen=tables,
-        with_plots=not args.no_plots,
-        more=add_regime,
+    said = report.verdicts(comparison)
+    print("\n".join(said))
+    study = replace(
+        as_study(comparison),
+        tables=lambda: tables,
+        as_dict=lambda: {**report.as_dict(comparison), "regime": head, "training_jobs": jobs},
+        head="\n".join([*head, "", *(f"- {one}" for one in said)]),
     )
+    written = study.write(args.out, with_plots=not args.no_plots)
     print(f"\nwrote {', '.join(str(path) for path in written)}")
     return 0
 

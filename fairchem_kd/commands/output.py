@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fairchem_kd.report.tables import Table
+    from fairchem_kd.report.study import Study
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, files: str, plots: str = "plots") -> None:
@@ -42,24 +41,9 @@ def check_output(args: argparse.Namespace) -> None:
         check_matplotlib()
 
 
-def deliver(
-    args: argparse.Namespace,
-    *,
-    text: Callable[[], str],
-    content: Callable[[], Mapping[str, Any]],
-    write: Callable[..., list[Path]],
-) -> None:
-    """Print the text or, with ``--json``, the content; with ``--out``, write the files.
-
-    Args:
-        write: takes the folder, and ``with_plots``; returns the files.
-    """
-    print(json.dumps(content(), indent=2, ensure_ascii=False) if args.json else text())
+def deliver(args: argparse.Namespace, study: Study) -> None:
+    """Print what was found, with ``--json`` its values; with ``--out``, write the files."""
+    print(json.dumps(study.values(), indent=2, ensure_ascii=False) if args.json else study.text())
     if args.out is not None:
-        written = write(args.out, with_plots=not args.no_plots)
+        written = study.write(args.out, with_plots=not args.no_plots)
         print(f"wrote {', '.join(str(path) for path in written)}", file=sys.stderr)
-
-
-def as_text(tables: Sequence[Table]) -> str:
-    """Tables for a terminal, a blank line between them."""
-    return "\n\n".join(table.text() for table in tables)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairchem_kd.commands.compare import add_comparison_arguments
+from fairchem_kd.commands.compare import add_comparison_arguments, comparison_options
 from fairchem_kd.errors import UserError
 
 if TYPE_CHECKING:
     from fairchem_kd.analysis.compare.comparison import Comparison
     from fairchem_kd.report.page import Section
+    from fairchem_kd.report.study import Study
 
 EPILOG = """\
 The page has what `fairchem-kd compare RUNS` says and draws, the runs' configs and the cards of data
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: runs that cannot be compared, or folders without results.
     """
-    from fairchem_kd.analysis.compare.runs import compare_runs
+    from fairchem_kd.analysis.compare.runs import as_study, compare_runs
     from fairchem_kd.files import write_text
     from fairchem_kd.report.figures import check_matplotlib
     from fairchem_kd.report.page import page
@@ -97,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
     check_matplotlib()
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder; name a file, such as report.html.")
-    added = {name: [_section(name, folder) for folder in getattr(args, name)] for name in TITLES}
-    comparison, notes = compare_runs(args)
-    sections = _compared(comparison, notes)
+    added = {name: [_written(name, folder) for folder in getattr(args, name)] for name in TITLES}
+    comparison, notes = compare_runs(args.runs, comparison_options(args))
+    sections = _compared(as_study(comparison, notes))
     for name in dict.fromkeys(args.measured):
         added[name] += _measure(name, comparison, args)
     sections += [one for name in TITLES for one in added[name]]
@@ -111,22 +110,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compared(comparison: Comparison, notes: list[str]) -> list[Section]:
+def _compared(study: Study) -> list[Section]:
     """Verdicts and tables, then the plots."""
-    from fairchem_kd.analysis.compare import plots
-    from fairchem_kd.analysis.compare import tables as report
-    from fairchem_kd.report.page import Section, as_svg
+    from fairchem_kd.report.page import Section
 
     verdicts, tables = Section("What distillation gained"), Section("Errors")
-    said = [*report.verdicts(comparison), *notes]
-    if said:
-        verdicts.add_sentences(said)
-    for table in report.tables(comparison):
+    if study.sentences:
+        verdicts.add_sentences(study.sentences)
+    for table in study.tables():
         section = verdicts if table.title.startswith("Gap closed") else tables
         section.add_table(table)
-    for name, figure in plots.figures(comparison).items():
-        tables.add_picture(as_svg(figure), caption(name))
+    _add_figures(tables, study)
     return [verdicts, tables]
+
+
+def _embedded(title: str, study: Study) -> Section:
+    """A study, as a section."""
+    from fairchem_kd.report.page import Section
+
+    section = Section(title)
+    for table in study.tables():
+        section.add_table(table)
+    _add_figures(section, study)
+    return section
+
+
+def _add_figures(section: Section, study: Study) -> None:
+    from fairchem_kd.report.page import as_svg
+
+    for name, figure in study.figures().items():
+        section.add_picture(as_svg(figure), caption(name))
 
 
 def caption(name: str) -> str:
@@ -139,25 +152,17 @@ def caption(name: str) -> str:
     return f"{name.replace('_', ' ')}."
 
 
-def _section(name: str, folder: Path) -> Section:
-    """What a command wrote into a folder.
+def _written(name: str, folder: Path) -> Section:
+    """What a command wrote into a folder, as a section.
 
     Raises:
         UserError: it did not.
     """
     from fairchem_kd.report.page import Section
-    from fairchem_kd.report.tables import read_tables
+    from fairchem_kd.report.study import read_tables
 
-    file = folder / f"{name}.md"
-    try:
-        tables = read_tables(file.read_text())
-    except OSError as error:
-        raise UserError(
-            f"--{name} {folder}: there is no {file.name} in it ({error.strerror}); name a folder "
-            f"that `fairchem-kd {name} --out` wrote."
-        ) from error
     section = Section(TITLES[name])
-    for table in tables:
+    for table in read_tables(folder, name):
         section.add_table(table)
     for picture in sorted(folder.glob(f"{name}*.svg")):
         section.add_picture(picture.read_bytes(), caption(picture.stem))
@@ -165,35 +170,30 @@ def _section(name: str, folder: Path) -> Section:
 
 
 def _measure(name: str, comparison: Comparison, args: argparse.Namespace) -> Iterable[Section]:
-    """Sections of what a command finds out about the first seed of each model, by default."""
+    """Sections of what an analysis finds out about the models, by default."""
+    from fairchem_kd.analysis.cka import runs as cka
     from fairchem_kd.analysis.compare.comparison import BASELINE, TEACHER
+    from fairchem_kd.analysis.cost import runs as cost
+    from fairchem_kd.analysis.physics import runs as physics
 
     students = {g.label: g for g in comparison.groups if g.role != TEACHER}
-    distilled = {label: str(g.files[0].path) for label, g in students.items() if g.files[0].losses}
-    teacher = next((str(g.files[0].path) for g in comparison.groups if g.role == TEACHER), None)
-    common = [*(["--cpu"] if args.cpu else []), *(["--trust"] if args.trust else [])]
-    common += [] if teacher is None else ["--teacher", teacher]
+    distilled = {label: g.files[0].path for label, g in students.items() if g.files[0].losses}
+    teacher = next((g.files[0].path for g in comparison.groups if g.role == TEACHER), None)
     if name == "cka":
-        calls = []
         for label, path in distilled.items():
             baseline = comparison.baselines.get(label)
-            before = [] if baseline is None else [str(students[baseline].files[0].path)]
-            calls.append(["--student", path, *(w for b in before for w in ("--before", b))])
-    elif name == "cost":
-        calls = [list(distilled.values())]
-    else:
+            before = None if baseline is None else students[baseline].files[0].path
+            study = cka.study(path, teacher=teacher, before=before, cpu=args.cpu, trust=args.trust)
+            yield _embedded(f"{TITLES[name]}: {label}", study)
+    elif name == "cost" and distilled:
+        paths = list(distilled.values())
+        study = cost.study(paths, teacher=teacher, cpu=args.cpu, trust=args.trust)
+        yield _embedded(TITLES[name], study)
+    elif name == "physics" and students:
         order = sorted(students.values(), key=lambda g: g.role != BASELINE)
-        calls = [[f"{g.label}={file.path}" for g in order for file in g.files]]
-    module = importlib.import_module(f"fairchem_kd.commands.{name}")
-    for number, call in enumerate(call for call in calls if call):
-        parser = argparse.ArgumentParser(prog=f"fairchem-kd {name}")
-        module.add_arguments(parser)
-        with tempfile.TemporaryDirectory() as folder:
-            module.run(parser.parse_args([*call, *common, "--out", folder]))
-            section = _section(name, Path(folder))
-        if name == "cka":
-            section.title += f": {list(distilled)[number]}"
-        yield section
+        named = [f"{g.label}={file.path}" for g in order for file in g.files]
+        study = physics.study(named, teacher=teacher, cpu=args.cpu, trust=args.trust)
+        yield _embedded(TITLES[name], study)
 
 
 def _distinguish(sections: list[Section]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,7 @@ from fairchem_kd.demo.plan import Training
 from fairchem_kd.demo.progress import Progress
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_text
-from fairchem_kd.training.records import RECORDS
+from fairchem_kd.training.records import RECORDS, read_records
 
 DONE, LOG, CONFIG = "done.json", "log.txt", "config.yml"
 POLL = 0.5  # seconds
@@ -36,7 +35,6 @@ TAIL = 15  # lines of a failed child's log
 PRINT_EVERY = 10  # steps between two records, from which progress is read
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_SECONDS = re.compile(r"Total time taken: ([\d.]+)")
 
 
 @dataclass(frozen=True)
@@ -198,11 +196,11 @@ def _step(folder: Path) -> tuple[int, float]:
 
 def _finish(child: _Child) -> Finished:
     """Note that a child ended well, or raise."""
-    path = child.folder / LOG
-    text = path.read_text(errors="replace")
     best = sorted(child.folder.glob("checkpoints/*/best_checkpoint.pt"))
-    seconds = _SECONDS.findall(text)
-    if child.process.returncode != 0 or not best or not seconds:
+    ends = read_records(best[-1].parent, "end") if best else []
+    if child.process.returncode != 0 or not ends:
+        path = child.folder / LOG
+        text = path.read_text(errors="replace")
         code = child.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if code == 0:
@@ -212,14 +210,13 @@ def _finish(child: _Child) -> Finished:
             f"The training {child.training.title} {how}; the others were stopped. Mend it and "
             f"start again: what finished is kept. The last lines of {path}:\n  {lines}"
         )
-    taken = float(seconds[-1])
+    taken = float(ends[-1]["seconds"])
     content = {
         "seconds": taken,
         "steps": child.training.steps,
         "checkpoint": str(best[-1].relative_to(child.folder)),
     }
-    text = json.dumps(content) + "\n"
-    write_text(child.folder / DONE, text)
+    write_text(child.folder / DONE, json.dumps(content) + "\n")
     return Finished(child.training, taken, best[-1])
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -49,25 +49,44 @@ class Table:
             parts += ["", *self.notes]
         return "\n".join(parts)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Of plain values, for JSON."""
+        return {
+            "title": self.title,
+            "header": list(self.header),
+            "rows": self.rows,
+            "notes": self.notes,
+        }
 
-def read_tables(markdown: str) -> list[Table]:
-    """The tables of a text that :meth:`Table.markdown` wrote; what stands before them is left."""
-    tables: list[Table] = []
-    for line in markdown.splitlines():
-        if line.startswith("### "):
-            tables.append(Table(line[4:], []))
-        elif not tables or not line:
-            continue
-        elif line.startswith("| "):
-            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line[1:-1])]
-            cells = [cell.replace("\\|", "|") for cell in cells]
-            if not tables[-1].header:
-                tables[-1].header = cells
-            elif not all(cell.strip("-:") == "" and "---" in cell for cell in cells):
-                tables[-1].add(*cells)
-        else:
-            tables[-1].notes.append(line)
-    return tables
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Table:
+        """The table that :meth:`as_dict` gave.
+
+        Raises:
+            KeyError: something is missing.
+            ValueError: something is not text, or a row has not the header's cells.
+        """
+        made = cls(_text(values["title"]), _texts(values["header"]))
+        for row in _list(values["rows"]):
+            made.add(*_texts(row))
+        made.notes += _texts(values["notes"])
+        return made
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is not text")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r:.40} is not a list")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    return [_text(one) for one in _list(value)]
 
 
 def number(value: float | None, digits: int = 1) -> str:

@@ -17,18 +17,22 @@ RECORDS = "records.jsonl"
 class Records:
     """Appends lines to ``records.jsonl``; a resumed run goes on in the same file.
 
-    Each line has ``kind`` (``config``, ``train``, ``val``, ...) and ``seconds`` since the start of
-    this process's run, beside what is given to :meth:`write`. A line cut off by a crash is ended
-    before the next one, so that :func:`read_records` loses that line alone.
+    Each line has ``kind`` (``config``, ``train``, ``val``, ..., ``end``) and ``seconds`` since this
+    process began to train, setting up included, beside what is given to :meth:`write`. A line cut
+    off by a crash is ended before the next one, so that :func:`read_records` loses that line alone.
+
+    Args:
+        folder: the run's, made where it does not exist.
+        began: when the training did, by ``time.perf_counter()``; now where it is None.
 
     Raises:
         UserError: a line cannot be written, e.g. for a full disk.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], began: float | None = None) -> None:
         self.path = Path(folder) / RECORDS
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() if began is None else began
         if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             with self.path.open("ab") as file:
                 file.write(b"\n")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,6 +164,7 @@ class RestartableTrainer(StockTrainer):
                 "choose another scheduler."
             )
         self.restart.training = True
+        began = time.perf_counter()
         with self.interruption:
             self._resume_own_run()
             if self.continues_run:
@@ -178,11 +180,13 @@ class RestartableTrainer(StockTrainer):
             self.prepare()
             self.warn_of_no_evaluation()
             if distutils.is_master() and not self.is_debug:
-                self.records = Records(self.config["cmd"]["checkpoint_dir"])
+                self.records = Records(self.config["cmd"]["checkpoint_dir"], began)
                 self.records.write("config", step=self.step, config=self.config)
             if self.restart.state is not None:
                 self._finish_resumed_step(self.restart.state, disable_eval_tqdm)
             super().train(disable_eval_tqdm=disable_eval_tqdm)
+            if self.records is not None:
+                self.records.write("end", step=self.step, epoch=self.epoch)
         self.restart.training = False
 
     def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:

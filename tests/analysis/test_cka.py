@@ -17,7 +17,7 @@ from test_similarity import dense_cka
 from trainings import config, inside, trainer, write_home
 
 from fairchem_kd.analysis.cka.layers import Mark, distilled_pairs, layers_of, settle
-from fairchem_kd.analysis.cka.study import STUDENT, TEACHER, study
+from fairchem_kd.analysis.cka.study import STUDENT, TEACHER, similarities
 from fairchem_kd.analysis.subjects.runs import load_model, read_model
 from fairchem_kd.analysis.subjects.structures import open_structures
 from fairchem_kd.commands import main as cli
@@ -117,7 +117,7 @@ def test_values_are_those_of_the_features(home: Path) -> None:
     }
     layers = {role: layers_of(model.model) for role, model in models.items()}
     with open_structures("data/test") as opened:
-        found = study(models, opened, layers, names={r: r for r in models}, batch_size=3)
+        found = similarities(models, opened, layers, names={r: r for r in models}, batch_size=3)
         [whole] = opened.batches(100)
     assert found.compared.structures == 10
     assert found.compared.atoms == len(whole.pos)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import signal
@@ -34,6 +33,7 @@ from fairchem_kd.analysis.physics.measure import (
     run_dynamics,
     scan_bond,
 )
+from fairchem_kd.analysis.physics.runs import _models
 from fairchem_kd.analysis.physics.summary import Findings, summarise, wilson
 from fairchem_kd.analysis.subjects.calculators import atoms_of, make_calculator
 from fairchem_kd.analysis.subjects.reference_method import EMT as EMT_METHOD
@@ -41,7 +41,6 @@ from fairchem_kd.analysis.subjects.reference_method import XTB, method_calculato
 from fairchem_kd.analysis.subjects.runs import load_model, read_model
 from fairchem_kd.analysis.subjects.structures import open_structures
 from fairchem_kd.commands import main as cli
-from fairchem_kd.commands.physics import _models
 
 SHORT = ["--structures", "2", "--md-steps", "4", "--relax-steps", "3", "--cpu"]
 
@@ -284,8 +283,8 @@ def test_the_calculator_is_the_model(home: Path) -> None:
 
 
 def test_a_model_called_teacher_is_not_taken_for_the_runs_own(home: Path) -> None:
-    args = argparse.Namespace(runs=["teacher=n2n-again.pt", "n2n.pt"], trust=False, teacher=None)
-    found = {label: [file.path.name for file in files] for label, files in _models(args).items()}
+    files = _models(["teacher=n2n-again.pt", "n2n.pt"], teacher=None, trust=False)
+    found = {label: [file.path.name for file in seeds] for label, seeds in files.items()}
     assert found == {
         "teacher teacher": ["teacher.pt"],
         "teacher": ["n2n-again.pt"],

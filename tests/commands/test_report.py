@@ -15,8 +15,10 @@ import torch
 from trainings import config, inside, trainer, write_home
 
 from fairchem_kd.commands import main as cli
+from fairchem_kd.errors import UserError
 from fairchem_kd.report.page import Section, page
-from fairchem_kd.report.tables import Table, read_tables
+from fairchem_kd.report.study import Study, read_tables
+from fairchem_kd.report.tables import Table
 
 SIZES = {"train": 12, "val": 4, "test": 9, "test_ood": 6}
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -116,13 +118,39 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     assert text.count("<img") == 5 + 4 + 1
 
 
-def test_tables_are_read_back_from_markdown() -> None:
+def test_a_study_that_was_written_is_read_back(tmp_path: Path) -> None:
     table = Table("A title, of 3", ["model", "E | F (meV)"], notes=["A note.", "- another"])
     table.add("a|b", "10 [9, 11]")
     table.add("-", "")
-    other = Table("Second", ["x"], [["1"]])
-    text = f"A head.\n\n{table.markdown()}\n\n{other.markdown()}\n"
-    assert read_tables(text) == [table, other]
+    tables = [table, Table("Second", ["x"], [["1"]])]
+    study = Study("cost", lambda: tables, dict, lambda: {"format": 1})
+    written = study.write(tmp_path)
+    assert [path.name for path in written] == ["cost.md", "cost.json"]
+    assert read_tables(tmp_path, "cost") == tables
+    assert json.loads((tmp_path / "cost.json").read_text())["format"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        "null",
+        '{"tables": 3}',
+        '{"tables": [3]}',
+        '{"tables": [{"title": 1, "header": [], "rows": [], "notes": []}]}',
+        '{"tables": [{"title": "t", "header": "ab", "rows": [], "notes": []}]}',
+        '{"tables": [{"title": "t", "header": ["a"], "rows": [["b", "c"]], "notes": []}]}',
+        '{"tables": [{"title": "t", "header": ["a"], "rows": [[1]], "notes": []}]}',
+    ],
+)
+def test_a_file_that_is_no_study_is_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "cka.json").write_text(text)
+    with pytest.raises(UserError, match=r"cka\.json (is not JSON|holds no tables)"):
+        read_tables(tmp_path, "cka")
 
 
 def test_what_users_wrote_is_text() -> None:
@@ -172,7 +200,7 @@ def test_a_browser_shows_it(size: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["teacher.pt", "--cka", "data"], "--cka data: there is no cka.md in it"),
+        (["teacher.pt", "--cka", "data"], "--cka data: there is no cka.json in it"),
         (["teacher.pt", "-o", "data"], "--out data is a folder"),
         (["nothing.pt"], "nothing.pt does not exist"),
     ],

@@ -92,9 +92,3 @@ def label_losses(energy="mae", forces="l2mae", reduction="mean", coefficients=(1
         ("energy", {"fn": DDPLoss(energy, reduction), "coefficient": coefficients[0]}),
         ("forces", {"fn": DDPLoss(forces, reduction), "coefficient": coefficients[1]}),
     ]
-
-
-def vanilla(losses=None, outputs=OUTPUTS, **options):
-    term = loss_class("vanilla", WHERE).from_options(options, WHERE)
-    term.set_label_losses(label_losses() if losses is None else losses, outputs)
-    return term

@@ -1,6 +1,6 @@
-"""Whether distillation made the student's layers more like the teacher's: a study, and its report.
+"""Whether distillation made the student's layers more like the teacher's: a study.
 
-    models, structures -> study -> Study -> tables, as_dict, figures, write
+    models, structures -> similarities -> Similarities -> tables, as_dict, figures
 
 ``fairchem-kd cka`` is these functions on the command line.
 """
@@ -35,8 +35,8 @@ _FORM_NAMES = {
 
 
 @dataclass(frozen=True)
-class Study:
-    """What :func:`study` found: maps of teacher and student, and of the student before and after.
+class Similarities:
+    """Maps of teacher and student, and of the student before and after.
 
     ``names`` and ``paths`` are by role: ``teacher``, ``student`` and, where one was given,
     ``before``.
@@ -59,7 +59,7 @@ class Study:
         return BEFORE in self.names
 
 
-def study(
+def similarities(
     models: dict[str, Teacher],
     structures: Structures,
     layers: dict[str, Layers],
@@ -69,7 +69,7 @@ def study(
     distilled: bool = True,
     batch_size: int = 16,
     progress: bool = False,
-) -> Study:
+) -> Similarities:
     """Compare a student's layers with its teacher's, and with those it had before.
 
     Args:
@@ -112,7 +112,7 @@ def study(
             "very least (hundreds, to say anything): take more structures."
         )
     paths = {role: model.name for role, model in models.items()}
-    return Study(compared, names, paths, settled, structures.path, distilled)
+    return Similarities(compared, names, paths, settled, structures.path, distilled)
 
 
 # -- tables ----------------------------------------------------------------------------------------

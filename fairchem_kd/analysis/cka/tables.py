@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fairchem_kd.analysis.cka.layers import FORMS, Map, Mark
 from fairchem_kd.analysis.cka.similarity import Estimate
-from fairchem_kd.analysis.cka.study import _FORM_NAMES, BEFORE, FORMAT, STUDENT, TEACHER, Study
-from fairchem_kd.files import plain, write_json
-from fairchem_kd.report.files import write_plots, write_tables
+from fairchem_kd.analysis.cka.study import (
+    _FORM_NAMES,
+    BEFORE,
+    FORMAT,
+    STUDENT,
+    TEACHER,
+    Similarities,
+)
+from fairchem_kd.files import plain
 from fairchem_kd.report.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def tables(found: Study) -> list[Table]:
+def tables(found: Similarities) -> list[Table]:
     """The distilled layers first, then every map."""
     made = [table for table in [marks_table(found)] if table.rows]
     for form in FORMS:
@@ -45,7 +50,7 @@ def tables(found: Study) -> list[Table]:
 
 
 def map_table(
-    found: Study, shown: Map, marked: Sequence[tuple[str, str]], *, signed: bool = False
+    found: Similarities, shown: Map, marked: Sequence[tuple[str, str]], *, signed: bool = False
 ) -> Table:
     """One map; the distilled pair has an asterisk."""
     first = found.names[shown.first]
@@ -66,7 +71,7 @@ def map_table(
     return table
 
 
-def map_notes(found: Study, shown: Map, marked: bool) -> list[str]:
+def map_notes(found: Similarities, shown: Map, marked: bool) -> list[str]:
     """What the reader of the maps of one form has to know."""
     notes = [
         f"{found.compared.atoms} atoms of {found.compared.structures} structures of {found.data}; "
@@ -108,7 +113,7 @@ class Rise:
         return "rose" if change.value > 0 else "fell"
 
 
-def rises(found: Study) -> list[Rise]:
+def rises(found: Similarities) -> list[Rise]:
     """For every distilled pair, the student's layers from the distilled one on.
 
     The paper's claim (arXiv 2306.14818, section 5) is that similarity rises at the distilled layer
@@ -129,7 +134,7 @@ def rises(found: Study) -> list[Rise]:
     return made
 
 
-def marks_table(found: Study) -> Table:
+def marks_table(found: Similarities) -> Table:
     """The distilled pairs, and the student's layers behind them."""
     header = ["loss" if found.distilled else "pair", "teacher's layer", "student's layer"]
     header += ["before", "after", "difference", "verdict"] if found.has_before else ["CKA"]
@@ -159,7 +164,7 @@ def _with_error(estimate: Estimate, signed: bool = False) -> str:
     return text if error is None or text == "-" else f"{text} ± {error:.3f}"
 
 
-def as_dict(found: Study) -> dict[str, Any]:
+def as_dict(found: Similarities) -> dict[str, Any]:
     """Everything in the tables and more, of plain values."""
 
     def one(shown: Map) -> dict[str, Any]:
@@ -216,22 +221,7 @@ def _estimate(estimate: Estimate | None) -> dict[str, float | None] | None:
     return {"value": value, "standard_error": error if known else None}
 
 
-def write(found: Study, folder: Path, *, with_plots: bool = True) -> list[Path]:
-    """Write cka.md, cka.json and, if asked for, the heat maps into ``folder``; returns the files.
-
-    Raises:
-        UserError: plots are asked for and matplotlib is missing.
-    """
-    written = [
-        write_tables(folder / "cka.md", tables(found)),
-        write_json(folder / "cka.json", as_dict(found)),
-    ]
-    if with_plots:
-        written += write_plots(folder, figures(found))
-    return written
-
-
-def figures(found: Study) -> dict[str, Figure]:
+def figures(found: Similarities) -> dict[str, Figure]:
     """By file name: teacher and student (before, after, difference), and student before-after."""
     from fairchem_kd.analysis.cka.plots import heat_maps
 

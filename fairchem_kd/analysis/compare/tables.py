@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,7 @@ import numpy as np
 from fairchem_kd.analysis.compare.comparison import STUDENT, Comparison, Group, SplitResult
 from fairchem_kd.analysis.compare.evaluation import WITHIN
 from fairchem_kd.analysis.compare.gap import NO_EVIDENCE, Gap
-from fairchem_kd.files import plain, write_json, write_whole
-from fairchem_kd.report.files import write_plots, write_tables
+from fairchem_kd.files import plain
 from fairchem_kd.report.tables import Table, percent, significant, with_spread
 
 FORMAT = 1
@@ -242,55 +240,16 @@ def _speed(comparison: Comparison, label: str) -> dict[str, Any] | None:
     return None if speed is None else speed.as_dict()
 
 
-def write(
-    comparison: Comparison,
-    folder: Path,
-    *,
-    head: str = "",
-    chosen: Sequence[Table] | None = None,
-    with_plots: bool = True,
-    more: Callable[[dict[str, Any]], None] | None = None,
-) -> list[Path]:
-    """Write table.md, results.json, systems.npz and, if asked for, the plots into ``folder``.
-
-    Args:
-        comparison: what to write.
-        folder: made where it does not exist; files of these names are overwritten.
-        head: Markdown above the tables.
-        chosen: tables in place of :func:`tables`.
-        with_plots: draw them (needs matplotlib).
-        more: adds to the contents of results.json.
-
-    Returns:
-        The files.
-
-    Raises:
-        UserError: matplotlib is asked for and missing.
-    """
-    shown = tables(comparison) if chosen is None else chosen
-    results = as_dict(comparison)
-    if more is not None:
-        more(results)
-    written = [
-        write_tables(folder / "table.md", shown, head),
-        write_json(folder / "results.json", results),
-    ]
-    arrays = {
+def arrays(comparison: Comparison) -> dict[str, np.ndarray]:
+    """What every seed of every model got on every structure, by split, label, seed and name."""
+    found = {
         f"{split.name}/{label}/{number}/{name}": values
         for split in comparison.splits
         for label, evaluations in split.evaluations.items()
         for number, evaluation in enumerate(evaluations)
         for name, values in evaluation.systems.items()
     }
-    arrays = {name.replace(" ", "_"): values for name, values in arrays.items()}
-    written.append(
-        write_whole(folder / "systems.npz", lambda file: np.savez_compressed(file, **arrays))
-    )
-    if with_plots:
-        from fairchem_kd.analysis.compare import plots
-
-        written += write_plots(folder, plots.figures(comparison))
-    return written
+    return {name.replace(" ", "_"): values for name, values in found.items()}
 
 
 def verdicts(comparison: Comparison) -> list[str]:

@@ -9,15 +9,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairchem_kd.analysis.cost.plots import figures
 from fairchem_kd.analysis.cost.study import FORMAT, Costs, conditions
 from fairchem_kd.analysis.cost.timing import Timing
 from fairchem_kd.analysis.cost.training import DISTILLED, PLAIN, TrainingCost
-from fairchem_kd.files import plain, write_json
-from fairchem_kd.report.files import write_plots, write_tables
+from fairchem_kd.files import plain
 from fairchem_kd.report.tables import Table, significant
 
 if TYPE_CHECKING:
@@ -154,18 +151,3 @@ def as_dict(costs: Costs) -> dict[str, Any]:
             "training": {label: cost.as_dict() for label, cost in costs.training.items()},
         }
     )
-
-
-def write(costs: Costs, folder: Path, *, with_plots: bool = True) -> list[Path]:
-    """Write cost.md, cost.json and, if asked for, the plots into ``folder``; returns the files.
-
-    Raises:
-        UserError: plots are asked for and matplotlib is missing.
-    """
-    written = [
-        write_tables(folder / "cost.md", tables(costs)),
-        write_json(folder / "cost.json", as_dict(costs)),
-    ]
-    if with_plots:
-        written += write_plots(folder, figures(costs))
-    return written

@@ -1,6 +1,6 @@
 """Models side by side as potentials: every measurement on the same structures, and the report.
 
-    calculators, structures -> study_physics -> Physics -> tables, as_dict, figures, write
+    calculators, structures -> study_physics -> Physics -> tables, as_dict, figures
 
 ``fairchem-kd physics`` is these functions on the command line.
 """

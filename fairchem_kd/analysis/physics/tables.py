@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fairchem_kd.analysis.physics.study import FORMAT, Physics
 from fairchem_kd.analysis.physics.summary import Measured
-from fairchem_kd.files import plain, write_json
-from fairchem_kd.report.files import write_plots, write_tables
+from fairchem_kd.files import plain
 from fairchem_kd.report.tables import Table, number, significant
 
 
@@ -127,20 +125,3 @@ def as_dict(found: Physics) -> dict[str, Any]:
             },
         }
     )
-
-
-def write(found: Physics, folder: Path, *, with_plots: bool = True) -> list[Path]:
-    """Write physics.md, physics.json and, if asked for, plots into ``folder``; returns the files.
-
-    Raises:
-        UserError: plots are asked for and matplotlib is missing.
-    """
-    written = [
-        write_tables(folder / "physics.md", tables(found)),
-        write_json(folder / "physics.json", as_dict(found)),
-    ]
-    if with_plots:
-        from fairchem_kd.analysis.physics.plots import figures
-
-        written += write_plots(folder, figures(found))
-    return written
