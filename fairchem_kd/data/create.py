@@ -30,6 +30,7 @@ from fairchem_kd.data.card import (
 )
 from fairchem_kd.data.frames import Trajectory
 from fairchem_kd.data.recipes.registry import Options
+from fairchem_kd.data.replace import check_replaceable
 from fairchem_kd.data.splits import QUARTERS, Split, collect, quarter_lengths
 from fairchem_kd.data.workers import Progress, trajectories, worker_pool
 from fairchem_kd.data.writer import BYTES_PER_ATOM, BYTES_PER_SAMPLE, write_split
@@ -179,10 +180,11 @@ def create(
         options: recipe, seed and sizes.
         root: the data set's folder; its splits become folders inside.
         processes: how many workers; the result does not depend on it.
-        force: replace a data set that is already there.
+        force: replace a data set that is already there; nothing else is ever deleted.
 
     Raises:
-        UserError: no space, no right to write, a missing package, or another data set in the way.
+        UserError: no space, no right to write, a missing package, or another data set in the
+            way; with ``force``, a folder that holds anything else.
     """
     root = Path(os.path.abspath(root))
     options.recipe.check()
@@ -192,6 +194,7 @@ def create(
             card = read_card(root)
             assert card is not None
             return card
+        check_replaceable(root)
         for stale in root.parent.glob(f".{root.name}.building-*"):
             shutil.rmtree(stale, ignore_errors=True)  # of a build that was killed
         _check_space(root, options)
@@ -210,6 +213,7 @@ def create(
             aside.chmod(0o777 & ~_umask())
             splits = _generate(options, processes or default_processes(), (descriptor,))
             card = _write(aside, options, splits)
+            check_replaceable(root)  # it took a while
             if root.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{root.name}.building-", dir=root.parent))
                 root.rename(old / root.name)

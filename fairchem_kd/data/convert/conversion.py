@@ -29,6 +29,7 @@ from fairchem_kd.data.convert.shards import Shard, Tally
 from fairchem_kd.data.convert.sources import Part, find_files, parts_of, read_part, split_of
 from fairchem_kd.data.create import locked, what_failed
 from fairchem_kd.data.frames import Frame
+from fairchem_kd.data.replace import check_replaceable
 from fairchem_kd.data.workers import Progress, worker_pool
 from fairchem_kd.data.writer import to_data
 from fairchem_kd.errors import UserError
@@ -118,7 +119,7 @@ def convert(
         conversion: what to convert.
         dest: the folder of the data set; its splits become folders inside.
         processes: how many workers.
-        force: replace a data set that is there.
+        force: replace a data set that is there; nothing else is ever deleted.
 
     Raises:
         UserError: see the module; also when ``dest`` exists or cannot be written.
@@ -130,12 +131,14 @@ def convert(
     with locked(dest) as descriptor:
         if dest.exists() and not force:
             raise UserError(f"{dest} exists; give --force to replace it, or name another folder.")
+        check_replaceable(dest)
         parts = plan(conversion)
         work = dest.parent / f".{dest.name}.converting"
         _prepare(work, conversion)
         try:
             _convert_parts(work, parts, conversion, processes, descriptor)
             card = assemble(work, parts, conversion)
+            check_replaceable(dest)  # it took a while
             if dest.exists():
                 shutil.rmtree(dest)
             (work / "out").rename(dest)
@@ -161,6 +164,11 @@ def _prepare(work: Path, conversion: Conversion) -> None:
     """A folder for this very conversion: what another one left there is removed."""
     wanted = json.dumps([__version__, _LAYOUT, conversion.as_dict()], sort_keys=True)
     mark = work / "options.json"
+    if work.exists() and not mark.is_file() and any(work.iterdir()):
+        raise UserError(
+            f"{work} is in the way and was not made by a conversion; move it away, or name another "
+            "folder for the data set."
+        )
     if work.exists() and (not mark.is_file() or mark.read_text() != wanted):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
