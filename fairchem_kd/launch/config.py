@@ -14,6 +14,7 @@ from fairchem.core.common.utils import build_config
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.models.legacy import refuse_renamed_keys
+from fairchem_kd.stock.trainer import check_run_names
 
 _YAML_LITERALS = {"null": "None", "true": "True", "false": "False"}
 
@@ -62,6 +63,7 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
         if is_ours(config):
             raise
         logging.warning(f"{error} It is not read.")  # as stock, which has defaults in its place
+    check_run_names(config)
     missing = [key for key in ("model", "dataset", "optim") if key not in config]
     if missing:
         raise UserError(f"the config {path} has no {' and no '.join(missing)} block.")

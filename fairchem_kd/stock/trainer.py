@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Trainer = TypeVar("Trainer", bound=OCPTrainer)
 
+#: Of 255 that file systems have, less what a timestamp and a file written aside add.
+_LONGEST_NAME = 180
+
 
 class StockTrainer(OCPTrainer):
     """Stock's :class:`OCPTrainer`, mended: same losses, same steps, same weights.
@@ -37,6 +40,7 @@ class StockTrainer(OCPTrainer):
     """
 
     def __init__(self, *, flush_denormal: bool = False, **stock: Any) -> None:
+        check_run_names(stock)
         self._run_dir = stock.get("run_dir") or os.getcwd()
         self._flush_denormal = flush_denormal
         if flush_denormal and (stock.get("cpu", False) or not torch.cuda.is_available()):
@@ -93,6 +97,32 @@ class StockTrainer(OCPTrainer):
             f"This training has {steps} steps, optim.eval_every is {eval_every}: it ends without "
             f"an evaluation and leaves {left}. Give a smaller optim.eval_every."
         )
+
+
+def check_run_names(config: Mapping[str, Any]) -> None:
+    """Refuse names that would put a run's files elsewhere than into folders of that name.
+
+    Stock joins both into paths as they come: ``../x`` would leave the run's folder, and a line
+    break would forge lines of a log.
+
+    Raises:
+        UserError: a name that is no name of a folder.
+    """
+    for key in ("identifier", "timestamp_id"):
+        name = config.get(key)
+        if name is None or name == "":
+            continue
+        flag, text = f"--{key.replace('_', '-')}", str(name)
+        if "/" in text or "\\" in text or not text.isprintable() or text in (".", ".."):
+            raise UserError(
+                f"{flag} {text[:80]!r} cannot be a folder's name, and runs' folders are called so: "
+                "use letters, digits, '-', '_' and '.'."
+            )
+        if len(text.encode()) > _LONGEST_NAME:
+            raise UserError(
+                f"{flag} has {len(text.encode())} bytes, and a folder's name at most "
+                f"{_LONGEST_NAME} here; give a shorter one."
+            )
 
 
 def in_one_process(
