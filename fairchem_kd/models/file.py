@@ -7,6 +7,7 @@ besides tensors: numpy scalars (metrics, configs), paths and defaultdicts.
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
@@ -20,12 +21,16 @@ import torch
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_whole
+from fairchem_kd.models import gate
 
 #: The keys without which nothing can be done with a fairchem 1.x checkpoint.
 REQUIRED_KEYS = ("state_dict", "config")
 
 _FAIRCHEM_2 = "fairchem.core.units"  # the package whose classes fairchem 2 pickles
 
+
+#: How much more than its own size a file may unpack to, for those that were compressed.
+_MAX_RATIO = 20
 
 #: What a user does who wants a file read that is refused for what it might execute.
 TRUST_HINT = (
@@ -35,15 +40,16 @@ TRUST_HINT = (
 
 
 def read_checkpoint(
-    path: str | Path, *, trust: bool = False, hint: str = TRUST_HINT
+    path: str | Path, *, trust: bool = False, hint: str = TRUST_HINT, own: bool = False
 ) -> dict[str, Any]:
     """The contents of a fairchem 1.x checkpoint, tensors on the CPU.
 
     Args:
         path: the file, relative to the current directory.
         trust: unpickle a file that holds other types than tensors and plain values, which lets it
-            run any code that its author chose, and let its config name models by import path.
+            run any code that its author chose, and let its config name anything by import path.
         hint: what to do about a file that needs ``trust``.
+        own: the user's own config is at hand, and nothing will be made of the file's.
 
     Raises:
         UserError: the file is missing, truncated, no checkpoint, one of fairchem 2, or one that
@@ -74,17 +80,17 @@ def read_checkpoint(
             f"The checkpoint {path} holds more than tensors and plain values ({culprit}), "
             f"and unpickling that could run any code; {hint}."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(_broken(path, error)) from error
     except ImportError as error:
         if str(error.name).startswith(_FAIRCHEM_2):
             raise UserError(_of_fairchem_2(path)) from error
         raise UserError(
             f"The checkpoint {path} needs a Python module that is not installed: {error}."
         ) from error
+    except Exception as error:  # whatever the loader makes of bytes that torch did not write
+        raise UserError(_broken(path, error)) from error
     contents = _checked(contents, path)
     if not trust:
-        _check_model_names(contents["config"], path, hint)
+        _pass_gate(contents, path, hint, own=own)
     return contents
 
 
@@ -117,9 +123,28 @@ def _check_container(path: Path) -> None:
                 f"The checkpoint {path} is truncated ({path.stat().st_size} bytes, no end of "
                 "archive); copy or download it again."
             )
+        _check_sizes(path)
     elif head[:1] != b"\x80":
         hint = " (a Git LFS pointer: run `git lfs pull`)" if head == b"vers" else ""
         raise UserError(f"{path} is not a PyTorch checkpoint{hint}.")
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse an archive that unpacks to far more than it is, before anything is unpacked.
+
+    torch stores tensors as they are, so that a checkpoint is as large as what it holds.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(_broken(path, error)) from error
+    size = path.stat().st_size
+    if unpacked > _MAX_RATIO * size:
+        raise UserError(
+            f"The checkpoint {path} is refused: its {size:,} bytes would unpack to {unpacked:,}, "
+            "which no checkpoint does."
+        )
 
 
 def _broken(path: Path, error: BaseException) -> str:
@@ -171,25 +196,23 @@ def _checked(contents: Any, path: Path) -> dict[str, Any]:
     return contents
 
 
-def _check_model_names(config: Mapping[str, Any], path: Path, hint: str) -> None:
-    """Refuse a config that has fairchem import and call something of the file's own choosing.
-
-    fairchem's registry imports whatever a dotted name points to, and calls it with the config's
-    keywords: ``torch.hub.load`` would do. A registered name has no dots.
-    """
-    model = config["model"]
-    model = model if isinstance(model, Mapping) else {"name": model}
-    backbone, heads = model.get("backbone"), model.get("heads")
-    names = [model.get("name")]
-    names += [backbone.get("model")] if isinstance(backbone, Mapping) else []
-    for head in heads.values() if isinstance(heads, Mapping) else []:
-        names += [head.get("module")] if isinstance(head, Mapping) else []
-    for name in names:
-        if name is not None and not str(name).isidentifier():
-            raise UserError(
-                f"The checkpoint {path} names its model by an import path, {str(name)!r}, and "
-                f"importing and calling that could run any code; {hint}."
-            )
+def _pass_gate(contents: Mapping[str, Any], path: Path, hint: str, *, own: bool) -> None:
+    """Refuse what the file holds that could run code, exhaust memory, or is no checkpoint's."""
+    config = contents["config"]
+    try:
+        gate.check_weights(contents)
+        if own:
+            gate.check_plain(config)
+        else:
+            gate.check_config(config)
+            gate.without_trust(config)
+    except gate.NotAllowed as refusal:
+        if refusal.needs_trust:
+            raise UserError(f"The checkpoint {path} is refused: {refusal}; {hint}.") from refusal
+        raise UserError(
+            f"The checkpoint {path} is damaged, or not what fairchem writes: {refusal}; take "
+            "another copy of it."
+        ) from refusal
 
 
 # What a checkpoint may hold besides tensors. Pickles name a function or a type by module and name;
@@ -239,6 +262,26 @@ def _allow_list() -> list[Any]:
 
 
 _CORES = ("core", "_core")
+
+
+@contextmanager
+def weights_only_everywhere() -> Iterator[None]:
+    """Within the block stock reads every file as this module does, whichever a config names.
+
+    Stock calls ``torch.load`` as it comes, which before torch 2.6 unpickles: scale factors,
+    normalisers and references that a checkpoint's config names by path, too.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with _allowed():
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

@@ -39,12 +39,12 @@ def read_student(path: str | Path, *, own: bool) -> dict[str, Any]:
         UserError: as :func:`read_checkpoint`, or its state is of a newer format.
     """
     try:
-        contents = read_checkpoint(path, hint=_HINT)
+        contents = read_checkpoint(path, hint=_HINT, own=True)
     except UserError as error:
         if not (own and previous_of(path).is_file()):
             raise
         logging.warning(f"{error} Going on from the one before it, {previous_of(path)}.")
-        contents = read_checkpoint(previous_of(path), hint=_HINT)
+        contents = read_checkpoint(previous_of(path), hint=_HINT, own=True)
     check_format(contents.get(STATE_KEY), path)
     return contents
 

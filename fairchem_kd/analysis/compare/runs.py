@@ -60,7 +60,12 @@ def compare_runs(runs: Sequence[str], options: Options) -> tuple[Comparison, lis
     teacher, note = _teacher(options, [file for _, file in named])
     groups = assign_roles(group_by_recipe(named), teacher=teacher, baselines=options.baselines)
     students = [group for group in groups if group.role != TEACHER] or groups
-    splits = _splits(options.splits, [file.config for group in students for file in group.files])
+    files = [file for group in students for file in group.files]
+    splits = _splits(options.splits, [file.config for file in files])
+    if not options.splits:  # all name the same: one run among them means it
+        meant = next((file for file in files if file.in_run), files[0])
+        for split in splits.values():
+            meant.check_data(split["src"], f"give --split {split['src']}")
     comparison = compare(
         groups,
         splits,

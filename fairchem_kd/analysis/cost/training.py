@@ -110,6 +110,7 @@ def measure_training(
             f"{file.path} was trained without distillation losses, so there is no cost of them; "
             "name a distilled run."
         )
+    file.check_data(file.labels_from, "give --trust (or measure inference alone, --no-training)")
     setup_imports()
     arguments = _arguments(file, cpu, batch_size)
     check_dataset(arguments["dataset"]["train"], f"dataset.train of {file.path}")

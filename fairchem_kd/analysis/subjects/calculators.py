@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.models.file import weights_only_everywhere
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.noise import quiet
 
@@ -19,14 +22,23 @@ if TYPE_CHECKING:
 def make_calculator(file: ModelFile, *, cpu: bool = True) -> Calculator:
     """Stock fairchem's OCPCalculator of a checkpoint.
 
-    ``file`` has been read without executing code; what it holds is what stock loads here.
+    ``file`` has passed :mod:`fairchem_kd.models.gate`; files that its config names are read
+    without executing code too, unless the user trusts it.
 
     Raises:
-        UserError: stock cannot load it.
+        UserError: stock cannot load it, or would build it from another file.
     """
     from fairchem.core.common.relaxation.ase_utils import OCPCalculator
 
-    with quiet(), isolated_random_state():
+    model = file.config.get("model")
+    if not file.trust and isinstance(model, Mapping) and model.get("finetune_config"):
+        raise UserError(
+            f"{file.path} has OCPCalculator build its model from another file first "
+            "(model.finetune_config): export it (`fairchem-kd export`), or give --trust if you "
+            "trust both."
+        )
+    reading = nullcontext() if file.trust else weights_only_everywhere()
+    with quiet(), isolated_random_state(), reading:
         try:
             return OCPCalculator(checkpoint_path=file.path, cpu=cpu, seed=0)
         except Exception as error:  # whatever stock makes of a config that misses what it needs

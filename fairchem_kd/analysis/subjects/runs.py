@@ -7,6 +7,7 @@ executing code (see :mod:`fairchem_kd.models.file`).
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import glob
@@ -73,9 +74,35 @@ class ModelFile:
 
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Lines of the ``records.jsonl`` beside it; none where there is no such file."""
-        folder = self.path.parent
-        known = self.path.name in OF_A_RUN and (folder / RECORDS).is_file()
-        return read_records(folder, kind) if known else []
+        return read_records(self.path.parent, kind) if self.in_run else []
+
+    @property
+    def in_run(self) -> bool:
+        """Whether it lies in the folder of a run, beside that run's records."""
+        return self.path.name in OF_A_RUN and (self.path.parent / RECORDS).is_file()
+
+    def check_data(self, source: Any, mend: str) -> None:
+        """Refuse to open data that only this file names, where the user cannot have meant it.
+
+        Samples of an LMDB are pickles, so a file must not choose which are opened: those of a run
+        are the user's own, and otherwise they have to lie below the current directory.
+
+        Args:
+            source: the path in the file's config.
+            mend: what to do where they are meant.
+
+        Raises:
+            UserError: they lie elsewhere.
+        """
+        if self.trust or self.in_run:
+            return
+        below = Path(str(source)).resolve().is_relative_to(Path.cwd().resolve())
+        if not below:
+            raise UserError(
+                f"{self.path} names its own data, {source}, outside the current directory, and "
+                f"samples of an LMDB are pickles, which can run code: if these are meant, {mend}."
+            )
+        print(f"{self.path} names its own data: opening {source}", file=sys.stderr)
 
     @property
     def training_seconds(self) -> float | None:

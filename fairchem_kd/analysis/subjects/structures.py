@@ -59,11 +59,12 @@ def data_of(file: ModelFile) -> dict[str, Any]:
     """The config of the first of the splits that a run is judged by.
 
     Raises:
-        UserError: its config names none.
+        UserError: its config names none, or one that only the file can have meant.
     """
     found = list(splits_of_run(file.config).values())
     if not found:
         raise UserError(f"The config in {file.path} names no test set: give one with --data PATH.")
+    file.check_data(found[0]["src"], f"give --data {found[0]['src']}")
     return found[0]
 
 
