@@ -178,7 +178,7 @@ def read_references(file: Path) -> dict[int, float]:
     from ase.data import chemical_symbols
 
     try:
-        given = json.loads(file.read_text())
+        given = json.loads(file.read_text("utf-8"))
         return {chemical_symbols.index(symbol): float(value) for symbol, value in given.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(

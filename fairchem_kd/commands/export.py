@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from ase.data import chemical_symbols
 
     from fairchem_kd.files import write_text
-    from fairchem_kd.models.build import build_model
+    from fairchem_kd.models.build import build_model, check_finite
     from fairchem_kd.models.elements import as_atomic_numbers
     from fairchem_kd.models.export import (
         CARD_FORMAT,
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         elements = [chemical_symbols[z] for z in numbers]
 
     model = build_model(checkpoint, str(args.checkpoint))
+    check_finite(model, str(args.checkpoint))
     if not are_fitted(model):
         logging.warning(
             f"{args.checkpoint} was trained without scale factors: it is exported as it is, but "

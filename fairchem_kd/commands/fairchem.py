@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from fairchem_kd.commands.terminal import on_any_terminal
 from fairchem_kd.errors import UserError, report
 from fairchem_kd.stock.noise import drop_noise
 from fairchem_kd.stock.plugin import check_fairchem_core
@@ -12,6 +13,10 @@ from fairchem_kd.stock.plugin import check_fairchem_core
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `fairchem` command and return its exit code."""
+    return on_any_terminal(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         check_fairchem_core()
     except UserError as error:

@@ -148,7 +148,7 @@ def read_training_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--student {path} does not exist; give the config of a plain training.")
     try:
-        if not isinstance(yaml.safe_load(path.read_text()), dict):
+        if not isinstance(yaml.safe_load(path.read_text("utf-8")), dict):
             raise ValueError("it is not a mapping of keys")
         config, _, conflicts = load_config(str(path))
     except (yaml.YAMLError, ValueError, OSError, AttributeError, UnicodeDecodeError) as error:

@@ -8,15 +8,13 @@ torch above all, it imports in ``run``: help and usage errors come without that.
 from __future__ import annotations
 
 import importlib
-import os
-import select
-import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from fairchem_kd._version import __version__
 from fairchem_kd.commands.arguments import Parser
+from fairchem_kd.commands.terminal import on_any_terminal
 from fairchem_kd.errors import UserError, report
 from fairchem_kd.stock.noise import drop_noise
 from fairchem_kd.stock.plugin import check_fairchem_core
@@ -65,15 +63,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `fairchem-kd` command and return its exit code."""
-    try:
-        try:
-            return _main(list(sys.argv[1:] if argv is None else argv))
-        finally:
-            sys.stdout.flush()  # here, where a reader that has gone can still be seen to
-    except BrokenPipeError:
-        if not _stop_writing():
-            raise
-        return 128 + signal.SIGPIPE  # as of a program that the signal ends: `| head` is no error
+    return on_any_terminal(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _main(argv: list[str]) -> int:
@@ -105,16 +95,3 @@ def _main(argv: list[str]) -> int:
         told = f"stopped: fairchem-kd {argv[0]}; the files it had written are whole"
         print(f"\n{told}", file=sys.stderr)
         return 130
-
-
-def _stop_writing() -> bool:
-    """Send what is still to be written nowhere if its reader has gone; whether that was so."""
-    poll = select.poll()
-    for output in (1, 2):
-        poll.register(output, 0)
-    gone = [output for output, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for output in gone:
-        os.dup2(nowhere, output)
-    os.close(nowhere)
-    return bool(gone)

@@ -231,7 +231,7 @@ def _cards(comparison: Comparison) -> Section:
     paths += [file.path.with_suffix(".json") for file in files]
     for path in dict.fromkeys(paths):
         try:
-            card = json.loads(path.read_text())
+            card = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):  # not all data have one
             continue
         section.add_folded(str(path), json.dumps(card, indent=2, ensure_ascii=False))

@@ -147,7 +147,7 @@ def read_done(training: Training, out: Path) -> Finished | None:
     """The result of a training that ended well before; None where there is none."""
     folder = out / training.folder
     try:
-        content = json.loads((folder / DONE).read_text())
+        content = json.loads((folder / DONE).read_text("utf-8"))
         checkpoint = folder / content["checkpoint"]
         seconds = float(content["seconds"])
     except (OSError, ValueError, KeyError):
@@ -200,7 +200,7 @@ def _finish(child: _Child) -> Finished:
     ends = read_records(best[-1].parent, "end") if best else []
     if child.process.returncode != 0 or not ends:
         path = child.folder / LOG
-        text = path.read_text(errors="replace")
+        text = path.read_text("utf-8", errors="replace")
         code = child.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if code == 0:

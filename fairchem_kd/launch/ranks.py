@@ -147,7 +147,7 @@ def sentence_of_ranks() -> Iterator[None]:
             yield
         except ChildFailedError:
             if sentence.exists():
-                raise UserError(sentence.read_text()) from None
+                raise UserError(sentence.read_text("utf-8")) from None
             raise
         finally:
             del os.environ[_SENTENCE]

@@ -142,6 +142,21 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], name: str) -> 
         parameter.copy_(value)
 
 
+def check_finite(model: nn.Module, name: str) -> None:
+    """Refuse a model that diverged: it answers NaN, and whoever learns from it would too.
+
+    Raises:
+        UserError: naming the first weight that is not finite.
+    """
+    for key, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"The weights in {name} are not finite ({key} has NaN or infinity): its training "
+                "diverged, or the file is damaged; take an earlier checkpoint, or train it again "
+                "with a lower learning rate (optim.lr_initial) or optim.clip_grad_norm."
+            )
+
+
 def _scales_on_disk(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     """The factors of the config's ``scale_file``, if the weights have none and the file is here."""
     path = scale_file(config)
@@ -150,7 +165,7 @@ def _scales_on_disk(model: nn.Module, config: Mapping[str, Any]) -> dict[str, An
         return {}
     try:
         if path.endswith(".json"):
-            return json.loads(Path(path).read_text())
+            return json.loads(Path(path).read_text("utf-8"))
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"its scale_file {path} cannot be read: {error}") from error
@@ -181,7 +196,7 @@ def read_model_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"{path}: no such config; give a checkpoint or a YAML config")
         try:
-            if not isinstance(yaml.safe_load(path.read_text()), dict):
+            if not isinstance(yaml.safe_load(path.read_text("utf-8")), dict):
                 raise ValueError("it is not a mapping of keys")
             config, _, conflicts = load_config(str(path))
         except (yaml.YAMLError, ValueError, OSError, AttributeError) as error:

@@ -21,7 +21,7 @@ def _known_elements(path: Path, given: Iterable[str | int] | None) -> frozenset[
     if not card.is_file():
         return None
     try:
-        content = json.loads(card.read_text())
+        content = json.loads(card.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"The card {card} of the teacher is no readable JSON: {error}.") from error
     named = content.get("elements") if isinstance(content, dict) else None
@@ -54,7 +54,7 @@ def read_elements(path: Path) -> list[Any] | None:
     if path.suffix in (".yml", ".yaml") or not card.is_file():
         return None
     try:
-        content = json.loads(card.read_text())
+        content = json.loads(card.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{card}: this card is not readable JSON: {error}") from error
     return content.get("elements") if isinstance(content, dict) else None

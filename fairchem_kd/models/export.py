@@ -158,7 +158,7 @@ def _data_card(folder: Path | None, config: Mapping[str, Any]) -> dict[str, Any]
     if not card.is_file():
         return None
     try:
-        return json.loads(card.read_text())
+        return json.loads(card.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"The data card {card} is no readable JSON: {error}.") from error
 

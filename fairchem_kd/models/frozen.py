@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.features import Captured, FeatureExtractor, architecture_of
-from fairchem_kd.models.build import _unfitted, build_model, read_units
+from fairchem_kd.models.build import _unfitted, build_model, check_finite, read_units
 from fairchem_kd.models.elements import _known_elements
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import modern_config, predicts_relaxed_energy
@@ -209,6 +209,7 @@ def _build(
     device: torch.device,
 ) -> Teacher:
     model = build_model(checkpoint, name).to(device)
+    check_finite(model, name)
     config = modern_config(checkpoint["config"])
     try:
         ensure_fitted(model)

@@ -18,7 +18,7 @@ def read_yaml(path: Path) -> Any:
     Raises:
         ValueError, yaml.YAMLError: it is not valid YAML, or has a key twice.
     """
-    return yaml.load(path.read_text(), Loader=UniqueKeyLoader)
+    return yaml.load(path.read_text("utf-8"), Loader=UniqueKeyLoader)
 
 
 def as_on_the_command_line(value: Any) -> Any:

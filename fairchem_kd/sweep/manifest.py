@@ -278,7 +278,7 @@ def check_config(manifest: Manifest, run: Run) -> dict[str, Any]:
     path = manifest.config_path(run)
     mend = "remove it and expand the sweep again; changes belong into the sweep's YAML"
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; expand the sweep again to have it written.") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -313,7 +313,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        contents = json.loads(path.read_text())
+        contents = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{folder} is no sweep's folder: it has no {MANIFEST}; "

@@ -51,7 +51,7 @@ def write_state(manifest: Manifest, run: Run, state: str, **more: Any) -> None:
 def read_state(manifest: Manifest, run: Run) -> dict[str, Any]:
     """What was noted last; empty where nothing was."""
     try:
-        contents = json.loads(state_path(manifest, run).read_text())
+        contents = json.loads(state_path(manifest, run).read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return contents if isinstance(contents, dict) else {}
@@ -65,7 +65,7 @@ def this_process() -> dict[str, Any]:
 def _started(pid: int) -> str | None:
     """When a process started, in the kernel's ticks: a process id may be used again."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8")
     except OSError:
         return None
     fields = stat.rpartition(")")[2].split()

@@ -459,3 +459,17 @@ def test_fix_survives_a_long_or_spaced_path(monkeypatch, tmp_path):
     script.write_text(body)
     done = subprocess.run([script, "x y"], capture_output=True, text=True, check=False)
     assert done.stdout == "x y\n", done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1:strict"])
+@pytest.mark.parametrize("argv", [["fairchem-kd", "data", "convert", "--help"]])
+def test_a_terminal_without_our_letters_shows_others(argv: list[str], encoding: str) -> None:
+    code = f"import sys; from fairchem_kd.commands.main import main; sys.exit(main({argv[1:]}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"--force-unit" in done.stdout

@@ -138,6 +138,16 @@ def test_the_stock_calculator_loads_it(home: Path, exported: Path) -> None:
         np.testing.assert_array_equal(ours["forces"], stock["forces"])
 
 
+def test_weights_that_are_not_finite_are_not_exported(home: Path, tmp_path: Path) -> None:
+    contents = read_checkpoint("run/last.pt")
+    key = next(key for key, weight in contents["state_dict"].items() if weight.dim() == 2)
+    contents["state_dict"][key][0, 0] = float("nan")
+    write_checkpoint(contents, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match=r"nan\.pt are not finite"):
+        _run(tmp_path / "nan.pt", tmp_path / "out.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.pt"]
+
+
 def test_the_teacher_is_the_same(home: Path, exported: Path) -> None:
     """Its elements come from its card, so that nothing has to be said in the config."""
     ours = Teacher.from_checkpoint(exported)

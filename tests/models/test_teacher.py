@@ -22,7 +22,7 @@ from trainings import config, trainer, write_lmdb
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import FeatureExtractor, Request
-from fairchem_kd.models.build import model_config
+from fairchem_kd.models.build import build_model, model_config
 from fairchem_kd.models.elements import as_atomic_numbers
 from fairchem_kd.models.file import read_checkpoint, write_checkpoint
 from fairchem_kd.models.frozen import Teacher
@@ -293,6 +293,20 @@ def test_unfitted_scale_factors_are_refused(tmp_path: Path, data: Path, model: s
     contents["state_dict"][names[-1]].zero_()
     path = write_checkpoint(contents, tmp_path / "t.pt")
     with pytest.raises(UserError, match=r"checkpoint: .*unfitted scale factors.*fit-scales"):
+        Teacher.from_checkpoint(path, elements=ELEMENTS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_teacher_that_diverged_is_refused(tmp_path: Path, checkpoint: Path, value: float) -> None:
+    contents = read_checkpoint(checkpoint)
+    model = build_model(contents, "t.pt")
+    name = next(name for name, weight in model.named_parameters() if weight.dim() == 2)
+    for key, weight in contents["state_dict"].items():
+        if key.endswith(name):
+            weight[-1, -1] = value
+    contents["ema"] = None
+    path = write_checkpoint(contents, tmp_path / "t.pt")
+    with pytest.raises(UserError, match=r"t\.pt are not finite .*lr_initial"):
         Teacher.from_checkpoint(path, elements=ELEMENTS)
 
 

@@ -24,7 +24,7 @@ def method_of(settings: Mapping[str, Any]) -> str | None:
     recipe = build.get("recipe") if isinstance(build, Mapping) else build
     if recipe is None and isinstance(settings.get("src"), str):
         try:
-            card = json.loads((Path(settings["src"]).parent / "card.json").read_text())
+            card = json.loads((Path(settings["src"]).parent / "card.json").read_text("utf-8"))
             recipe = card["options"]["recipe"]
         except (OSError, ValueError, KeyError, TypeError):
             return None

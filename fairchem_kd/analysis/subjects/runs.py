@@ -121,7 +121,7 @@ class ModelFile:
     def card(self) -> dict[str, Any]:
         """The card beside an exported checkpoint; empty where there is none that can be read."""
         try:
-            card = json.loads(self.path.with_suffix(".json").read_text())
+            card = json.loads(self.path.with_suffix(".json").read_text("utf-8"))
         except (OSError, ValueError):
             return {}
         return card if isinstance(card, dict) else {}

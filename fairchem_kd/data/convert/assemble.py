@@ -73,7 +73,7 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
     Raises:
         UserError: no frames, too many that cannot be used, or some that do not belong together.
     """
-    done = [json.loads((part_folder(work, n) / DONE).read_text()) for n in range(len(parts))]
+    done = [json.loads((part_folder(work, n) / DONE).read_text("utf-8")) for n in range(len(parts))]
     held = {name for part in done for name in part["splits"]}
     names = [*(name for name in SPLITS if name in held), *sorted(held - set(SPLITS))]
     skipped: dict[str, Counter[str]] = {name: Counter() for name in names}

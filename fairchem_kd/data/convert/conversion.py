@@ -169,7 +169,7 @@ def _prepare(work: Path, conversion: Conversion) -> None:
             f"{work} is in the way and was not made by a conversion; move it away, or name another "
             "folder for the data set."
         )
-    if work.exists() and (not mark.is_file() or mark.read_text() != wanted):
+    if work.exists() and (not mark.is_file() or mark.read_text("utf-8") != wanted):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     write_text(mark, wanted)
@@ -184,7 +184,7 @@ def _identity(part: Part) -> list[Any]:
 
 def _is_done(folder: Path, part: Part) -> bool:
     try:
-        return json.loads((folder / DONE).read_text())["part"] == _identity(part)
+        return json.loads((folder / DONE).read_text("utf-8"))["part"] == _identity(part)
     except (OSError, ValueError, KeyError):
         return False
 
