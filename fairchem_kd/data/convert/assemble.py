@@ -99,7 +99,7 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
         taken_off = references if conversion.reading.references in ("fit", "file") else None
         totals[name] = _write(out / name, name, folders, taken_off)
     card = _card(totals, skipped, references, conversion)
-    card["notes"] = [*_repeated(totals), *_implausible(card)]
+    card["notes"] = [*_repeated(totals), *_implausible(card), *_constrained(done)]
     if conversion.reading.references == "fit":
         card["notes"] += _unexplained(totals, references or {})
     write_card(out, card)
@@ -130,6 +130,16 @@ def _link(file: Path, dest: Path) -> None:
         os.link(file, dest)
     except OSError:
         shutil.copyfile(file, dest)
+
+
+def _constrained(done: list[dict[str, Any]]) -> Iterator[str]:
+    """What is said where a data set cannot tell how atoms are held."""
+    frames = sum(part["partly"] for part in done)
+    if frames:
+        yield (
+            f"{frames} frames have constraints that leave atoms free in some direction or tie them "
+            "to each other: a data set knows only free and fixed, and such atoms are free in it."
+        )
 
 
 def _check_frames(

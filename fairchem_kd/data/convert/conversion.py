@@ -36,7 +36,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_text
 
 #: Of the hidden folder; another one is begun anew.
-_LAYOUT = 2
+_LAYOUT = 3
 
 
 def split_for(group: str, seed: int, shares: tuple[float, ...]) -> str:
@@ -236,6 +236,7 @@ def convert_part(part: Part, folder: Path, conversion: Conversion) -> None:
     tallies: dict[str, Tally] = {}
     skipped: dict[str, Counter[str]] = {}
     pbc: set[tuple[bool, ...]] = set()
+    partly = 0
     try:
         for structure in read_part(part):
             found = label(structure, part, conversion.reading)
@@ -255,6 +256,7 @@ def convert_part(part: Part, folder: Path, conversion: Conversion) -> None:
                 found.explained, found.sid, found.fid, _digest(found.frame),
             )  # fmt: skip
             pbc.add(found.pbc)
+            partly += found.partly
         for shard in shards.values():
             shard.close()
     except BaseException:
@@ -264,7 +266,8 @@ def convert_part(part: Part, folder: Path, conversion: Conversion) -> None:
     for name, tally in tallies.items():
         tally.save(folder / f"{name}.npz")
     splits = {name: tally.summary() for name, tally in sorted(tallies.items())}
-    done = {"part": identity, "skipped": skipped, "pbc": sorted(pbc), "splits": splits}
+    done = {"part": identity, "skipped": skipped, "pbc": sorted(pbc), "partly": partly}
+    done["splits"] = splits
     write_text(folder / DONE, json.dumps(done))
 
 

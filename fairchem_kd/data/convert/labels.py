@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
+from ase.constraints import FixAtoms, FixCartesian, FixedLine, FixedPlane, FixScaled
 
 from fairchem_kd.data.convert.sources import Part, Structure
 from fairchem_kd.data.frames import Array, Frame
@@ -84,6 +85,7 @@ class Labelled:
     group: str
     sid: int
     fid: int
+    partly: bool  #: has constraints that leave atoms free in some way, which a data set cannot tell
 
 
 def label(structure: Structure, part: Part, reading: Reading) -> Labelled | str:
@@ -110,18 +112,19 @@ def label(structure: Structure, part: Part, reading: Reading) -> Labelled | str:
     largest = 0.0 if forces is None else float(np.linalg.norm(forces, axis=1).max())
     if reading.max_force is not None and largest > reading.max_force:
         return "force above the limit"
+    fixed, partly = _fixed(atoms)
     frame = Frame(
         numbers=atoms.numbers.astype(np.int64),
         pos=positions.astype(np.float32),
         cell=cell.astype(np.float32),
         tags=_tags(atoms),
-        fixed=_fixed(atoms),
+        fixed=fixed,
         energy=np.nan if energy is None else energy,
         forces=np.zeros((len(atoms), 3), np.float32) if forces is None else forces.astype("f4"),
     )
     relative, explained = _relative(frame.energy, structure, reading, where)
     group, sid, fid = _identity(structure, part, reading, where)
-    return Labelled(frame, pbc, relative, explained, forces, group, sid, fid)
+    return Labelled(frame, pbc, relative, explained, forces, group, sid, fid, partly)
 
 
 def _results(atoms: Atoms) -> dict[str, Any]:
@@ -212,12 +215,26 @@ def _tags(atoms: Atoms) -> Any:
     return tags.astype(np.int32)
 
 
-def _fixed(atoms: Atoms) -> Any:
-    fixed = np.zeros(len(atoms), dtype=np.int32)
-    for constraint in atoms.constraints:
-        if hasattr(constraint, "get_indices"):
-            fixed[constraint.get_indices()] = 1
-    return fixed
+#: Constraints that act on each atom by itself; whether it can move follows from them alone.
+_OF_ONE_ATOM = (FixAtoms, FixCartesian, FixScaled, FixedPlane, FixedLine)
+
+
+def _fixed(atoms: Atoms) -> tuple[Any, bool]:
+    """``fixed`` ``(N,)`` of the data set, and whether there are constraints that it cannot tell.
+
+    Fixed is an atom that is held in all three directions: none of a force on it is left.
+    """
+    alone = [one for one in atoms.constraints if isinstance(one, _OF_ONE_ATOM)]
+    held = np.full(len(atoms), bool(alone))
+    touched = np.zeros(len(atoms), dtype=bool)
+    for direction in np.eye(3) if alone else ():
+        forces = np.tile(direction, (len(atoms), 1))
+        for constraint in alone:
+            constraint.adjust_forces(atoms, forces)
+        held &= np.abs(forces).max(axis=1, initial=0.0) < 1e-9
+        touched |= np.abs(forces - direction).max(axis=1, initial=0.0) > 1e-9
+    partly = bool((touched & ~held).any()) or len(alone) < len(atoms.constraints)
+    return held.astype(np.int32), partly
 
 
 def _identity(

@@ -171,8 +171,10 @@ def _xyz_offsets(file: Path) -> list[tuple[int, int]]:
         while True:
             offset = lines.tell()
             head = lines.readline()
-            if not head.strip():
+            if not head:
                 return starts
+            if not head.strip():  # between frames, or after the last
+                continue
             if frame % FRAMES_PER_PART == 0:
                 starts.append((frame, offset))
             for _ in range(_count(head, file, frame) + 1):
@@ -239,8 +241,10 @@ def _xyz_blocks(text: TextIO, part: Part) -> Iterator[str]:
     frame, end = part.first, None if part.count is None else part.first + part.count
     while end is None or frame < end:
         head = text.readline()
-        if not head.strip():
+        if not head:
             break
+        if not head.strip():  # between frames, or after the last
+            continue
         count = _count(head, part.file, frame)
         body = [text.readline() for _ in range(count + 1)]
         if not (body[-1].strip() if count else body[-1]):  # without atoms, the comment may be blank
