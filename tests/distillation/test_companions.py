@@ -13,8 +13,8 @@ from models import model_config
 from trainings import config, trainer, write_lmdb, write_splits
 from trainings import teacher as teacher
 
-from fairchem_kd.distillation.companions.structures import join
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.structures import join
 from fairchem_kd.training.records import read_records
 
 LOSSES: dict[str, Any] = {"e2n": {}, "v2v": {}, "vanilla": {}, "per_atom_energy": {}}

@@ -7,8 +7,8 @@ import torch
 from models import samples, slabs
 from torch_geometric.data import Batch
 
-from fairchem_kd.distillation.companions.structures import join, pick
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.structures import join, pick
 
 
 def test_joined_structures_are_those_of_a_batch_made_at_once() -> None:

@@ -13,9 +13,9 @@ from models import slabs
 from torch_geometric.data import Batch
 
 from fairchem_kd.distillation.companions import RattleOptions, Rattler
-from fairchem_kd.distillation.companions.structures import pick
 from fairchem_kd.errors import UserError
 from fairchem_kd.schema import parse
+from fairchem_kd.stock.structures import pick
 
 
 def rattler(seed: int = 0, **options: Any) -> Rattler:

@@ -14,8 +14,8 @@ from trainings import data as data
 from trainings import teacher as teacher
 
 from fairchem_kd import Teacher as FrozenModel
-from fairchem_kd.distillation.companions.structures import pick
 from fairchem_kd.features import Request
+from fairchem_kd.stock.structures import pick
 from fairchem_kd.teachers import ATOM_ENERGY, LiveTeacher, Taught
 
 NODE, EDGE = Request("node", "node"), Request("edge", "node")

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fairchem_kd.distillation.companions.structures import names
 from fairchem_kd.features import FeatureExtractor, Request, available_features
 from fairchem_kd.features.address import parse_address
+from fairchem_kd.stock.structures import names
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from fairchem_kd.distillation.companions.rattle import Rattler
-from fairchem_kd.distillation.companions.structures import join
 from fairchem_kd.distillation.companions.unlabelled import UnlabelledLoader
+from fairchem_kd.stock.structures import join
 from fairchem_kd.training.checks import check_finite
 
 

@@ -16,9 +16,9 @@ from ase.data import covalent_radii
 from numpy.typing import NDArray
 from torch_geometric.data import Batch
 
-from fairchem_kd.distillation.companions.structures import pick
 from fairchem_kd.errors import UserError
 from fairchem_kd.schema import option
+from fairchem_kd.stock.structures import pick
 
 WHERE = "task.distillation.rattle"
 DRAWS = 5  # of the noise of one copy, before the copy is given up
