@@ -19,6 +19,7 @@ ROOMS = (
     "distillation",
     "training",  # knows no teacher
     "teachers",
+    "store",  # numpy alone
     "losses",
     "models",
     "features",

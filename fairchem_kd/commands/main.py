@@ -57,6 +57,9 @@ COMMANDS = {
     "inspect": Command("fairchem_kd.commands.inspect", "list the features that a model offers"),
     "physics": Command("fairchem_kd.commands.physics", "check how models do as potentials"),
     "report": Command("fairchem_kd.commands.report", "put a whole study on one HTML page"),
+    "teach": Command(
+        "fairchem_kd.commands.teach", "keep what a teacher says, for trainings to read"
+    ),
     "sweep": Command("fairchem_kd.commands.sweep", "run a YAML's many configs, and tabulate them"),
 }
 

@@ -16,6 +16,8 @@ from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
 from fairchem_kd.errors import UserError
 from fairchem_kd.losses import Loss, loss_class
 from fairchem_kd.schema import is_null, option, parse
+from fairchem_kd.teachers.answers import PRECISIONS
+from fairchem_kd.teachers.place import AUTO
 
 WHERE = "task.distillation"
 #: What stands beside the terms' values in logs and records.
@@ -24,7 +26,6 @@ RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle")
 # Announced, but not in this version: a config that asks for one is refused rather than ignored.
 _LATER = {
     f"{WHERE}.teacher.precision": "reduced teacher precision",
-    f"{WHERE}.teacher.cache": "the teacher cache",
 }
 
 
@@ -39,6 +40,17 @@ class TeacherConfig:
     elements: list[str | int] | None = option(
         None, help="elements of its training data, where neither file nor card says"
     )
+    store: str = option(
+        AUTO, help="where its answers are kept and read: auto, off (ask at every step) or a folder"
+    )
+    max_gb: float = option(20.0, gt=0, help="GB that the store may have; the rest is asked live")
+    store_features: str = option(
+        "fp32", choices=tuple(PRECISIONS), help="how features are kept; outputs are kept whole"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.store.strip():
+            raise UserError(f"{WHERE}.teacher.store must be auto, off or a folder, not empty.")
 
 
 @dataclass

@@ -19,9 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairchem_kd.data.build import ensure_built
-from fairchem_kd.distillation.companions import Companions, Rattler, UnlabelledLoader
+from fairchem_kd.distillation.companions import (
+    Companions,
+    RattleOptions,
+    Rattler,
+    UnlabelledLoader,
+)
 from fairchem_kd.distillation.companions.join import labelled_part
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
+from fairchem_kd.distillation.keeping import keep, wanted_structures
 from fairchem_kd.distillation.terms import Distillation
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.architecture import backbone_of
@@ -30,6 +36,7 @@ from fairchem_kd.models.frozen import Teacher as FrozenModel
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.teachers import LiveTeacher, Teacher
+from fairchem_kd.training.interruption import Ask
 from fairchem_kd.training.ranks import (
     check_same_on_ranks,
     file_seen,
@@ -41,6 +48,8 @@ from fairchem_kd.training.ranks import (
 from fairchem_kd.training.restartable import RestartableTrainer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch_geometric.data import Batch
 
     from fairchem_kd.features import Captured
@@ -57,6 +66,8 @@ class DistillationTrainer(RestartableTrainer):
     Raises:
         UserError: a wrong config, dataset, teacher or pairing, before training starts.
     """
+
+    collater: Callable[[list[Any]], Batch]
 
     def __init__(self, task: dict[str, Any], model: dict[str, Any], **stock: Any) -> None:
         self.distillation_config = parse_distillation(task)
@@ -77,39 +88,91 @@ class DistillationTrainer(RestartableTrainer):
 
     def set_up(self) -> None:
         """Teacher, taps, terms and statistics; leaves the global random states as they were."""
-        config = self.distillation_config
-        if not config.active_terms or config.teacher.checkpoint is None:
-            logging.info("No distillation losses: plain training")
-            return
         with isolated_random_state():
-            with refused_by_all():
-                teacher = LiveTeacher(
-                    FrozenModel.from_checkpoint(
-                        config.teacher.checkpoint,
-                        trust=config.teacher.trust_checkpoint,
-                        elements=config.teacher.elements,
-                        device=self.device,
-                    )
-                )
-                self.distillation = Distillation(
-                    config,
-                    self._unwrapped_model,
-                    teacher,
-                    Units(self.normalizers, self.elementrefs),
-                    label_losses=self.loss_functions,
-                    outputs=self.output_targets,
-                    learning_rate=self.config["optim"]["lr_initial"],
-                    clip_grad_norm=self.clip_grad_norm,
-                    seed=self.config["cmd"]["seed"] or 0,
-                    last_step=self.last_step,
-                    device=self.device,
-                )
-                self.companions = self._make_companions(teacher)
-            if self.companions is not None and self.companions.unlabelled is not None:
-                more = {"task.distillation.unlabelled": self.companions.unlabelled.dataset}
-                check_same_on_ranks(seen_by_rank(self.config, more))
+            live = self.make_distillation()
+            if self.distillation is None or live is None:
+                logging.info("No distillation losses: plain training")
+                return
+            if not self.is_debug:  # which writes nothing
+                self.keep_answers(live)
             if not self.continues_run:
                 self.distillation.fit_statistics(self.train_dataset, self.collater)
+
+    def make_distillation(self) -> LiveTeacher | None:
+        """Make `distillation` and `companions`; returns their teacher, None for plain training."""
+        config = self.distillation_config
+        if not config.active_terms or config.teacher.checkpoint is None:
+            return None
+        with refused_by_all():
+            teacher = LiveTeacher(
+                FrozenModel.from_checkpoint(
+                    config.teacher.checkpoint,
+                    trust=config.teacher.trust_checkpoint,
+                    elements=config.teacher.elements,
+                    device=self.device,
+                )
+            )
+            self.distillation = Distillation(
+                config,
+                self._unwrapped_model,
+                teacher,
+                Units(self.normalizers, self.elementrefs),
+                label_losses=self.loss_functions,
+                outputs=self.output_targets,
+                learning_rate=self.config["optim"]["lr_initial"],
+                clip_grad_norm=self.clip_grad_norm,
+                seed=self.config["cmd"]["seed"] or 0,
+                last_step=self.last_step,
+                device=self.device,
+            )
+            self.companions = self._make_companions(teacher)
+        if self.companions is not None and self.companions.unlabelled is not None:
+            more = {"task.distillation.unlabelled": self.companions.unlabelled.dataset}
+            check_same_on_ranks(seen_by_rank(self.config, more))
+        return teacher
+
+    def keep_answers(self, live: LiveTeacher, part: tuple[int, int] | None = None) -> None:
+        """From here on the teacher's answers come out of a store, where there is to be one.
+
+        Args:
+            live: the teacher.
+            part: which of how many parts of the store is filled; by default this rank's.
+        """
+        assert self.distillation is not None
+        config = self.config
+        validated = (self.val_dataset, config["val_dataset"]) if self._reports_validation else None
+        stored = keep(
+            live,
+            self.distillation.teacher_requests,
+            self.distillation_config.teacher,
+            wanted_structures(
+                (self.train_dataset, config["dataset"]),
+                self.collater,
+                self.companions,
+                validated,
+                steps=self.last_step,
+                per_step=config["optim"].get("batch_size", 1) * world_size(),
+            ),
+            run_dir=self._run_dir,
+            device=self.device,
+            part=part,
+            stop=lambda: self.interruption.noted,
+        )
+        if self.interruption.asked() is Ask.LEAVE:
+            self.interruption.leave()  # nothing is lost: the store goes on where it was
+        if stored is None:
+            return
+        self.distillation.teacher = stored
+        if self.companions is not None:
+            self.companions.said = stored.said
+        self.collater = stored.reading(self.collater)  # of loaders to come
+        self.train_loader.collate_fn = self.collater
+        if validated is not None:
+            self.val_loader.collate_fn = self.collater
+
+    @property
+    def _reports_validation(self) -> bool:
+        return self.distillation_config.validate and self.val_loader is not None
 
     def _make_companions(self, teacher: Teacher) -> Companions | None:
         """What goes with the labelled structures of a step."""
@@ -122,9 +185,7 @@ class DistillationTrainer(RestartableTrainer):
                 "model.backbone.otf_graph), since a graph read from the data set does not know "
                 "the structures that they add."
             )
-        rattler = unlabelled = None
-        if config.rattle is not None and config.rattle.copies > 0:
-            rattler = Rattler(config.rattle, seed)
+        unlabelled = None
         if config.unlabelled is not None:
             unlabelled = UnlabelledLoader(
                 config.unlabelled,
@@ -135,7 +196,20 @@ class DistillationTrainer(RestartableTrainer):
                 make_loader=self.get_dataloader,
             )
             unlabelled.check(teacher.check_elements)
+        rattler = None
+        if config.rattle is not None and config.rattle.copies > 0:
+            rattler = Rattler(config.rattle, seed, self._copies_of_each(config.rattle, unlabelled))
         return Companions(rattler, unlabelled)
+
+    def _copies_of_each(self, rattle: RattleOptions, unlabelled: UnlabelledLoader | None) -> float:
+        """Rattled copies of each structure that the training takes, whatever its ranks."""
+        labelled = len(self.train_dataset)
+        taken, structures = float(labelled), labelled
+        if unlabelled is not None:
+            share = unlabelled.options.share
+            taken += labelled * share / (1 - share)
+            structures += len(unlabelled.dataset)
+        return self.config["optim"]["max_epochs"] * rattle.copies * taken / max(structures, 1)
 
     def seen(self) -> dict[str, Any]:
         if not self.distillation_config.active_terms:

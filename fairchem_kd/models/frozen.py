@@ -56,6 +56,7 @@ class Teacher:
         *,
         elements: Iterable[int] | None = None,
         name: str = "the teacher",
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -64,10 +65,12 @@ class Teacher:
             outputs: the ``outputs`` block of its config.
             elements: atomic numbers of its training data; None where that is not known.
             name: what errors call it.
+            config: the ``model`` block of its config, as far as it is known.
         """
         self.model = model.eval().requires_grad_(False)
         self.units = units
         self.name = name
+        self.config = dict(config or {})
         self.elements = None if elements is None else frozenset(elements)
         forces = getattr(model, "regress_forces", True)
         self.outputs = {k: v for k, v in outputs.items() if forces or k != "forces"}
@@ -226,6 +229,7 @@ def _build(
         config["outputs"],
         elements=elements,
         name=name,
+        config=config.get("model"),
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,11 +35,29 @@ class LiveTeacher:
     @cached_property
     def identity(self) -> str:
         """A digest of the weights; worked out once, for it reads all of them."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.frozen.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return _digest(self.frozen.model.state_dict())
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all that its answers depend on: weights, config, units, outputs."""
+        frozen = self.frozen
+        units: dict[str, Any] = {}
+        for kind, modules in (
+            ("normalizers", frozen.units.normalizers),
+            ("elementrefs", frozen.units.elementrefs),
+        ):
+            for name, module in modules.items():
+                values = module.state_dict()
+                units |= {f"{kind}.{name}.{key}": value for key, value in values.items()}
+        told = [type(frozen.model).__name__, frozen.config, frozen.outputs]
+        words = json.dumps(told, sort_keys=True, default=str)
+        return hashlib.sha256(f"{self.identity}{_digest(units)}{words}".encode()).hexdigest()
+
+    @property
+    def levels(self) -> dict[str, str]:
+        """``system`` or ``atom``, by output."""
+        outputs = self.frozen.outputs.items()
+        return {name: config.get("level", "system") for name, config in outputs}
 
     def extractor(self, requests: Sequence[Request]) -> FeatureExtractor:
         """The taps for these features, made once."""
@@ -64,3 +83,11 @@ class LiveTeacher:
         if ATOM_ENERGY in features:
             atom_energy = units.physical_atom_energies(features[ATOM_ENERGY].double(), batch)
         return Taught(batch.natoms, outputs, features, atom_energy, origin=self.frozen.name)
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(torch.as_tensor(value).detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -77,6 +77,11 @@ class Interruption:
         if os.getpid() == self._process:
             self._noted.append(Ask.LEAVE if number == self._signal else Ask.SAVE)
 
+    @property
+    def noted(self) -> bool:
+        """Whether this process has been asked to leave, which `asked` will say to all ranks."""
+        return Ask.LEAVE in self._noted
+
     def asked(self) -> Ask:
         """The most urgent thing that any rank was asked since the last time, on every rank.
 

@@ -89,7 +89,7 @@ def test_what_the_command_line_hands_over() -> None:
 
 
 def test_keys_of_later_parts_may_be_given_as_off() -> None:
-    given = {"teacher": {**TEACHER, "precision": "fp32", "cache": None}, "rattle": "null"}
+    given = {"teacher": {**TEACHER, "precision": "fp32"}, "rattle": "null"}
     assert parse(given).teacher.checkpoint == "teacher.pt"
 
 

@@ -31,7 +31,7 @@ def test_noise_has_the_asked_for_spread_and_fixed_atoms_never_move() -> None:
     batch = slabs()
     moved = []
     for step in range(60):
-        copies = rattler(copies=1, std=0.03)(batch, step)
+        copies = rattler(copies=1, std=0.03, pool=None)(batch, step)
         assert copies is not None
         shift = copies.pos - batch.pos
         assert (shift[batch.fixed == 1] == 0).all()
@@ -43,13 +43,43 @@ def test_noise_has_the_asked_for_spread_and_fixed_atoms_never_move() -> None:
 
 def test_noise_is_a_function_of_seed_step_structure_and_copy() -> None:
     batch = slabs()
-    first = rattler(copies=2)(batch, 5)
-    again = rattler(copies=2)(batch, 5)
+    first = rattler(copies=2, pool=None)(batch, 5)
+    again = rattler(copies=2, pool=None)(batch, 5)
     assert torch.equal(first.pos, again.pos)
-    for other in (rattler(copies=2)(batch, 6), rattler(1, copies=2)(batch, 5)):
+    for seed, step in ((0, 6), (1, 5)):
+        other = rattler(seed, copies=2, pool=None)(batch, step)
         assert not torch.isclose(first.pos, other.pos).all(dim=1)[first.fixed == 0].any()
     parts = first.pos.split(first.natoms.tolist())
     assert not torch.equal(parts[0], parts[1])  # two copies of one structure
+
+
+def test_copies_of_a_pool_repeat_and_are_those_of_other_runs() -> None:
+    """What a teacher said of them can be read by runs of other seeds and lengths."""
+    batch = slabs(3)
+    pools = [one_by_one(rattler(pool=3).from_pool(batch, number)) for number in range(3)]
+    everything = set().union(*pools)
+    assert len(everything) == 9
+    taken: set[bytes] = set()
+    for seed in (0, 1):
+        for step in range(20):
+            taken |= set(one_by_one(rattler(seed, copies=1, pool=3)(batch, step)))
+    assert taken == everything
+    others = one_by_one(rattler(pool=3, pool_seed=1).from_pool(batch, 0))
+    assert not everything & set(others)
+
+
+def test_the_copies_of_a_pool_have_the_stds_in_turn() -> None:
+    batch = slabs(4)
+    make = rattler(std=[0.01, 0.1], pool=4)
+    free = batch.fixed == 0
+    for number, std in enumerate((0.01, 0.1, 0.01, 0.1)):
+        moved = (make.from_pool(batch, number).pos - batch.pos)[free]
+        assert moved.std().item() == pytest.approx(std, rel=0.15)
+
+
+@pytest.mark.parametrize(("draws", "size"), [(float("inf"), 8), (4, 3), (0.2, 1)])
+def test_a_pool_is_no_larger_than_what_a_training_uses(draws: float, size: int) -> None:
+    assert Rattler(RattleOptions(pool=8), 0, draws).pool == size
 
 
 def test_noise_depends_neither_on_the_rank_nor_on_the_place_in_the_batch() -> None:
@@ -122,6 +152,8 @@ def test_a_std_that_breaks_every_distance_is_refused() -> None:
     [
         ({"copies": -0.5}, "rattle.copies must be at least 0, not -0.5"),
         ({"std": 0}, "rattle.std must be greater than 0"),
+        ({"std": [0.1, -1]}, "rattle.std must be greater than 0"),
+        ({"pool": 0}, "rattle.pool must be at least 1"),
         ({"copy": 1}, r"unknown key 'copy' \(did you mean 'copies'\?\)"),
     ],
 )

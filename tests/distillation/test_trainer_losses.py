@@ -113,7 +113,7 @@ def test_every_loss_trains_every_student(
         folder = Path(built.config["cmd"]["checkpoint_dir"])
         assert all(p.grad is not None for p in built.distillation.projections.parameters)
         assert not any(
-            p.requires_grad for p in built.distillation.teacher.frozen.model.parameters()
+            p.requires_grad for p in built.distillation.teacher.live.frozen.model.parameters()
         )
         assert any(not torch.equal(v, start[k]) for k, v in weights(built).items())
         assert built._distilled is None

@@ -8,6 +8,9 @@ outputs, which is all that the label loss and the metrics see, is a slice.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch
@@ -15,6 +18,7 @@ from torch_geometric.data import Batch
 from fairchem_kd.distillation.companions.rattle import Rattler
 from fairchem_kd.distillation.companions.unlabelled import UnlabelledLoader
 from fairchem_kd.stock.structures import join
+from fairchem_kd.teachers.stored import SAID, join_said
 from fairchem_kd.training.checks import check_finite
 
 
@@ -24,22 +28,34 @@ class Companions:
     def __init__(self, rattler: Rattler | None, unlabelled: UnlabelledLoader | None) -> None:
         self.rattler = rattler
         self.unlabelled = unlabelled
+        #: What a store holds of a batch, where answers are stored.
+        self.said: Callable[[Batch], dict[str, Any]] | None = None
 
     def joined(self, batch: Batch, step: int) -> Batch:
         """All structures of a step, in host memory; ``batch`` itself where there are no companions.
 
         Where copies are made, ``rattled`` ``(B,)`` of the result is true for them.
         """
-        clean = batch
+        clean, parts = batch, [batch]
         if self.unlabelled is not None:
             more = self.unlabelled(step)
             check_finite(more, ())
             clean = join([batch, more])
+            parts.append(more)
         if self.rattler is None:
-            return clean
+            return self._with_answers(clean, parts)
         copies = self.rattler(clean, step)
         whole = join([clean] if copies is None else [clean, copies])
         whole.rattled = torch.arange(len(whole.natoms)) >= len(clean.natoms)
+        return self._with_answers(whole, parts if copies is None else [*parts, copies])
+
+    def _with_answers(self, whole: Batch, parts: Sequence[Batch]) -> Batch:
+        """``whole``, with what has been read of its parts; copies are read here."""
+        if self.said is not None:
+            read = [part[SAID] if SAID in part else self.said(part) for part in parts]
+            whole[SAID] = join_said(
+                [(said, len(part.natoms)) for said, part in zip(read, parts, strict=True)]
+            )
         return whole
 
 

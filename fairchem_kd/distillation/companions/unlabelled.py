@@ -59,6 +59,7 @@ class UnlabelledLoader:
         ranks: int,
         make_loader: Callable[[Any, Any], DataLoader],
     ) -> None:
+        self.options = options
         ordered = open_in_order(options.dataset, "train")
         if options.skip >= len(ordered):
             raise UserError(

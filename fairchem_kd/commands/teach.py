@@ -1,0 +1,225 @@
+"""``fairchem-kd teach``: fill a store with what a teacher says; look into it, and verify it."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fairchem_kd.commands.arguments import at_least, more_than
+from fairchem_kd.errors import UserError
+
+if TYPE_CHECKING:
+    from fairchem_kd.teachers import LiveTeacher
+
+_CHILD = "import sys; from fairchem_kd.commands.main import main; sys.exit(main())"
+EPILOG = """\
+A training with a teacher fills its store by itself. This command does so ahead, or in parallel:
+
+  fairchem-kd teach CONFIG.yml                 all that this training will ask of its teacher
+  fairchem-kd teach CONFIG.yml --processes 8   the same, with 8 processes on this machine
+  fairchem-kd teach CONFIG.yml --part 3/20     the third of 20 parts, say of a SLURM array
+  fairchem-kd teach DATA... --teacher FILE     structures: data sets, or files that ASE reads
+  fairchem-kd teach info STORE                 what a store holds
+  fairchem-kd teach verify STORE               check all of it, and ask the teacher about a sample
+
+It can be stopped at any moment and goes on where it was; several may fill one store side by side.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fairchem-kd teach``."""
+    parser.description = "Keep what a teacher says of structures, to be read by every training."
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "what", nargs="+", metavar="WHAT", help="CONFIG.yml, or DATA, or info or verify and a STORE"
+    )
+    parser.add_argument("--teacher", type=Path, metavar="FILE", help="the teacher's checkpoint")
+    parser.add_argument(
+        "--features", nargs="+", default=[], metavar="ADDRESS",
+        help="with DATA: features to keep with the outputs, such as node edge vector node@2; "
+        "edge features are summed onto their target atoms",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", metavar="STORE", help="the store's folder (default: that of trainings here)"
+    )
+    parser.add_argument(
+        "--processes", type=at_least(1), default=1, metavar="N", help="processes here (1)"
+    )
+    parser.add_argument("--part", metavar="I/N", help="do the I-th of N parts only")
+    parser.add_argument("--max-gb", type=more_than(0.0), metavar="GB", help="GB it may have (20)")
+    parser.add_argument(
+        "--samples", type=at_least(1), default=32, metavar="N",
+        help="verify: entries that the teacher is asked about again (32)",
+    )  # fmt: skip
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
+    parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fill, show or verify a store; returns the exit code.
+
+    Raises:
+        UserError: a config, teacher, data set or store that will not do.
+    """
+    first, *more = args.what
+    if first in ("info", "verify") and not (more == [] and Path(first).exists()):
+        if len(more) != 1:
+            raise UserError(f"fairchem-kd teach {first} takes one STORE, the folder of a store.")
+        return _info(Path(more[0])) if first == "info" else _verify(Path(more[0]), args)
+    part = _part(args.part)
+    if args.processes > 1:
+        if part is not None:
+            raise UserError("--processes and --part: give one of the two.")
+        _in_processes(args.processes)
+    if Path(first).suffix in (".yml", ".yaml"):
+        if more or args.features:
+            raise UserError("A training's config says what is to be asked: give it alone.")
+        return _for_training(Path(first), args, part)
+    return _for_data([Path(path) for path in args.what], args, part or (0, 1))
+
+
+def _part(given: str | None) -> tuple[int, int] | None:
+    """``3/20`` as (2, 20)."""
+    if given is None:
+        return None
+    number, slash, of = given.partition("/")
+    if not (slash and number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise UserError(f"--part {given} must read I/N, with I from 1 to N, such as 3/20.")
+    return int(number) - 1, int(of)
+
+
+def _in_processes(number: int) -> None:
+    """The same command in so many processes, each with its part.
+
+    Raises:
+        UserError: one of them failed.
+    """
+    words = [word for word in sys.argv[1:] if word != "teach"]
+    for index, word in enumerate(words):
+        if word == "--processes":
+            words[index : index + 2] = []
+            break
+        if word.startswith("--processes="):
+            words[index : index + 1] = []
+            break
+    command = [sys.executable, "-c", _CHILD, "teach", *words]
+    children = [
+        subprocess.Popen([*command, "--part", f"{part + 1}/{number}"]) for part in range(number)
+    ]
+    try:
+        failed = [child.wait() for child in children]
+    except BaseException:
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.wait()
+        raise
+    if any(failed):
+        raise UserError(
+            f"{sum(map(bool, failed))} of {number} processes failed; what the others kept is kept. "
+            "Start the same command again."
+        )
+
+
+def _for_training(path: Path, args: argparse.Namespace, part: tuple[int, int] | None) -> int:
+    """Ask for all that a training will ask."""
+    import logging
+
+    from fairchem_kd.distillation.teaching import teach_for_training
+
+    logging.getLogger().setLevel(logging.INFO)
+    store = teach_for_training(
+        path,
+        teacher=args.teacher,
+        out=args.out,
+        max_gb=args.max_gb,
+        trust=args.trust,
+        cpu=args.cpu,
+        part=part,
+    )
+    return _info(store) if part is None else 0
+
+
+def _for_data(paths: list[Path], args: argparse.Namespace, part: tuple[int, int]) -> int:
+    """Ask about data sets and files."""
+    import logging
+    from contextlib import ExitStack
+
+    from fairchem_kd.analysis.embeddings.extract import feature_tap
+    from fairchem_kd.analysis.subjects.structures import open_structures
+    from fairchem_kd.distillation.config import TeacherConfig
+    from fairchem_kd.distillation.teaching import teach_samples
+    from fairchem_kd.teachers.place import AUTO
+
+    if args.teacher is None:
+        raise UserError("fairchem-kd teach DATA needs --teacher FILE, the teacher's checkpoint.")
+    logging.getLogger().setLevel(logging.INFO)
+    live = _live(args.teacher, args)
+    requests = list(feature_tap(live.frozen.model, args.features).specs) if args.features else []
+    config = TeacherConfig(str(args.teacher), store=args.out or AUTO, max_gb=args.max_gb or 20.0)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_structures(path)) for path in paths]
+        samples = {structures.path: structures.samples for structures in opened}
+        store = teach_samples(live, requests, config, samples, part=part)
+    return _info(store)
+
+
+def _live(path: Path, args: argparse.Namespace) -> LiveTeacher:
+    from fairchem_kd.machine import choose_device
+    from fairchem_kd.models.frozen import Teacher
+    from fairchem_kd.teachers import LiveTeacher
+
+    device = choose_device(cpu=args.cpu)
+    where = "--teacher"
+    return LiveTeacher(Teacher.from_checkpoint(path, trust=args.trust, device=device, where=where))
+
+
+def _card(store: Path) -> Any:
+    from fairchem_kd.teachers.place import Card
+
+    card = Card.read(store) if store.exists() else None
+    if card is None:
+        raise UserError(f"{store} is no store of a teacher's answers; name the folder of one.")
+    return card
+
+
+def _info(store: Path) -> int:
+    from fairchem_kd.teachers.contents import contents
+
+    _card(store)
+    print(contents(store))
+    return 0
+
+
+def _verify(store: Path, args: argparse.Namespace) -> int:
+    from fairchem_kd.teachers.contents import check_records
+    from fairchem_kd.teachers.drift import differences, refuse_drift
+    from fairchem_kd.teachers.place import check_card
+    from fairchem_kd.teachers.stored import StoredTeacher, requests_in
+
+    card = _card(store)
+    whole, damaged = check_records(store)
+    print(f"{whole} records are whole, {damaged} are damaged or cut off")
+    path = args.teacher or Path(card.name)
+    if not path.exists():
+        raise UserError(
+            f"The teacher {path} is not here, so that it cannot be asked; give it with --teacher."
+        )
+    live = _live(path, args)
+    check_card(card, live, store, card.features)
+    requests, columns = requests_in(store)
+    teacher = StoredTeacher(live, store, requests, columns)
+    device = next(live.frozen.model.parameters()).device
+    asked, found = differences(teacher, args.samples, device)
+    print(f"{asked} structures were asked about again; the largest differences:")
+    for one in found:
+        unit = "eV per atom" if one.column == "output:energy" else "of the root mean square"
+        print(f"  {one.column:<28} {one.value:.2e} {unit}")
+    refuse_drift(found, card.dependence, store)
+    if damaged:
+        print("Damaged records are asked about again by the next training that wants them.")
+    return 1 if damaged else 0

@@ -1,0 +1,123 @@
+"""Filling a store ahead of any training."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fairchem_kd.data.build import ensure_built
+from fairchem_kd.distillation.config import WHERE, TeacherConfig
+from fairchem_kd.distillation.keeping import Wanted, keep
+from fairchem_kd.distillation.trainer import DistillationTrainer
+from fairchem_kd.errors import UserError
+from fairchem_kd.features import Request
+from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.stock.configs import training_config
+from fairchem_kd.stock.datasets import collate
+from fairchem_kd.stock.noise import quiet, without_noise
+from fairchem_kd.stock.trainer import in_one_process
+from fairchem_kd.teachers.filling import GROUP, Source
+from fairchem_kd.teachers.live import LiveTeacher
+from fairchem_kd.teachers.stored import StoredTeacher
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
+
+
+def teach_for_training(
+    path: Path,
+    *,
+    teacher: Path | None = None,
+    out: str | None = None,
+    max_gb: float | None = None,
+    trust: bool = False,
+    cpu: bool = False,
+    part: tuple[int, int] | None = None,
+) -> Path:
+    """Ask a teacher about all that the training in a config will ask it; returns the store.
+
+    Args:
+        path: the config.
+        teacher, out, max_gb, trust: in place of the config's.
+        cpu: run on the CPU even where there is a GPU.
+        part: which of how many parts is done here.
+
+    Raises:
+        UserError: it is no config of a distillation, or its store cannot be filled.
+    """
+    if not path.is_file():
+        raise UserError(f"The config {path} does not exist.")
+    config = training_config(path)
+    ensure_built(config)
+    block = (config.get("task") or {}).get("distillation")
+    if not isinstance(block, dict):
+        raise UserError(f"{path} has no {WHERE}, so that nobody is asked anything.")
+    block["teacher"] = dict(block.get("teacher") or {})
+    given = {
+        "checkpoint": None if teacher is None else str(teacher),
+        "store": out,
+        "max_gb": max_gb,
+        "trust_checkpoint": trust or None,
+    }
+    block["teacher"] |= {key: value for key, value in given.items() if value is not None}
+    config["optim"]["num_workers"] = 0
+    with without_noise(), quiet():
+        trainer = in_one_process(
+            DistillationTrainer, config, config["dataset"], identifier="teach", cpu=cpu or None
+        )
+    try:
+        with isolated_random_state():
+            live = trainer.make_distillation()
+            if live is None:
+                raise UserError(f"{path}: {WHERE}.losses is empty, so that nobody is asked.")
+            trainer.keep_answers(live, part)
+        assert trainer.distillation is not None
+        kept = trainer.distillation.teacher
+        if not isinstance(kept, StoredTeacher):
+            raise UserError(f"{path}: nothing is kept, see above; mend {WHERE}.teacher.store.")
+        return kept.folder
+    finally:
+        del trainer
+        gc.collect()  # closes the data sets
+
+
+def teach_samples(
+    live: LiveTeacher,
+    requests: Sequence[Request],
+    config: TeacherConfig,
+    samples: Mapping[str, Callable[[], Iterator[Any]]],
+    *,
+    part: tuple[int, int] = (0, 1),
+) -> Path:
+    """Ask a teacher about structures; returns the store.
+
+    Args:
+        live: the teacher.
+        requests: the features that are kept with its outputs.
+        config: where and how much is kept.
+        samples: by name, what gives the structures one after the other.
+        part: which of how many parts is done here.
+
+    Raises:
+        UserError: structures that the teacher cannot be asked about, or a store that will not do.
+    """
+    wanted = []
+    for name, read in samples.items():
+        held = list(read())
+        if not held:
+            raise UserError(f"{name} holds no structure; name a file that does.")
+        wanted.append(Wanted(_held(name, held), float("inf")))
+    device = next(live.frozen.model.parameters()).device
+    stored = keep(live, requests, config, wanted, run_dir=".", device=device, part=part)
+    if stored is None:
+        raise UserError("Nothing is kept, see above; name another folder with --out.")
+    return stored.folder
+
+
+def _held(name: str, samples: list[Any]) -> Source:
+    def make(group: int) -> Batch:
+        return collate(samples[group * GROUP : (group + 1) * GROUP])
+
+    return Source(name, len(samples), -(-len(samples) // GROUP), make)

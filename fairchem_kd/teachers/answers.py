@@ -1,0 +1,138 @@
+"""Between a teacher's answers to a batch and the records of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairchem_kd.features import Request
+from fairchem_kd.store import Column, Structure
+from fairchem_kd.teachers.base import Taught
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
+
+    from fairchem_kd.features.address import Kind
+
+_ATOM_ENERGY = "atom_energy"
+#: How features are kept; outputs are always kept whole.
+PRECISIONS = {"fp32": "<f4", "fp16": "<f2", "bf16": "bf16"}
+
+
+def output_column(name: str) -> str:
+    return f"output:{name}"
+
+
+def feature_column(request: Request) -> str:
+    return f"feature:{request.address}:{request.form}"
+
+
+def requests_of(columns: Iterable[str]) -> list[Request]:
+    """The features among the names of columns."""
+    found = []
+    for name in columns:
+        kind, _, rest = name.partition(":")
+        if kind == "feature":
+            address, _, form = rest.rpartition(":")
+            found.append(Request(address, cast("Kind", form)))
+    return found
+
+
+def structures_of(batch: Batch) -> list[Structure]:
+    """The B structures of a batch in host memory."""
+    natoms = batch.natoms.tolist()
+    numbers, pos = _split(batch.atomic_numbers.long(), natoms), _split(batch.pos, natoms)
+    tags = _split(batch.tags.long(), natoms) if batch.get("tags") is not None else None
+    cells = batch.cell.view(-1, 3, 3).numpy()
+    pbc = batch.pbc.view(-1, 3).numpy() if batch.get("pbc") is not None else None
+    return [
+        Structure(
+            numbers[i],
+            pos[i],
+            cells[i],
+            None if pbc is None else pbc[i],
+            None if tags is None else tags[i],
+        )
+        for i in range(len(natoms))
+    ]
+
+
+def columns_of(said: Taught, levels: Mapping[str, str], precision: str) -> list[Column]:
+    """The columns of a store for answers like this one.
+
+    Args:
+        said: outputs, features, and energies of atoms where they were asked for.
+        levels: ``system`` or ``atom`` by output.
+        precision: of the features, one of `PRECISIONS`.
+    """
+    columns = []
+    for name, values in said.outputs.items():
+        per: Literal["structure", "atom"] = "atom" if levels[name] == "atom" else "structure"
+        columns.append(Column(output_column(name), per, tuple(values.shape[1:]), "<f8"))
+    if said.atom_energy is not None:
+        columns.append(Column(_ATOM_ENERGY, "atom", tuple(said.atom_energy.shape[1:]), "<f8"))
+    for request, values in said.features.items():
+        shape, dtype = tuple(values.shape[1:]), PRECISIONS[precision]
+        columns.append(Column(feature_column(request), "atom", shape, dtype))
+    return columns
+
+
+def by_column(said: Taught) -> dict[str, Tensor]:
+    """An answer's values by column."""
+    values = {output_column(name): value for name, value in said.outputs.items()}
+    values |= {feature_column(request): value for request, value in said.features.items()}
+    if said.atom_energy is not None:
+        values[_ATOM_ENERGY] = said.atom_energy
+    return values
+
+
+def by_structure(said: Taught, columns: Sequence[Column]) -> list[dict[str, np.ndarray]]:
+    """An answer's values by column, for each of its B structures."""
+    values, natoms = by_column(said), said.natoms.tolist()
+    cut: list[dict[str, np.ndarray]] = [{} for _ in natoms]
+    for column in columns:
+        value = values[column.name].cpu()
+        parts = _split(value, natoms) if column.per == "atom" else list(value.numpy())
+        for one, part in zip(cut, parts, strict=True):
+            one[column.name] = part
+    return cut
+
+
+def joined(
+    records: Sequence[dict[str, np.ndarray] | None],
+    natoms: Sequence[int],
+    columns: Sequence[Column],
+) -> dict[str, Tensor]:
+    """Values by column of B structures, row after row; zeros where a structure has no record."""
+    values = {}
+    for column in columns:
+        atoms = column.per == "atom"
+        rows = sum(natoms) if atoms else len(natoms)
+        dtype = np.float64 if column.dtype == "<f8" else np.float32
+        whole = np.zeros((rows, *column.shape), dtype)
+        start = 0
+        for record, number in zip(records, natoms, strict=True):
+            stop = start + (number if atoms else 1)
+            if record is not None:
+                whole[start:stop] = record[column.name]
+            start = stop
+        values[column.name] = torch.from_numpy(whole)
+    return values
+
+
+def taught(
+    values: Mapping[str, Tensor], natoms: Tensor, requests: Sequence[Request], origin: str
+) -> Taught:
+    """The answer that values by column, all rows together, stand for."""
+    prefix = output_column("")
+    outputs = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
+    features = {request: values[feature_column(request)] for request in requests}
+    return Taught(natoms, outputs, features, values.get(_ATOM_ENERGY), origin=origin)
+
+
+def _split(values: Tensor, natoms: Sequence[int]) -> list[Any]:
+    return [part.numpy() for part in values.split(list(natoms))]

@@ -1,0 +1,144 @@
+"""Does a store still say what its teacher says?
+
+The key of a store holds a digest of the teacher's weights and config, but what the teacher says
+depends on the code around it too. Random entries are asked for again, each structure alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch_geometric.data import Batch, Data
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.store import Column, Structure
+from fairchem_kd.teachers.answers import by_structure
+from fairchem_kd.teachers.stored import StoredTeacher
+
+#: How far an answer may be off whatever the teacher's own dependence on its batch: energies in eV
+#: per atom, all else relative to its root mean square.
+TOLERANCE = 1e-3
+_SLACK = 10.0  # times the dependence that was measured when the store was made
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of one column over the entries that were asked for again."""
+
+    column: str
+    value: float
+    entry: str  #: which it was found in
+
+
+def batch_of(structures: Sequence[Structure], device: torch.device | str = "cpu") -> Batch:
+    """Structures of a store as a batch for a model."""
+    samples = []
+    for one in structures:
+        sample = Data(
+            pos=torch.from_numpy(np.array(one.pos, np.float32)),
+            cell=torch.from_numpy(np.array(one.cell, np.float32))[None],
+            atomic_numbers=torch.from_numpy(np.array(one.numbers, np.int64)),
+            natoms=len(one.numbers),
+        )
+        if one.pbc is not None:
+            sample.pbc = torch.from_numpy(np.array(one.pbc, bool))[None]
+        if one.tags is not None:
+            sample.tags = torch.from_numpy(np.array(one.tags, np.int64))
+        samples.append(sample)
+    return Batch.from_data_list(samples).to(device)
+
+
+def difference(column: Column, one: np.ndarray, other: np.ndarray, atoms: int) -> float:
+    """How far two values are apart (see `TOLERANCE`); infinite where one alone is not finite."""
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        same = np.array_equal(np.isfinite(one), np.isfinite(other))
+        return 0.0 if same else float("inf")
+    worst = float(np.abs(one - other).max(initial=0.0))
+    if column.per == "structure":
+        return worst / max(atoms, 1)
+    scale = float(np.sqrt(np.mean(np.square(other, dtype=np.float64)))) if other.size else 0.0
+    floor = 0.01 if column.name.startswith(("output:", "atom_energy")) else 1e-6
+    return worst / max(scale, floor)
+
+
+def batch_dependence(
+    teacher: StoredTeacher, batch: Batch, some: int, device: torch.device
+) -> dict[str, float]:
+    """By column, how far the answers to the first structures of a batch depend on the others.
+
+    Rounding, where features are kept in half precision, is part of it.
+    """
+    from fairchem_kd.stock.structures import pick
+
+    answers = by_structure(teacher.live.teach(batch.clone().to(device), teacher.requests),
+                           teacher.columns)  # fmt: skip
+    found = dict.fromkeys(teacher.names, 0.0)
+    for system in range(min(some, len(batch.natoms))):
+        alone = pick(batch, [system]).to(device)
+        single = by_structure(teacher.live.teach(alone, teacher.requests), teacher.columns)[0]
+        atoms = int(batch.natoms[system])
+        for column in teacher.columns:
+            value = answers[system][column.name]
+            kept = column.decode(column.encode(value))
+            found[column.name] = max(
+                found[column.name], difference(column, kept, single[column.name], atoms)
+            )
+    return found
+
+
+def differences(
+    teacher: StoredTeacher, samples: int, device: torch.device
+) -> tuple[int, list[Difference]]:
+    """Ask the live teacher again about random entries.
+
+    Returns:
+        How many entries were compared, and by column the largest difference.
+    """
+    draw = random.SystemRandom()
+    shards = [shard for shard in teacher.reader.shards if len(shard.entries)]
+    worst: dict[str, Difference] = {}
+    compared = 0
+    for _ in range(samples if shards else 0):
+        shard = draw.choices(shards, [len(s.entries) for s in shards])[0]
+        row = draw.randrange(len(shard.entries))
+        structure = teacher.reader.structure(shard, row)
+        if structure is None:
+            teacher.reader.damaged += 1
+            continue
+        columns = [column for column in teacher.columns if column.name in shard.names]
+        kept = teacher.reader.read(structure.key(), [column.name for column in columns])
+        if kept is None or not columns:
+            continue
+        answer = teacher.live.teach(batch_of([structure], device), teacher.requests)
+        now = by_structure(answer, columns)[0]
+        compared += 1
+        for column in columns:
+            value = difference(column, kept[column.name], now[column.name], len(structure.numbers))
+            entry = f"record {row} of {shard.name} ({structure.key().hex()})"
+            if column.name not in worst or value > worst[column.name].value:
+                worst[column.name] = Difference(column.name, value, entry)
+    return compared, list(worst.values())
+
+
+def refuse_drift(
+    found: Sequence[Difference], dependence: Mapping[str, float], store: object
+) -> None:
+    """Refuse a store that says something else than the teacher.
+
+    Raises:
+        UserError: naming the entry and the difference.
+    """
+    for one in found:
+        limit = max(TOLERANCE, _SLACK * dependence.get(one.column, 0.0))
+        if one.value > limit:
+            unit = "eV per atom" if one.column == "output:energy" else "of its root mean square"
+            raise UserError(
+                f"The store {store} does not say what the teacher says: {one.column} of "
+                f"{one.entry} differs by {one.value:.3g} {unit}, where {limit:.3g} is usual. The "
+                "code or its versions have changed since it was filled: remove the store, name "
+                "another one in task.distillation.teacher.store, or set that to off."
+            )

@@ -1,0 +1,163 @@
+"""A teacher whose answers are kept: read where they are, asked for live where they are not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fairchem_kd.features import FeatureSpec, Request
+from fairchem_kd.stock.structures import pick
+from fairchem_kd.store import STRUCTURE, Column, Reader
+from fairchem_kd.teachers.answers import (
+    by_column,
+    columns_of,
+    joined,
+    requests_of,
+    structures_of,
+    taught,
+)
+from fairchem_kd.teachers.base import Taught
+from fairchem_kd.teachers.live import LiveTeacher
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch
+
+#: Under which a batch carries what was read for it: values by column, and `MISSING`.
+SAID = "said"
+#: A list of the structures without a record; in host memory wherever the batch goes, since reading
+#: it off a GPU would wait for the device.
+MISSING = "missing"
+
+
+class StoredTeacher:
+    """Answers by structure out of a store, and of a live teacher for what the store lacks.
+
+    Args:
+        live: the teacher whose answers the store keeps.
+        folder: the store's.
+        requests: the features that are read with the outputs.
+        columns: what a record holds of all this (:func:`columns_for`).
+    """
+
+    def __init__(
+        self,
+        live: LiveTeacher,
+        folder: Path,
+        requests: Sequence[Request],
+        columns: Sequence[Column],
+    ) -> None:
+        self.live = live
+        self.folder = folder
+        self.requests = tuple(requests)
+        self.columns = list(columns)
+        self.names = [column.name for column in self.columns]
+        self.reader = Reader(folder)
+        self._told = False
+
+    @property
+    def identity(self) -> str:
+        return self.live.identity
+
+    def specs(self, requests: Sequence[Request]) -> Mapping[Request, FeatureSpec]:
+        return self.live.specs(requests)
+
+    def require_outputs(self, names: Iterable[str]) -> None:
+        self.live.require_outputs(names)
+
+    def check_elements(self, atomic_numbers: Tensor) -> None:
+        self.live.check_elements(atomic_numbers)
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def said(self, batch: Batch) -> dict[str, Any]:
+        """What the store holds of a batch in host memory: values by column, and `MISSING`."""
+        records = [self.reader.read(one.key(), self.names) for one in structures_of(batch)]
+        missing = [system for system, record in enumerate(records) if record is None]
+        return joined(records, batch.natoms.tolist(), self.columns) | {MISSING: missing}
+
+    def reading(self, collate: Callable[[list[Any]], Batch]) -> Callable[[list[Any]], Batch]:
+        """``collate``, which reads too: in a loader's workers, ahead of the step."""
+        return _Reading(self, collate)
+
+    def teach(self, batch: Batch, requests: Sequence[Request]) -> Taught:
+        if not set(requests) <= set(self.requests):
+            return self.live.teach(batch, requests)
+        said = batch.get(SAID)
+        if said is None:
+            said = self.said(batch.clone().to("cpu"))
+        device = batch.pos.device
+        values = {name: said[name].to(device, non_blocking=True) for name in self.names}
+        if said[MISSING]:
+            self._ask(batch, said[MISSING], values)
+        return taught(values, batch.natoms, list(requests), self.live.frozen.name)
+
+    def _ask(self, batch: Batch, missing: list[int], values: dict[str, Tensor]) -> None:
+        """Fill the rows of the structures that the store lacks with what the live teacher says."""
+        if not self._told:
+            self._told = True
+            logging.info(
+                f"Some structures are not in the store {self.folder}: of them the teacher is "
+                "asked at every step."
+            )
+        asked = by_column(self.live.teach(pick(batch, missing), self.requests))
+        systems = torch.zeros(len(batch.natoms), dtype=torch.bool)
+        systems[missing] = True
+        systems = systems.to(batch.pos.device)
+        rows = {"structure": systems, "atom": systems[batch.batch]}
+        for column in self.columns:
+            kept = values[column.name] = values[column.name].clone()
+            kept[rows[column.per]] = asked[column.name].to(kept.dtype)
+
+
+class _Reading:
+    """Collates samples, and reads what the store holds of them."""
+
+    def __init__(self, teacher: StoredTeacher, collate: Callable[[list[Any]], Batch]) -> None:
+        self.teacher = teacher
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Batch:
+        batch = self.collate(samples)
+        batch[SAID] = self.teacher.said(batch)
+        return batch
+
+
+def columns_for(
+    live: LiveTeacher, batch: Batch, requests: Sequence[Request], precision: str
+) -> list[Column]:
+    """The columns that hold this teacher's answers, found by asking it once.
+
+    Args:
+        batch: any structures, on the teacher's device.
+        precision: of the features, as in `answers.PRECISIONS`.
+    """
+    return columns_of(live.teach(batch, requests), live.levels, precision)
+
+
+def join_said(parts: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
+    """What was read of several batches, for all of them joined in this order.
+
+    Args:
+        parts: of each batch what was read, and how many structures it has.
+    """
+    names = [name for name in parts[0][0] if name != MISSING]
+    joint: dict[str, Any] = {name: torch.cat([said[name] for said, _ in parts]) for name in names}
+    joint[MISSING], start = [], 0
+    for said, systems in parts:
+        joint[MISSING] += [start + system for system in said[MISSING]]
+        start += systems
+    return joint
+
+
+def requests_in(folder: Path) -> tuple[list[Request], list[Column]]:
+    """The features that a store holds, and all columns of answers in it."""
+    own = {column.name for column in STRUCTURE}
+    columns: dict[str, Column] = {}
+    for shard in Reader(folder).shards:
+        columns |= {column.name: column for column in shard.columns if column.name not in own}
+    return requests_of(columns), list(columns.values())
