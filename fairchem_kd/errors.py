@@ -6,6 +6,8 @@ import difflib
 import sys
 from collections.abc import Iterable
 
+from fairchem_kd.text import in_lines
+
 
 class UserError(ValueError):
     """A wrong config, file, dataset or pairing of models.
@@ -26,5 +28,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def report(error: UserError) -> int:
     """Print what the user can mend on stderr, and return the exit code 2."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {in_lines(error)}", file=sys.stderr)
     return 2

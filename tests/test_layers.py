@@ -29,7 +29,7 @@ ROOMS = (
     "stock",
 )
 #: What every room stands on.
-GROUND = ("_version", "errors", "files", "machine", "random_state", "schema")
+GROUND = ("_version", "errors", "files", "machine", "random_state", "schema", "text")
 #: The public face of the package: its names are looked up when they are used.
 FACE = ("", "__main__", "moved")
 #: Where fairchem-core itself is imported.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,10 @@ def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
             f"'{config['name']}' (it has {', '.join(_models())}); import the package that defines "
             "the model first, or take a checkpoint of one of these."
         ) from error
+    options = {key: value for key, value in config.items() if key != "name"}
+    _check_size(model_class, options, checkpoint["state_dict"], name)
     try:
-        model = model_class(**{key: value for key, value in config.items() if key != "name"})
+        model = model_class(**options)
     except Exception as error:  # whatever an architecture makes of arguments that it does not have
         raise UserError(
             f"{name} cannot be built from its own config, model '{config.get('name')}' "
@@ -80,6 +83,41 @@ def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
         ) from error
     load_weights(model, checkpoint, name)
     return model
+
+
+def _check_size(
+    model_class: type[nn.Module], options: Mapping[str, Any], state: Mapping[str, Any], name: str
+) -> None:
+    """Refuse a config that describes a far larger model than the weights are of.
+
+    Where its numbers could mean one, it is built without memory first. A file of a few kilobytes
+    would otherwise have as much memory taken as there is.
+
+    Raises:
+        UserError: it does.
+    """
+    held = sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor))
+    sizes = [n for n in _numbers(options) if n > 64]
+    if math.prod(sorted(sizes)[-2:]) * max(len(sizes), 8) * 64 <= 4 * held + 50_000_000:
+        return
+    try:
+        with torch.device("meta"):
+            described = sum(p.numel() for p in model_class(**copy.deepcopy(options)).parameters())
+    except Exception:  # of a model that cannot be built so; it is built as it is
+        return
+    if described > 2 * held + 1_000_000:
+        raise UserError(
+            f"The config in {name} describes a model of {described:,} parameters, and its weights "
+            f"are {held:,}: the file is damaged, or made to exhaust memory; take another copy."
+        )
+
+
+def _numbers(tree: Any) -> Iterator[int]:
+    if isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _numbers(value)
+    elif isinstance(tree, int) and not isinstance(tree, bool):
+        yield tree
 
 
 def _models() -> list[str]:

@@ -132,19 +132,45 @@ def _check_container(path: Path) -> None:
 def _check_sizes(path: Path) -> None:
     """Refuse an archive that unpacks to far more than it is, before anything is unpacked.
 
-    torch stores tensors as they are, so that a checkpoint is as large as what it holds.
+    torch stores tensors as they are, so that a checkpoint is as large as what it holds. Each record
+    has a checksum, which torch does not look at: a flipped bit would be another weight.
     """
+    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
+            damaged = [] if unpacked > _MAX_RATIO * size else _damaged(archive)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise UserError(_broken(path, error)) from error
-    size = path.stat().st_size
     if unpacked > _MAX_RATIO * size:
         raise UserError(
             f"The checkpoint {path} is refused: its {size:,} bytes would unpack to {unpacked:,}, "
             "which no checkpoint does."
         )
+    if damaged:
+        raise UserError(
+            f"The checkpoint {path} is damaged: the checksum of {damaged[0]} in it is wrong; copy "
+            "or download it again."
+        )
+
+
+def _damaged(archive: zipfile.ZipFile) -> list[str]:
+    """The records whose checksum is wrong; none where the file has none.
+
+    ``torch.serialization.set_crc32_options(False)`` writes files without: then all are wrong.
+    """
+    wrong, right = [], 0
+    for entry in archive.infolist():
+        try:
+            with archive.open(entry) as record:
+                while record.read(1 << 20):
+                    pass
+            right += entry.file_size > 0
+        except zipfile.BadZipFile as error:
+            if "CRC" not in str(error):
+                raise
+            wrong.append(entry.filename)
+    return wrong if right else []
 
 
 def _broken(path: Path, error: BaseException) -> str:
@@ -205,6 +231,7 @@ def _pass_gate(contents: Mapping[str, Any], path: Path, hint: str, *, own: bool)
             gate.check_plain(config)
         else:
             gate.check_config(config)
+            gate.check_config(_updated(config))
             gate.without_trust(config)
     except gate.NotAllowed as refusal:
         if refusal.needs_trust:
@@ -213,6 +240,20 @@ def _pass_gate(contents: Mapping[str, Any], path: Path, hint: str, *, own: bool)
             f"The checkpoint {path} is damaged, or not what fairchem writes: {refusal}; take "
             "another copy of it."
         ) from refusal
+
+
+def _updated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as it is once the keys of older releases have become those of this one.
+
+    Raises:
+        gate.NotAllowed: it cannot be brought up to date.
+    """
+    from fairchem_kd.models.legacy import modern_config
+
+    try:
+        return modern_config(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise gate.NotAllowed(f"its config is of no release of fairchem ({error})") from error
 
 
 # What a checkpoint may hold besides tensors. Pickles name a function or a type by module and name;

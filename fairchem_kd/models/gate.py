@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from fairchem_kd.errors import did_you_mean
+from fairchem_kd.text import on_one_line
 
 #: A config is a page of text; one that is a thousand times that is made to exhaust memory.
 MAX_DEPTH = 40
@@ -32,11 +34,28 @@ KNOWN_PATHS = (
 #: All that stock's DataTransforms has to evaluate: two that it passes over, and one function.
 TRANSFORMS = ("normalizer", "element_references", "decompose_tensor")
 
+#: Keys whose values are names of files or free text, which nothing imports: a dot is no harm.
+_TEXT = {
+    *("src", "file", "path", "checkpoint", "starting_checkpoint", "pattern", "splits", "rhv"),
+    *("identifier", "timestamp_id", "note", "description", "comment", "project", "entity", "group"),
+    *("lin_ref", "oc20_ref", "elements"),
+}
+_TEXT_ENDS = ("_file", "_path", "_dir", "_ref", "_checkpoint", "_id")
+#: Blocks of which nothing is looked up: what the command line and the scheduler were given.
+_FREE = ("cmd", "slurm")
+_DOTTED = re.compile(r"\s*[A-Za-z_]\w*(\.\w+)+\s*")
+
 _DATASETS = ("dataset", "val_dataset", "test_dataset", "relax_dataset")
 _MAPPINGS = ("task", "optim", "outputs", "cmd", "slurm", "model_attributes", *_DATASETS)
-_LAYERS = ("num_layers", "num_blocks", "num_interactions")
-_MAX_LAYERS = 1000
-_MAX_SIZE = 1_000_000
+#: The largest that a model is built with, by what the key's name holds; the first that fits counts.
+#: Bases are worked out with symbols or by searching roots, which takes for ever beyond these.
+_LARGEST = (
+    (("neighbors", "elements", "samples"), 1_000_000),
+    (("spherical", "degree", "order", "resolution", "l_max", "lmax", "mmax"), 128),
+    (("num_layers", "num_blocks", "num_interactions"), 1000),
+    (("radial", "gaussians", "rbf", "basis"), 16_384),
+    (("",), 1_000_000),
+)
 _LENGTHS = ("cutoff", "max_radius")
 
 
@@ -67,7 +86,7 @@ def check_plain(config: Any, key: str = "config") -> None:
             for name, inner in value.items():
                 if not isinstance(name, str | int | float | bool):
                     raise NotAllowed(f"{where} has a key of type {type(name).__name__}")
-                stack.append((f"{where}.{str(name)[:60]}", inner, depth + 1))
+                stack.append((f"{where}.{_shown(name)}", inner, depth + 1))
         elif isinstance(value, list | tuple | set | frozenset):
             stack += [(f"{where}[{number}]", one, depth + 1) for number, one in enumerate(value)]
         elif isinstance(value, str | bytes):
@@ -84,6 +103,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         NotAllowed: with the key.
     """
     check_plain(config)
+    _check_text(config)
     for key in _MAPPINGS:
         _mapping(config.get(key), f"config.{key}")
     _name(config.get("trainer"), "config.trainer", paths=KNOWN_PATHS)
@@ -120,11 +140,16 @@ def check_weights(contents: Mapping[str, Any]) -> None:
     for name, value in contents["state_dict"].items():
         if not isinstance(name, str):
             raise NotAllowed(f"state_dict has the key {name!r:.40}, which names no weight")
-        if not isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
-            raise NotAllowed(f"state_dict.{name[:80]} is a {type(value).__name__}, not a tensor")
+        if isinstance(value, torch.Tensor):
+            _check_tensor(value, f"state_dict.{_shown(name)}")
+        elif not name.endswith("_extra_state"):
+            kind = type(value).__name__
+            raise NotAllowed(f"state_dict.{_shown(name)} is a {kind}, not a tensor")
     for key in ("normalizers", "elementrefs"):
         for target, state in _mapping(contents.get(key), key).items():
-            _mapping(state, f"{key}.{target}")
+            for part, value in _mapping(state, f"{key}.{_shown(target)}").items():
+                if isinstance(value, torch.Tensor):
+                    _check_tensor(value, f"{key}.{_shown(target)}.{_shown(part)}")
     _mapping(contents.get("scale_dict"), "scale_dict")
     ema = contents.get("ema")
     if ema:
@@ -133,6 +158,8 @@ def check_weights(contents: Mapping[str, Any]) -> None:
             isinstance(one, torch.Tensor) for one in shadow
         ):
             raise NotAllowed("ema.shadow_params is not a list of tensors")
+        for number, one in enumerate(shadow):
+            _check_tensor(one, f"ema.shadow_params[{number}]")
 
 
 def _check_model(config: Mapping[str, Any]) -> None:
@@ -162,7 +189,7 @@ def _check_size(key: str, name: str, value: Any) -> None:
     """No model has a billion layers, or a cutoff that is no length."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    largest = _MAX_LAYERS if name in _LAYERS else _MAX_SIZE
+    largest = next(size for words, size in _LARGEST if any(word in name for word in words))
     if not math.isfinite(value) or abs(value) > largest:
         raise NotAllowed(f"{key} is {value}, and no model is built with that")
     if (name in _LENGTHS or name.startswith("hidden")) and value <= 0:
@@ -178,9 +205,9 @@ def _check_dataset(block: Mapping[str, Any], where: str) -> None:
                 f"{where}.transforms has {name!r:.80}, and stock evaluates the name of a transform",
                 needs_trust=True,
             )
-    for key, settings in block.items():
-        if str(key).endswith("_split_settings") and settings is not None:
-            _check_dataset(_mapping(settings, f"{where}.{key}"), f"{where}.{key}")
+    for key, settings in block.items():  # of splits, of unlabelled structures, of sets of sets
+        if isinstance(settings, Mapping) and key != "transforms":
+            _check_dataset(settings, f"{where}.{_shown(key)}")
 
 
 def _check_losses(losses: Any, where: str) -> None:
@@ -223,9 +250,7 @@ def _check_distillation(task: Mapping[str, Any]) -> None:
     for name, term in losses.items():
         if isinstance(term, Mapping):
             _name(term.get("kind"), f"config.task.distillation.losses.{name}.kind")
-    unlabelled = block.get("unlabelled")
-    if isinstance(unlabelled, Mapping):
-        _check_dataset(unlabelled, "config.task.distillation.unlabelled")
+    _check_dataset(task, "config.task")
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
@@ -250,11 +275,40 @@ def _name(value: Any, where: str, paths: tuple[str, ...] = ()) -> None:
         )
 
 
+def _check_text(config: Mapping[str, Any]) -> None:
+    """Refuse import paths wherever stock could look one up, of this release's keys or another's."""
+    for block, tree in config.items():
+        if block in _FREE or block in _TEXT or str(block).endswith(_TEXT_ENDS):
+            continue
+        for key, name, value in _leaves(tree, f"config.{_shown(block)}", str(block)):
+            if not isinstance(value, str) or name in _TEXT or name.endswith(_TEXT_ENDS):
+                continue
+            if _DOTTED.fullmatch(value) and value not in KNOWN_PATHS:
+                raise NotAllowed(
+                    f"{key} is an import path, {value!r:.120}, and importing and calling that "
+                    "could run any code",
+                    needs_trust=True,
+                )
+
+
+def _check_tensor(value: torch.Tensor, where: str) -> None:
+    """A tensor as stock writes it: dense, and no larger than what the file holds of it."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        raise NotAllowed(f"{where} is no dense tensor of numbers")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise NotAllowed(f"{where} claims {tuple(value.shape)}, which is more than the file holds")
+
+
+def _shown(name: Any) -> str:
+    """A key of a file in a message: short, on one line, and nothing that a terminal obeys."""
+    return on_one_line(str(name)[:60])
+
+
 def _leaves(tree: Any, where: str, name: str = "") -> Iterator[tuple[str, str, Any]]:
     """``(key, last name, value)`` of every value of a tree that is known to be small."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _leaves(value, f"{where}.{key}", str(key))
+            yield from _leaves(value, f"{where}.{_shown(key)}", str(key))
     elif isinstance(tree, list | tuple):
         for number, value in enumerate(tree):
             yield from _leaves(value, f"{where}[{number}]", name)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fairchem_kd.text import in_lines, in_markdown, on_one_line
+
 
 @dataclass
 class Table:
@@ -20,7 +22,7 @@ class Table:
         """Append a row; it must have as many cells as the header."""
         if len(cells) != len(self.header):
             raise ValueError(f"{len(cells)} cells for {len(self.header)} columns")
-        self.rows.append(list(cells))
+        self.rows.append([on_one_line(cell) for cell in cells])
 
     def text(self) -> str:
         """For a terminal: columns aligned with spaces, a rule under the header."""
@@ -34,19 +36,19 @@ class Table:
 
         rule = "  ".join("-" * width for width in widths)
         parts = [self.title, "", line(self.header), rule, *(line(row) for row in self.rows)]
-        return "\n".join([*parts, *self.notes])
+        return "\n".join(in_lines(part) for part in [*parts, *self.notes])
 
     def markdown(self) -> str:
         """For a README: a heading, a pipe table, the notes as a paragraph."""
 
         def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+            return "| " + " | ".join(in_markdown(cell, cell=True) for cell in cells) + " |"
 
         rule = ["---", *["---:"] * (len(self.header) - 1)]
-        parts = [f"### {self.title}", "", line(self.header), line(rule)]
+        parts = [f"### {in_markdown(self.title)}", "", line(self.header), line(rule)]
         parts += [line(row) for row in self.rows]
         if self.notes:
-            parts += ["", *self.notes]
+            parts += ["", *(in_markdown(note) for note in self.notes)]
         return "\n".join(parts)
 
     def as_dict(self) -> dict[str, Any]:

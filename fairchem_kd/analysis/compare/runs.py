@@ -65,7 +65,7 @@ def compare_runs(runs: Sequence[str], options: Options) -> tuple[Comparison, lis
     if not options.splits:  # all name the same: one run among them means it
         meant = next((file for file in files if file.in_run), files[0])
         for split in splits.values():
-            meant.check_data(split["src"], f"give --split {split['src']}")
+            meant.check_data(split, f"give --split {split['src']}")
     comparison = compare(
         groups,
         splits,

@@ -110,7 +110,11 @@ def measure_training(
             f"{file.path} was trained without distillation losses, so there is no cost of them; "
             "name a distilled run."
         )
-    file.check_data(file.labels_from, "give --trust (or measure inference alone, --no-training)")
+    mend = "give --trust (or measure inference alone, --no-training)"
+    file.check_data(file.config.get("dataset"), mend)
+    block = (file.config.get("task") or {}).get("distillation") or {}
+    if unlabelled := (block.get("unlabelled") or {}).get("dataset"):
+        file.check_data(unlabelled, mend)
     setup_imports()
     arguments = _arguments(file, cpu, batch_size)
     check_dataset(arguments["dataset"]["train"], f"dataset.train of {file.path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -38,9 +39,16 @@ def make_calculator(file: ModelFile, *, cpu: bool = True) -> Calculator:
             "trust both."
         )
     reading = nullcontext() if file.trust else weights_only_everywhere()
+    # Given the config, stock does not take the file's: in a SLURM job it would unpickle a file in
+    # the folder that `slurm` names, and outside of debug mode make folders.
+    config = copy.deepcopy(dict(file.config))
+    for key in ("slurm", "cmd", "is_debug", "local_rank", "logger"):
+        config.pop(key, None)
+    dataset = config.get("dataset")
+    config["dataset"] = {"train": {**(dataset if isinstance(dataset, Mapping) else {}), "src": ""}}
     with quiet(), isolated_random_state(), reading:
         try:
-            return OCPCalculator(checkpoint_path=file.path, cpu=cpu, seed=0)
+            return OCPCalculator(config_yml=config, checkpoint_path=file.path, cpu=cpu, seed=0)
         except Exception as error:  # whatever stock makes of a config that misses what it needs
             raise UserError(
                 f"{file.path} cannot be loaded by fairchem's OCPCalculator "

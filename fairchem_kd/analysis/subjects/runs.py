@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from fairchem_kd.analysis.subjects.named_data import outside, unpickled
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import modern_config
 from fairchem_kd.schema import is_null
+from fairchem_kd.text import on_one_line
 from fairchem_kd.training.records import RECORDS, read_records
 
 #: What a run's folder holds, best first.
@@ -41,7 +43,7 @@ class ModelFile:
         if self.path.name not in OF_A_RUN:
             return self.path.stem
         named = (self.config.get("cmd") or {}).get("identifier")
-        return str(named or self.path.parent.name)
+        return on_one_line(named or self.path.parent.name)
 
     @property
     def seed(self) -> int | None:
@@ -81,28 +83,37 @@ class ModelFile:
         """Whether it lies in the folder of a run, beside that run's records."""
         return self.path.name in OF_A_RUN and (self.path.parent / RECORDS).is_file()
 
-    def check_data(self, source: Any, mend: str) -> None:
+    def check_data(self, settings: Any, mend: str) -> None:
         """Refuse to open data that only this file names, where the user cannot have meant it.
 
         Samples of an LMDB are pickles, so a file must not choose which are opened: those of a run
         are the user's own, and otherwise they have to lie below the current directory.
 
         Args:
-            source: the path in the file's config.
+            settings: the config of the data set in the file, all of it.
             mend: what to do where they are meant.
 
         Raises:
             UserError: they lie elsewhere.
         """
-        if self.trust or self.in_run:
+        if self.trust:
             return
-        below = Path(str(source)).resolve().is_relative_to(Path.cwd().resolve())
-        if not below:
+        if (key := unpickled(settings)) is not None:
             raise UserError(
-                f"{self.path} names its own data, {source}, outside the current directory, and "
-                f"samples of an LMDB are pickles, which can run code: if these are meant, {mend}."
+                f"{self.path} names a file for its data ({key}) that fairchem unpickles, which can "
+                f"run code: {mend}."
             )
-        print(f"{self.path} names its own data: opening {source}", file=sys.stderr)
+        if self.in_run:
+            return
+        if (place := outside(settings)) is not None:
+            raise UserError(
+                f"{self.path} names its own data, {place[:200]!r}, outside the current directory, "
+                f"and samples of an LMDB are pickles, which can run code: if these are meant, "
+                f"{mend}."
+            )
+        source = settings.get("src") if isinstance(settings, Mapping) else settings
+        told = on_one_line(f"{self.path} names its own data: opening {source}")
+        print(told, file=sys.stderr)
 
     @property
     def training_seconds(self) -> float | None:

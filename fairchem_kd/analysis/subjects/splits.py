@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from fairchem_kd.analysis.subjects.named_data import BESIDE
 from fairchem_kd.data.build import check_dataset, ensure_built
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.datasets import close_dataset, collate, open_dataset, open_in_order
@@ -44,7 +45,8 @@ class Split:
 def split_settings(config: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """How a run with this config would read the data at ``path``."""
     train = config.get("dataset") or {}
-    settings = {key: value for key, value in train.items() if key not in _CHOOSING}
+    left_out = (*_CHOOSING, *BESIDE)
+    settings = {key: value for key, value in train.items() if key not in left_out}
     return {**settings, "format": train.get("format", "lmdb"), "src": str(path)}
 
 

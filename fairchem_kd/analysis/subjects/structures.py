@@ -64,7 +64,7 @@ def data_of(file: ModelFile) -> dict[str, Any]:
     found = list(splits_of_run(file.config).values())
     if not found:
         raise UserError(f"The config in {file.path} names no test set: give one with --data PATH.")
-    file.check_data(found[0]["src"], f"give --data {found[0]['src']}")
+    file.check_data(found[0], f"give --data {found[0]['src']}")
     return found[0]
 
 
