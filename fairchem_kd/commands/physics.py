@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN")
-    parser.add_argument("--teacher", type=Path, metavar="RUN", help="(default: the runs' own)")
+    parser.add_argument(
+        "--teacher", type=Path, metavar="RUN", help="(default: the runs' own); none for no teacher"
+    )
     parser.add_argument(
         "--data", metavar="PATH", help="structures to start from (default: the runs' test set)"
     )

@@ -23,6 +23,27 @@ from fairchem_kd.features.address import FeatureSpec, Kind
 MEAN_READOUT = "this model averages over atoms, so what its atoms give does not add up to an energy"
 
 
+def refuse_wrong_forces(model: nn.Module, what: str) -> None:
+    """Refuse a PaiNN whose forces are a gradient: fairchem's are not that of its energy.
+
+    fairchem-core 1.10 differentiates the sum of the node features in place of the energy, so that
+    such a model is no potential, however well it is trained.
+
+    Raises:
+        UserError: it is one.
+    """
+    backbone: Any = backbone_of(model)
+    is_painn = any(cls.__name__.startswith("PaiNN") for cls in type(backbone).__mro__)
+    if not is_painn or not getattr(backbone, "regress_forces", False):
+        return
+    if not getattr(backbone, "direct_forces", True):
+        raise UserError(
+            f"{what} is a PaiNN with direct_forces: false, whose forces fairchem-core 1.10 takes "
+            "from the gradient of the node features and not of the energy: take direct_forces: "
+            "true, or SchNet for forces that are a gradient."
+        )
+
+
 class Handle(Protocol):
     """What undoes an attachment."""
 

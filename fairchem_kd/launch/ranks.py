@@ -21,6 +21,9 @@ from fairchem_kd.data.build import ensure_built
 from fairchem_kd.errors import UserError
 from fairchem_kd.machine import flush_denormals
 from fairchem_kd.stock.plugin import register
+from fairchem_kd.stock.predictions import keep_all_predictions
+from fairchem_kd.stock.relaxation import make_relaxable
+from fairchem_kd.stock.samples import use_our_collater
 
 
 def own_port() -> None:
@@ -88,6 +91,9 @@ class KDRunner(_cli.Runner):
             # Before the first parallel region; data-loader workers inherit it through fork.
             flush_denormals()
         register()
+        make_relaxable()
+        use_our_collater()
+        keep_all_predictions()
         if config.get("submit"):
             # Built by the job, not on the login node; ranks and jobs wait for each other.
             ensure_built(config)

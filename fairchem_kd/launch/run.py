@@ -32,6 +32,8 @@ from fairchem_kd.launch.ranks import KDRunner, run_launched_rank, run_rank, sent
 from fairchem_kd.launch.stock_command import stock_command_with
 from fairchem_kd.launch.submission import Executor, refusals_told
 from fairchem_kd.machine import flush_denormals
+from fairchem_kd.stock.predictions import in_single_precision
+from fairchem_kd.stock.relaxation import take_optimizer_name
 
 #: Makes the configs of a sweep out of a base config and the sweep's file.
 Grid = Callable[[dict[str, Any], Path], list[dict[str, Any]]]
@@ -118,6 +120,13 @@ def main(argv: Sequence[str] | None = None, grid: Grid | None = None) -> int:
         args.cpu = True
     try:
         config = read_config(args, overrides)
+        if in_single_precision(config) and args.mode == "predict":
+            logging.info(
+                "Predictions are written as float32; task.prediction_dtype: float16 gives stock's "
+                "half precision."
+            )
+        if args.mode == "run-relaxations":
+            take_optimizer_name(config)
         if args.flush_denormal:
             config["flush_denormal"] = True
         if args.sweep_yml and grid is None:

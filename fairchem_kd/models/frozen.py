@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.features import Captured, FeatureExtractor, architecture_of
+from fairchem_kd.features.architecture import refuse_wrong_forces
 from fairchem_kd.models.build import _unfitted, build_model, check_finite, read_units
 from fairchem_kd.models.elements import _known_elements
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import modern_config, predicts_relaxed_energy
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.stock.neighbours import refuse_isolated
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -176,10 +178,14 @@ class Teacher:
             self.model.eval()
         view = copy.copy(batch)  # models set keys (pbc) and ask for gradients with respect to pos
         view.pos = batch.pos.detach().clone()
-        if extractor is None:
-            return TeacherOutput(self._outputs(self.model(view), batch), None)
-        with extractor.capture(detach=True) as features:
-            out = self.model(view)
+        try:
+            if extractor is None:
+                return TeacherOutput(self._outputs(self.model(view), batch), None)
+            with extractor.capture(detach=True) as features:
+                out = self.model(view)
+        except Exception:
+            refuse_isolated(batch, self.model)
+            raise
         return TeacherOutput(self._outputs(out, batch), features)
 
     def _outputs(self, out: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
@@ -213,6 +219,7 @@ def _build(
 ) -> Teacher:
     model = build_model(checkpoint, name).to(device)
     check_finite(model, name)
+    refuse_wrong_forces(model, f"The model in {name}")
     config = modern_config(checkpoint["config"])
     try:
         ensure_fitted(model)

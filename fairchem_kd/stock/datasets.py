@@ -31,9 +31,9 @@ def in_file_order(settings: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 def collate(samples: Sequence[Any]) -> Batch:
     """A batch of samples without graphs, which models then make for themselves."""
-    from fairchem.core.datasets import data_list_collater
+    from fairchem_kd.stock import samples as ours
 
-    return data_list_collater(list(samples), otf_graph=True)
+    return ours.collate(list(samples), otf_graph=True)
 
 
 def open_in_order(settings: Mapping[str, Any], split: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.samples import fit_batch
 
 #: What fairchem's models read: one row per atom, and one row per system (pbc is optional).
 ATOM_KEYS = ("pos", "atomic_numbers", "tags", "fixed")
@@ -26,9 +28,11 @@ def join(batches: Sequence[Batch]) -> Batch:
     joined = Batch()
     for key in (*ATOM_KEYS, *SYSTEM_KEYS):
         having = [key in batch and batch[key] is not None for batch in batches]
-        if not any(having) or (key == "pbc" and not all(having)):
+        if not any(having):
             continue
-        if not all(having):
+        if key == "pbc" and not all(having):
+            batches = [_with_pbc(batch) for batch in batches]
+        elif not all(having):
             raise UserError(
                 f"task.distillation.unlabelled.dataset: its structures and the labelled ones do "
                 f"not both have '{key}': write it into both data sets."
@@ -38,7 +42,16 @@ def join(batches: Sequence[Batch]) -> Batch:
     for key in NAME_KEYS:
         if all(key in batch for batch in batches):
             joined[key] = [name for batch in batches for name in names(batch, key)]
-    return _indexed(joined)
+    return fit_batch(_indexed(joined))
+
+
+def _with_pbc(batch: Batch) -> Batch:
+    """The batch; where it does not say, periodic along the axes that its cells have edges for."""
+    if batch.get("pbc") is not None:
+        return batch
+    batch = copy.copy(batch)
+    batch.pbc = batch.cell.view(-1, 3, 3).norm(dim=2) > 0
+    return batch
 
 
 def pick(batch: Batch, systems: Sequence[int], **values: Tensor) -> Batch:

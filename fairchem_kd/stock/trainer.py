@@ -20,6 +20,8 @@ from fairchem.core.trainers import OCPTrainer
 from fairchem_kd.errors import UserError
 from fairchem_kd.machine import flush_denormals, flush_worker
 from fairchem_kd.stock.datasets import with_own_databases
+from fairchem_kd.stock.neighbours import refuse_isolated
+from fairchem_kd.stock.samples import use_our_collater
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -41,6 +43,7 @@ class StockTrainer(OCPTrainer):
 
     def __init__(self, *, flush_denormal: bool = False, **stock: Any) -> None:
         check_run_names(stock)
+        use_our_collater()
         self._run_dir = stock.get("run_dir") or os.getcwd()
         self._flush_denormal = flush_denormal
         if flush_denormal and (stock.get("cpu", False) or not torch.cuda.is_available()):
@@ -63,6 +66,15 @@ class StockTrainer(OCPTrainer):
         loader = super().get_dataloader(dataset, sampler, workers)
         flush = self._flush_denormal and self.device.type == "cpu"
         return with_own_databases(loader, flush_worker if flush else None)
+
+    def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        try:
+            return super()._forward(batch)
+        except UserError:
+            raise
+        except Exception:
+            refuse_isolated(batch, self._unwrapped_model)
+            raise
 
     def load_task(self) -> None:
         self.config["evaluation_metrics"] = with_primary_metric(
@@ -145,6 +157,7 @@ def in_one_process(
         more: what is to be given in place of the config's, by OCPTrainer's names.
     """
     setup_imports()
+    use_our_collater()
     given: dict[str, Any] = {
         "task": config.get("task", {}),
         "model": config["model"],

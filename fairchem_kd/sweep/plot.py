@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_whole
 from fairchem_kd.sweep.collect import CONFIDENCE, Row
 from fairchem_kd.sweep.columns import short_keys, swept_keys, titles
 
+#: Seeds of which an interval is drawn: that of two is some 13 times as wide as they are apart.
+FEWEST = 3
 #: Panels in a row.
 ACROSS = 3
 
@@ -43,7 +47,8 @@ def plot(path: Path, rows: Sequence[Row], metrics: Sequence[str], title: str) ->
             found = row.metrics.get(metric)
             if found is None:
                 continue
-            panel.errorbar(place, found.mean, yerr=found.half or 0, fmt="_", color="C0", capsize=4)
+            half = found.half if len(found.values) >= FEWEST else _standard_error(found.values)
+            panel.errorbar(place, found.mean, yerr=half or 0, fmt="_", color="C0", capsize=4)
             seeds = [place] * len(found.values)
             panel.plot(seeds, found.values, "o", color="C1", fillstyle="none", markersize=5)
         panel.set_title(f"{metric} ({unit})" if (unit := unit_of(metric)) else metric)
@@ -52,10 +57,17 @@ def plot(path: Path, rows: Sequence[Row], metrics: Sequence[str], title: str) ->
         else:
             panel.set_xlabel(name)
             _set_scale(panel, places)
-    figure.suptitle(f"{title}: each seed, their mean and its {CONFIDENCE:.0%} interval", size=11)
+    few = any(len(found.values) < FEWEST for row in rows for found in row.metrics.values())
+    bars = f"{CONFIDENCE:.0%} interval" + (" (of two seeds: standard error)" if few else "")
+    figure.suptitle(f"{title}: each seed, their mean and its {bars}", size=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=150)
     return write_whole(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 of one value."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
 def unit_of(metric: str) -> str:

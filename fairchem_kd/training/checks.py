@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.neighbours import name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch_geometric.data import Batch
 
@@ -67,16 +68,32 @@ def check_finite(batch: Batch, targets: tuple[str, ...]) -> None:
         system = int(batch.batch[row]) if len(values) == len(batch.batch) else row
         what = {"pos": "positions", "cell": "cell"}.get(key, f"{key} label")
         raise UserError(
-            f"The {what} of structure {_name(batch, system)} of the dataset is not finite (NaN or "
-            "infinity): remove or mend the sample and start again."
+            f"The {what} of structure {name_of(batch, system)} of the dataset is not finite (NaN "
+            "or infinity): remove or mend the sample and start again."
         )
 
 
-def _name(batch: Batch, system: int) -> str:
-    """``sid 12, fid 3`` of one structure of a batch, as far as the dataset names it."""
-    words = [
-        f"{key} {value[system]}"
-        for key in ("sid", "fid")
-        if key in batch and (value := batch[key]) is not None and len(value) > system
-    ]
-    return ", ".join(words).replace("tensor(", "").replace(")", "") or f"{system} of its batch"
+def none_free(batch: Batch) -> bool:
+    """Whether every atom of a batch in host memory is fixed."""
+    fixed = batch.get("fixed")
+    return fixed is not None and not fixed.is_cuda and bool((fixed != 0).all())
+
+
+def refuse_none_free(batch: Batch, outputs: Mapping[str, Mapping[str, Any]], key: str) -> None:
+    """Refuse a batch without a free atom, where an output is compared on free atoms alone.
+
+    Args:
+        batch: of which every atom is fixed.
+        outputs: the trainer's ``output_targets``.
+        key: ``train_on_free_atoms`` or ``eval_on_free_atoms``.
+
+    Raises:
+        UserError: naming the first structure.
+    """
+    for name, output in outputs.items():
+        if output.get("level") == "atom" and output.get(key):
+            raise UserError(
+                f"No atom is free in a batch of {len(batch.natoms)} structures (the first is "
+                f"{name_of(batch, 0)}), and outputs.{name}.{key} leaves fixed atoms out: leave out "
+                f"structures that are fixed as a whole, or set outputs.{name}.{key}: false."
+            )

@@ -24,10 +24,11 @@ from fairchem.core.modules.exponential_moving_average import ExponentialMovingAv
 from fairchem.core.trainers import base_trainer
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.features.architecture import refuse_wrong_forces
 from fairchem_kd.models.file import write_checkpoint
 from fairchem_kd.random_state import random_state, set_random_state
 from fairchem_kd.stock.trainer import StockTrainer
-from fairchem_kd.training.checks import check_finite, check_labels
+from fairchem_kd.training.checks import check_finite, check_labels, none_free, refuse_none_free
 from fairchem_kd.training.interruption import Ask, Interruption
 from fairchem_kd.training.ranks import check_same_on_ranks, refused_by_all, seen_by_rank
 from fairchem_kd.training.records import Records
@@ -77,9 +78,12 @@ class RestartableTrainer(StockTrainer):
     """
 
     ema: ExponentialMovingAverage | None
+    step: int
+    epoch: float
 
     def __init__(self, **stock: Any) -> None:
         self.records: Records | None = None
+        self._none_free = False
         self.restart = Restart(asked=stock.get("timestamp_id") is not None)
         super().__init__(**stock)
         self.interruption = Interruption(self.device)
@@ -129,6 +133,10 @@ class RestartableTrainer(StockTrainer):
 
         self.scheduler.step = step_and_note  # a resume has to know whether it was taken
 
+    def load_model(self) -> None:
+        super().load_model()
+        refuse_wrong_forces(self._unwrapped_model, "The student (model)")
+
     def check_labels(self) -> None:
         """Refuse data without the labels that the losses are for; stock would fail in a step."""
         targets = [name for name, _ in self.loss_functions]
@@ -175,6 +183,8 @@ class RestartableTrainer(StockTrainer):
                     steps=len(self.train_loader),
                     run=self.timestamp_id,
                 )
+            elif self.restart.loaded_from and self.step >= self.last_step:
+                self._start_anew()
             self.check_ranks()
             self.check_labels()
             self.prepare()
@@ -191,6 +201,7 @@ class RestartableTrainer(StockTrainer):
 
     def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         check_finite(batch, tuple(self.output_targets))
+        self._none_free = none_free(batch)
         if self.restart.evaluating and self.interruption.asked() is Ask.LEAVE:
             self.interruption.leave()  # this step has been saved; its evaluation will be run again
         if self.model.training and self.restart.random_state is not None:
@@ -199,7 +210,14 @@ class RestartableTrainer(StockTrainer):
             self.restart.random_state = None
         return self.run_model(batch)
 
+    def _compute_loss(self, out: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        if self._none_free:
+            refuse_none_free(batch, self.output_targets, "train_on_free_atoms")
+        return super()._compute_loss(out, batch)
+
     def _compute_metrics(self, out: Any, batch: Batch, evaluator: Any, metrics: Any = None) -> Any:
+        if self._none_free:
+            refuse_none_free(batch, self.output_targets, "eval_on_free_atoms")
         metrics = super()._compute_metrics(out, batch, evaluator, metrics)
         if self.model.training and self._is_printed:
             for name, value in self.values().items():
@@ -347,6 +365,24 @@ class RestartableTrainer(StockTrainer):
         else:
             logging.info(f"{self.timestamp_id} has no checkpoint: starting from the beginning")
 
+    def _start_anew(self) -> None:
+        """Start a new run with the weights of one that has ended: no step of it is left.
+
+        Stock would train no step, and leave nothing.
+        """
+        logging.info(
+            f"{self.restart.loaded_from} is of a training that has ended (step {self.step}): this "
+            "one starts at step 0 with its weights, and with an optimiser, a schedule and averages "
+            "of its own."
+        )
+        self.step, self.epoch = 0, 0
+        self.best_val_metric = None
+        self.primary_metric = None  # noqa: B010: stock begins its search anew
+        self.restart.state = None
+        self.restart.scheduled_step = self.restart.saved_step = 0
+        self.load_optimizer()
+        self.load_extras()
+
     def _finish_resumed_step(self, state: dict[str, Any], disable_eval_tqdm: bool) -> None:
         """What the interrupted run had still to do after its save, in stock's order."""
         optim = self.config["optim"]
@@ -362,7 +398,7 @@ class RestartableTrainer(StockTrainer):
             and not (validated or state["scheduler_stepped"])
         ):
             metrics = self.validate(split="val", disable_tqdm=disable_eval_tqdm)
-            self.update_best(self.primary_metric, metrics, disable_eval_tqdm=disable_eval_tqdm)
+            self.update_best(str(self.primary_metric), metrics, disable_eval_tqdm=disable_eval_tqdm)
         if not state["scheduler_stepped"]:
             if self.scheduler.scheduler_type != "ReduceLROnPlateau":
                 with warnings.catch_warnings():

@@ -97,7 +97,6 @@ def test_outputs_of_teacher_and_student_are_compared_in_physical_units(
     ("student", "losses"),
     [
         ("painn", ALL_LOSSES),
-        ("painn_gradient", ALL_LOSSES),
         ("schnet", {k: v for k, v in ALL_LOSSES.items() if k != "v2v"}),
         ("gemnet_oc", {**ALL_LOSSES, "early": {"kind": "n2n", "student": "node@1+2"}}),
     ],

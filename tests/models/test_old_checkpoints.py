@@ -198,7 +198,7 @@ def test_what_is_exported_loads_in_stock_fairchem(tmp_path: Path, name: str) -> 
         )
 
 
-@pytest.mark.parametrize("student", ["painn", "painn_gradient", "schnet"])
+@pytest.mark.parametrize("student", ["painn", "schnet"])
 def test_an_old_teacher_teaches(tmp_path: Path, student: str) -> None:
     """Students with direct forces and with forces as a gradient, from a teacher of OCP."""
     write_lmdb(tmp_path / "train", 4, seed=0)

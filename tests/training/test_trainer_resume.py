@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from trainings import assert_equal, assert_same, config, trainer, weights, write_teacher
+from trainings import (
+    assert_equal,
+    assert_same,
+    config,
+    trainer,
+    weights,
+    write_lmdb,
+    write_splits,
+    write_teacher,
+)
 from trainings import data as data
 from trainings import teacher as teacher
 
@@ -129,3 +138,54 @@ def test_a_newer_format_is_refused(tmp_path: Path, data: Path) -> None:
         contents[STATE_KEY]["format"] += 1
         with pytest.raises(UserError, match="newer fairchem-kd"):
             built.load_checkpoint("x.pt", contents)
+
+
+@pytest.mark.parametrize("losses", [{"n2n": {}}, None])
+def test_a_training_starts_anew_from_one_that_has_ended(
+    tmp_path: Path, data: Path, teacher: Path, losses: dict[str, Any] | None
+) -> None:
+    """As from the weights alone, with an optimiser and a schedule of its own."""
+    with trainer(config(tmp_path, data, max_epochs=1, eval_every=4)) as built:
+        built.train(disable_eval_tqdm=True)
+        ended = Path(built.config["cmd"]["checkpoint_dir"]) / "checkpoint.pt"
+        final = weights(built)
+    arguments = config(tmp_path, data, teacher=teacher, losses=losses, max_epochs=1, eval_every=4)
+    with trainer(arguments) as fresh:
+        fresh._unwrapped_model.load_state_dict(final)
+        fresh.train(disable_eval_tqdm=True)
+        expected = weights(fresh)
+    with trainer(arguments) as built:
+        built.load_checkpoint(str(ended))
+        assert built.step == built.last_step
+        built.train(disable_eval_tqdm=True)
+        assert built.step == 4
+        assert_equal(weights(built), expected)
+        assert (Path(built.config["cmd"]["checkpoint_dir"]) / "best_checkpoint.pt").exists()
+
+
+def test_a_painn_whose_forces_are_no_gradient_of_its_energy_is_refused(
+    tmp_path: Path, data: Path, teacher: Path
+) -> None:
+    message = "PaiNN with direct_forces: false.*SchNet"
+    with (
+        pytest.raises(UserError, match=f"The student .* is a {message}"),
+        trainer(config(tmp_path, data, model="painn_gradient")),
+    ):
+        pass
+    wrong = write_teacher(tmp_path / "wrong", data, "painn_gradient")
+    arguments = config(tmp_path, data, teacher=wrong, losses={"vanilla": {}})
+    with (
+        trainer(arguments) as built,
+        pytest.raises(UserError, match=f"The model in .* is a {message}"),
+    ):
+        built.train()
+
+
+def test_a_batch_without_free_atoms_is_refused_in_words(tmp_path: Path, teacher: Path) -> None:
+    data = write_splits(tmp_path / "data", val=(4, 50))
+    write_lmdb(data / "train", 11, seed=0, fixed=lambda fixed, _: torch.ones_like(fixed))
+    with (
+        trainer(config(tmp_path, data)) as built,
+        pytest.raises(UserError, match=r"No atom is free .* sid .*train_on_free_atoms: false"),
+    ):
+        built.train()

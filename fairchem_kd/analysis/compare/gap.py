@@ -10,7 +10,8 @@ per target, on one held-out set (arXiv 2306.14818). Two kinds of intervals, both
   that were trained; one seed is enough for it.
 - *over seeds*: Student's t. It says how far the result holds for other seeds, and needs two.
 
-The verdict is about the difference of student and distilled student, and asks both intervals.
+The verdict is about the difference of student and distilled student, and asks both intervals. Of
+fewer than five groups of systems it is no evidence, whatever they say.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scipy import stats
 Array = NDArray[Any]
 
 LEVEL = 0.95
+FEWEST = 5  #: independent groups of systems; of fewer a bootstrap's interval is no evidence
 RESAMPLES = 2000
 BETTER, WORSE, NO_EVIDENCE = "better", "worse", "no evidence"
 TARGETS = {"energy_mae": "energy", "forces_mae": "forces"}
@@ -124,6 +126,7 @@ def measure_gap(
     closed = None if t is None else gap_closed(s.mean(), d.mean(), t)
     paired = paired and len(s) == len(d)
 
+    enough = count_groups(len(student[0].total), groups) >= FEWEST
     draws = resampled_maes(
         [_mean(student), _mean(distilled), *([] if teacher is None else [teacher])],
         groups,
@@ -161,9 +164,14 @@ def measure_gap(
         gain_over_seeds,
         (len(s), len(d)),
         paired,
-        verdict(gain_over_systems, gain_over_seeds),
+        verdict(gain_over_systems, gain_over_seeds) if enough else NO_EVIDENCE,
         undefined,
     )
+
+
+def count_groups(systems: int, groups: Array | None) -> int:
+    """How many systems, or groups of them that are drawn together, are independent."""
+    return systems if groups is None else len(np.unique(np.asarray(groups)))
 
 
 def verdict(*gains: Interval | None) -> str:

@@ -77,6 +77,8 @@ def _models(runs: Sequence[str], teacher: Path | None, trust: bool) -> dict[str,
     named = read_named(runs, trust=trust)
     own_teacher = next((file.teacher for _, file in named if file.teacher), None)
     given = teacher or own_teacher
+    if str(given).lower() == "none" and not Path(str(given)).exists():
+        given = None
     groups = group_by_recipe(named)
     files: dict[str, list[ModelFile]] = {}
     if given is not None:

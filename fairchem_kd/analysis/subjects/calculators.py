@@ -11,6 +11,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.models.file import weights_only_everywhere
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.noise import quiet
+from fairchem_kd.stock.samples import use_our_collater
 
 if TYPE_CHECKING:
     import ase
@@ -38,6 +39,7 @@ def make_calculator(file: ModelFile, *, cpu: bool = True) -> Calculator:
             "(model.finetune_config): export it (`fairchem-kd export`), or give --trust if you "
             "trust both."
         )
+    use_our_collater()
     reading = nullcontext() if file.trust else weights_only_everywhere()
     # Given the config, stock does not take the file's: in a SLURM job it would unpickle a file in
     # the folder that `slurm` names, and outside of debug mode make folders.

@@ -16,15 +16,13 @@ from fairchem_kd.data.build import LMDB_FORMATS, check_dataset, ensure_built
 from fairchem_kd.data.convert.sources import find_files
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.datasets import close_dataset, collate, open_in_order
+from fairchem_kd.stock.periodicity import axes, room
 
 if TYPE_CHECKING:
     import ase
     from torch_geometric.data import Batch, Data
 
     from fairchem_kd.analysis.subjects.runs import ModelFile
-
-#: Å of room that a structure gets along an axis that is not periodic: more than any model looks.
-ROOM = 40.0
 
 
 @dataclass(frozen=True)
@@ -170,21 +168,13 @@ def as_periodic(atoms: ase.Atoms) -> ase.Atoms:
     """A copy that is periodic along all three axes, without images in reach along new ones.
 
     fairchem's models make their graphs with one ``pbc`` for a whole batch; along an axis that was
-    not periodic, the cell becomes so long that :data:`ROOM` lies between a structure and its image.
+    not periodic, the cell becomes so long that room lies between a structure and its image.
     """
     copy = atoms.copy()
     if bool(np.all(copy.pbc)):
         return copy
-    cell = np.array(copy.cell.complete())
-    for axis in np.flatnonzero(~copy.pbc):
-        normal = np.cross(cell[axis - 2], cell[axis - 1])
-        normal /= np.linalg.norm(normal)
-        height = abs(cell[axis] @ normal)
-        along = copy.positions @ normal
-        needed = np.ptp(along) + ROOM if len(along) else ROOM
-        cell[axis] *= max(1.0, needed / height)
-    axes = tuple(int(axis) for axis in np.flatnonzero(~copy.pbc))
-    copy.set_cell(cell)
-    copy.center(axis=axes)
+    periodic = axes(np.asarray(copy.pbc), np.array(copy.cell))
+    copy.set_cell(room(np.array(copy.cell), periodic, copy.positions))
+    copy.center(axis=tuple(int(axis) for axis in np.flatnonzero(~periodic)))
     copy.pbc = True
     return copy

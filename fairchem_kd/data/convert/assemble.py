@@ -20,6 +20,7 @@ from fairchem_kd.data.convert.labels import Reading
 from fairchem_kd.data.convert.shards import Tally, subtract
 from fairchem_kd.data.convert.sources import Part
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.neighbours import SHORTEST_CUTOFF
 
 #: Marks a part that is complete, and holds what the checks compare.
 DONE = "done.json"
@@ -99,7 +100,7 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
         taken_off = references if conversion.reading.references in ("fit", "file") else None
         totals[name] = _write(out / name, name, folders, taken_off)
     card = _card(totals, skipped, references, conversion)
-    card["notes"] = [*_repeated(totals), *_implausible(card), *_constrained(done)]
+    card["notes"] = [*_repeated(totals), *_implausible(card), *_constrained(done), *_alone(done)]
     if conversion.reading.references == "fit":
         card["notes"] += _unexplained(totals, references or {})
     write_card(out, card)
@@ -139,6 +140,17 @@ def _constrained(done: list[dict[str, Any]]) -> Iterator[str]:
         yield (
             f"{frames} frames have constraints that leave atoms free in some direction or tie them "
             "to each other: a data set knows only free and fixed, and such atoms are free in it."
+        )
+
+
+def _alone(done: list[dict[str, Any]]) -> Iterator[str]:
+    """What is said of frames that most models cannot take."""
+    frames = [frame for part in done for frame in part.get("alone", [])]
+    if frames:
+        yield (
+            f"{len(frames)} frames have no two atoms within {SHORTEST_CUTOFF:g} Å of each other "
+            f"(the first is {frames[0]}): models that see no further refuse them; leave them "
+            "out, isolated atoms for example."
         )
 
 

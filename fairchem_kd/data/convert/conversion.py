@@ -237,6 +237,7 @@ def convert_part(part: Part, folder: Path, conversion: Conversion) -> None:
     skipped: dict[str, Counter[str]] = {}
     pbc: set[tuple[bool, ...]] = set()
     partly = 0
+    alone: list[str] = []
     try:
         for structure in read_part(part):
             found = label(structure, part, conversion.reading)
@@ -257,6 +258,8 @@ def convert_part(part: Part, folder: Path, conversion: Conversion) -> None:
             )  # fmt: skip
             pbc.add(found.pbc)
             partly += found.partly
+            if found.alone:
+                alone.append(f"{part.file}, frame {structure.frame}")
         for shard in shards.values():
             shard.close()
     except BaseException:
@@ -267,7 +270,7 @@ def convert_part(part: Part, folder: Path, conversion: Conversion) -> None:
         tally.save(folder / f"{name}.npz")
     splits = {name: tally.summary() for name, tally in sorted(tallies.items())}
     done = {"part": identity, "skipped": skipped, "pbc": sorted(pbc), "partly": partly}
-    done["splits"] = splits
+    done |= {"splits": splits, "alone": alone}
     write_text(folder / DONE, json.dumps(done))
 
 

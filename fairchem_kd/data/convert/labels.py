@@ -18,6 +18,8 @@ from ase.constraints import FixAtoms, FixCartesian, FixedLine, FixedPlane, FixSc
 from fairchem_kd.data.convert.sources import Part, Structure
 from fairchem_kd.data.frames import Array, Frame
 from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.stock.neighbours import SHORTEST_CUTOFF, without_neighbours
+from fairchem_kd.stock.periodicity import tags_of
 
 ENERGY_UNITS = {
     "eV": 1.0,
@@ -86,6 +88,7 @@ class Labelled:
     sid: int
     fid: int
     partly: bool  #: has constraints that leave atoms free in some way, which a data set cannot tell
+    alone: bool  #: no atom has a neighbour that a model would see
 
 
 def label(structure: Structure, part: Part, reading: Reading) -> Labelled | str:
@@ -124,7 +127,8 @@ def label(structure: Structure, part: Part, reading: Reading) -> Labelled | str:
     )
     relative, explained = _relative(frame.energy, structure, reading, where)
     group, sid, fid = _identity(structure, part, reading, where)
-    return Labelled(frame, pbc, relative, explained, forces, group, sid, fid, partly)
+    alone = without_neighbours(atoms, SHORTEST_CUTOFF / length)
+    return Labelled(frame, pbc, relative, explained, forces, group, sid, fid, partly, alone)
 
 
 def _results(atoms: Atoms) -> dict[str, Any]:
@@ -211,7 +215,7 @@ def _tags(atoms: Atoms) -> Any:
     """
     tags = atoms.get_tags()
     if not tags.any():
-        tags = np.full(len(atoms), 1 if atoms.pbc.any() else 2)
+        tags = tags_of(len(atoms), bool(atoms.pbc.any())).numpy()
     return tags.astype(np.int32)
 
 
