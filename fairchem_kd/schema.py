@@ -66,6 +66,15 @@ def parse(cls: type[T], given: Any, where: str) -> T:
     return cls(**values)
 
 
+def read_value(kind: Any, given: Any, where: str, meta: Mapping[str, Any]) -> Any:
+    """One value of a type, in a range (``ge``, ``gt``, ``le``), out of what a config gave.
+
+    Raises:
+        UserError: it is none.
+    """
+    return _value(kind, given, where, meta)
+
+
 def is_null(given: Any) -> bool:
     """Whether a value means "nothing": None, or ``null`` from the command line."""
     return given is None or (isinstance(given, str) and given.strip().lower() in _NULL)

@@ -100,6 +100,21 @@ def run_sweep(args: argparse.Namespace, config: dict[str, Any], grid: Grid) -> i
     return 0
 
 
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse what stock takes and fails with.
+
+    Raises:
+        UserError: a number out of range, or no checkpoint where one is needed.
+    """
+    for flag, least in (("num_gpus", 1), ("num_nodes", 1), ("print_every", 1), ("seed", 0)):
+        value = getattr(args, flag, None)
+        if isinstance(value, int) and value < least:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} must be at least {least}, not {value}.")
+    if args.mode in ("predict", "validate") and not args.checkpoint:
+        raise UserError(f"--mode {args.mode} needs --checkpoint, the weights to do it with.")
+
+
 def main(argv: Sequence[str] | None = None, grid: Grid | None = None) -> int:
     """Run the `fairchem` command; an optional leading ``main`` is accepted.
 
@@ -119,6 +134,7 @@ def main(argv: Sequence[str] | None = None, grid: Grid | None = None) -> int:
         logging.info("No CUDA device here: running on the CPU, as with --cpu")
         args.cpu = True
     try:
+        _check_flags(args)
         config = read_config(args, overrides)
         if in_single_precision(config) and args.mode == "predict":
             logging.info(

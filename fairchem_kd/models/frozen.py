@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.features import Captured, FeatureExtractor, architecture_of
-from fairchem_kd.features.architecture import refuse_wrong_forces
 from fairchem_kd.models.build import _unfitted, build_model, check_finite, read_units
 from fairchem_kd.models.elements import _known_elements
 from fairchem_kd.models.file import read_checkpoint
@@ -219,7 +218,6 @@ def _build(
 ) -> Teacher:
     model = build_model(checkpoint, name).to(device)
     check_finite(model, name)
-    refuse_wrong_forces(model, f"The model in {name}")
     config = modern_config(checkpoint["config"])
     try:
         ensure_fitted(model)

@@ -8,11 +8,9 @@ when it is read; what the schema below does not know is refused with its key.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -222,26 +220,19 @@ def _check_losses(losses: Any, where: str) -> None:
 
 
 def _check_metrics(block: Mapping[str, Any], where: str) -> None:
+    from fairchem_kd.stock.options import known_metrics
+
     for target, names in _mapping(block.get("metrics"), f"{where}.metrics").items():
         for name in names if isinstance(names, list | tuple | dict | set) else [names]:
             if name is None:
                 continue
-            if not isinstance(name, str) or name not in _metrics():
-                hint = did_you_mean(str(name)[:60], sorted(_metrics()))
+            if not isinstance(name, str) or name not in known_metrics():
+                hint = did_you_mean(str(name)[:60], sorted(known_metrics()))
                 raise NotAllowed(
                     f"{where}.metrics.{target} has {name!r:.80}, and stock evaluates the name of a "
                     f"metric{hint}",
                     needs_trust=True,
                 )
-
-
-@cache
-def _metrics() -> frozenset[str]:
-    """The functions of stock's evaluator, which is where it evaluates a metric's name."""
-    from fairchem.core.modules import evaluator
-
-    found = inspect.getmembers(evaluator, inspect.isfunction)
-    return frozenset(name for name, function in found if function.__module__ == evaluator.__name__)
 
 
 def _check_distillation(task: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from torch_geometric.data import Batch
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.periodicity import FLAT, alike, axes, completed, room, tags_of
 
+_SINGLE = ("pos", "cell")  # what models multiply with weights
 #: Every module in which stock looks its collater up.
 _USERS = (
     *(datasets, lmdb_dataset, base_trainer),
@@ -51,7 +52,8 @@ def use_our_collater() -> None:
 
 
 def fit(samples: Sequence[Any]) -> Sequence[Any]:
-    """``samples``, or copies of them that are alike in periodicity, and have tags."""
+    """``samples``, or copies of them that are alike in periodicity, and have what models read."""
+    samples = [_in_form(one) for one in samples]
     same = alike([_pbc(one) for one in samples], [_cell(one) for one in samples])
     untagged = [_untagged(one) for one in samples]
     if same and not any(untagged):
@@ -64,6 +66,29 @@ def fit(samples: Sequence[Any]) -> Sequence[Any]:
         if not same:
             one.cell, one.pbc = _in_room(sample)
         made.append(one)
+    return made
+
+
+def _in_form(sample: Any) -> Any:
+    """A sample, or a copy of it with what stock's writers give: single precision, ``fixed``, ...
+
+    Without ``fixed`` every atom is free.
+    """
+    changes: dict[str, Any] = {}
+    for key in _SINGLE:
+        value = getattr(sample, key, None)
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
+            changes[key] = value.float()
+    cell = changes.get("cell", getattr(sample, "cell", None))
+    if isinstance(cell, torch.Tensor) and cell.dim() == 2:
+        changes["cell"] = cell[None]
+    if getattr(sample, "fixed", None) is None:
+        changes["fixed"] = torch.zeros(len(sample.pos))
+    if not changes:
+        return sample
+    made = copy.copy(sample)
+    for key, value in changes.items():
+        made[key] = value
     return made
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairchem_kd.features import FeatureExtractor, FeatureSpec, Request
+from fairchem_kd.features.architecture import refuse_wrong_forces
 from fairchem_kd.teachers.base import ATOM_ENERGY, Taught
 
 if TYPE_CHECKING:
@@ -24,9 +25,13 @@ class LiveTeacher:
 
     Args:
         frozen: the model with its units, on the device of the batches.
+
+    Raises:
+        UserError: its forces are not what they are called.
     """
 
     def __init__(self, frozen: FrozenModel) -> None:
+        refuse_wrong_forces(frozen.model, f"The model in {frozen.name}")
         self.frozen = frozen
         self.require_outputs = frozen.require_outputs
         self.check_elements = frozen.check_elements

@@ -29,6 +29,7 @@ from fairchem_kd.models.file import write_checkpoint
 from fairchem_kd.random_state import random_state, set_random_state
 from fairchem_kd.stock.trainer import StockTrainer
 from fairchem_kd.training.checks import check_finite, check_labels, none_free, refuse_none_free
+from fairchem_kd.training.first_samples import check_samples
 from fairchem_kd.training.interruption import Ask, Interruption
 from fairchem_kd.training.ranks import check_same_on_ranks, refused_by_all, seen_by_rank
 from fairchem_kd.training.records import Records
@@ -138,11 +139,23 @@ class RestartableTrainer(StockTrainer):
         refuse_wrong_forces(self._unwrapped_model, "The student (model)")
 
     def check_labels(self) -> None:
-        """Refuse data without the labels that the losses are for; stock would fail in a step."""
+        """Refuse data that losses, metrics and predictions cannot take; stock would fail later."""
         targets = [name for name, _ in self.loss_functions]
-        for split, loader in (("train", self.train_loader), ("val", self.val_loader)):
-            if loader is not None and len(loader.dataset) > 0:
-                check_labels(loader.dataset[0], targets, f"dataset.{split}")
+        loaders = {"train": self.train_loader, "val": self.val_loader, "test": self.test_loader}
+        with refused_by_all():
+            for split, loader in loaders.items():
+                if loader is None or len(loader.dataset) == 0:
+                    continue
+                labels = {"train": targets, "val": list(self.output_targets), "test": []}[split]
+                if labels:
+                    check_labels(loader.dataset[0], targets, f"dataset.{split}")
+                check_samples(
+                    loader.dataset,
+                    f"dataset.{split}",
+                    self.output_targets,
+                    labels,
+                    named=split == "test",
+                )
 
     def check_ranks(self) -> None:
         """Make sure that all ranks go on from the same, with the same data and config."""

@@ -93,7 +93,7 @@ def _predictions(path: Path) -> list[tuple[float, np.ndarray]]:
 
 @pytest.mark.parametrize(
     "model",
-    ["gemnet_oc", "gemnet_oc_gradient", "painn", "schnet", "painn_energy"],
+    ["gemnet_oc", "gemnet_oc_gradient", "painn", "painn_gradient", "schnet", "painn_energy"],
 )
 def test_outputs_are_those_of_the_stock_calculator(tmp_path: Path, data: Path, model: str) -> None:
     path = _checkpoint(tmp_path, data, model)
@@ -142,7 +142,7 @@ def test_per_atom_energies_sum_to_the_energy(checkpoint: Path) -> None:
     torch.testing.assert_close(sums, teacher.denormalized(output, structs)["energy"])
 
 
-@pytest.mark.parametrize("model", ["gemnet_oc", "gemnet_oc_gradient", "schnet"])
+@pytest.mark.parametrize("model", ["gemnet_oc", "gemnet_oc_gradient", "painn_gradient", "schnet"])
 def test_features_are_detached_and_outputs_the_same(tmp_path: Path, data: Path, model: str) -> None:
     teacher = Teacher.from_checkpoint(_checkpoint(tmp_path, data, model), elements=ELEMENTS)
     request = Request("node", "node")

@@ -1,0 +1,466 @@
+"""The stock part of a training's config, read as `task.distillation` is: typed, ranged, by name.
+
+Stock reads its config as it goes, so that a slip ends in a traceback of its insides, sometimes
+hours later, or is not seen at all. What is known here is checked and coerced before anything is
+loaded; what is merely not known stays as it is, unless it is a near miss of a key that stock has.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.schema import is_null, read_value
+
+#: Blocks of a config, ours and stock's.
+BLOCKS = (
+    *("trainer", "task", "model", "dataset", "optim", "outputs", "loss_functions"),
+    *("evaluation_metrics", "logger", "slurm", "includes", "amp", "identifier", "seed", "mode"),
+    *("hide_eval_progressbar", "checkpoint"),
+    *("run_dir", "timestamp_id", "cpu", "is_debug", "gpus", "print_every", "local_rank", "name"),
+    *("flush_denormal", "val_dataset", "test_dataset", "relax_dataset", "noddp", "gp_gpus"),
+)  # fmt: skip
+
+
+class Option(NamedTuple):
+    """What a key may hold."""
+
+    kind: Any
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+
+_WHOLE, _COUNT = Option(int, ge=0), Option(int, ge=1)
+OPTIM = {
+    "batch_size": _COUNT,
+    "eval_batch_size": _COUNT,
+    "num_workers": _WHOLE,
+    "max_epochs": _COUNT,
+    "lr_initial": Option(float, gt=0),
+    "optimizer": Option(str),
+    "optimizer_params": Option(dict[str, Any]),
+    "scheduler": Option(str),
+    "scheduler_params": Option(dict[str, Any]),
+    "clip_grad_norm": Option(float | None, gt=0),
+    "ema_decay": Option(float | None, ge=0, lt=1),
+    "eval_every": _COUNT,
+    "checkpoint_every": Option(int, ge=-1),
+    "weight_decay": Option(float, ge=0),
+    "warmup_steps": Option(int),
+    "warmup_factor": Option(float, ge=0),
+    "lr_gamma": Option(float, gt=0),
+    "lr_milestones": Option(list[float]),
+    "T_max": Option(int, ge=1),
+    "eta_min": Option(float, ge=0),
+    "factor": Option(float, gt=0),
+    "patience": _WHOLE,
+    "min_lr": Option(float, ge=0),
+    "threshold": Option(float, ge=0),
+    "cooldown": _WHOLE,
+    "mode": Option(str),
+    "gamma": Option(float, gt=0),
+    "step_size": _COUNT,
+    "milestones": Option(list[int]),
+    "load_balancing": Option(str | bool | None),
+    "load_balancing_on_error": Option(str | None),
+    "energy_coefficient": Option(float, ge=0),
+    "force_coefficient": Option(float, ge=0),
+    "loss_energy": Option(str),
+    "loss_force": Option(str),
+    "load_datasets_and_model_then_exit": Option(bool),
+}
+#: What ``scheduler`` may be beside the names of torch.optim.lr_scheduler.
+_NO_SCHEDULER = "Null"
+_LAMBDA = ("warmup_steps", "warmup_factor", "lr_milestones", "lr_gamma")
+DATASET = {
+    "src": Option(Any),
+    "format": Option(str),
+    "first_n": Option(int | None, ge=1),
+    "sample_n": Option(int | None, ge=1),
+    "max_atoms": Option(int | None, ge=1),
+    "no_shuffle": Option(bool | None),
+    "seed": Option(int),
+    "transforms": Option(dict[str, Any] | None),
+    "key_mapping": Option(dict[str, Any] | None),
+    "use_train_settings": Option(bool),
+    "a2g_args": Option(dict[str, Any] | None),
+    "build": Option(Any),
+    "metadata_path": Option(str | None),
+}
+_NORMALIZER = ("mean", "rmsd", "stdev", "file", "fit", "batch_size", "shuffle", "num_batches")
+_POSITIVE = ("cutoff", "max_radius", "max_neighbors")
+_LOGGERS = ("tensorboard", "wandb")
+
+
+def check_training_config(config: dict[str, Any]) -> None:
+    """Check the stock part of the config of a training, and coerce its numbers in place.
+
+    Raises:
+        UserError: one sentence naming the key, what is wrong, and what it may be.
+    """
+    _optim(config)
+    _model(config)
+    splits = config.get("dataset")
+    for split, settings in splits.items() if isinstance(splits, Mapping) else ():
+        if settings is not None and split in ("train", "val", "test", "relax"):
+            _dataset(settings, f"dataset.{split}", train=split == "train")
+    task = config.get("task")
+    if not isinstance(task, Mapping | None):
+        raise UserError(f"task must be a mapping of keys, not {task!r:.60}.")
+    if config.get("loss_functions") or not (task or {}).get("dataset"):
+        _outputs(config)  # else OCP's config, out of which stock makes these blocks
+        _losses(config)
+        _metrics(config)
+    _logger(config.get("logger"))
+
+
+def check_overrides(overrides: Sequence[str], own: Iterable[str]) -> None:
+    """Refuse overrides of the command line that no part of a config has.
+
+    Args:
+        overrides: ``--KEY=VALUE``.
+        own: blocks that the config's file has.
+
+    Raises:
+        UserError: it names no block, or is empty.
+    """
+    for word in overrides:
+        key, _, value = word.removeprefix("--").partition("=")
+        block = key.split(".")[0]
+        if block not in BLOCKS and block not in own:
+            raise UserError(
+                f"the argument {word!r} overrides a key of '{block}', which no config has"
+                f"{did_you_mean(block, BLOCKS)}."
+            )
+        if not key or not value or key.endswith(".") or ".." in key:
+            raise UserError(f"the argument {word!r} needs a key and a value: --KEY=VALUE.")
+
+
+def _known(block: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Refuse the near miss of a key, which stock would pass over without a word."""
+    known = list(known)
+    for key in block:
+        if str(key) in known:
+            continue
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
+        if near:
+            raise UserError(f"{where} has an unknown key '{key}' (did you mean '{near[0]}'?).")
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a mapping of keys, not {value!r:.60}.")
+    return value
+
+
+def _coerce(block: dict[str, Any], table: Mapping[str, Option], where: str) -> None:
+    for key, rule in table.items():
+        if key not in block:
+            continue
+        meta = {"ge": rule.ge, "gt": rule.gt, "le": rule.le}
+        value = block[key] = read_value(rule.kind, block[key], f"{where}.{key}", meta)
+        if rule.lt is not None and value is not None and value >= rule.lt:
+            raise UserError(f"{where}.{key} must be below {rule.lt:g}, not {value:g}.")
+
+
+def _optim(config: dict[str, Any]) -> None:
+    optim = _mapping(config.get("optim"), "optim")
+    import torch
+    from torch.optim import lr_scheduler
+
+    schedulers = _names(lr_scheduler, lr_scheduler.LRScheduler)
+    given = optim.get("scheduler")
+    own: set[str] = set()
+    if isinstance(given, str) and given in schedulers:
+        own = set(inspect.signature(getattr(lr_scheduler, given)).parameters)
+    _known(optim, {*OPTIM, *own}, "optim")
+    for key in ("max_epochs", "lr_initial"):
+        if key not in optim:
+            raise UserError(f"optim.{key} is required but not given.")
+    optim.setdefault("num_workers", 0)
+    for key in ("batch_size", "num_workers", "max_epochs", "lr_initial"):
+        if key in optim and is_null(optim[key]):
+            raise UserError(f"optim.{key} must be a number, not null.")
+    for key in ("eval_batch_size", "eval_every", "checkpoint_every"):
+        if key in optim and is_null(optim[key]):
+            del optim[key]  # stock's default
+    if "scheduler" in optim and is_null(optim["scheduler"]):
+        optim["scheduler"] = _NO_SCHEDULER
+    _coerce(optim, OPTIM, "optim")
+    _numbers(optim.get("optimizer_params") or {}, "optim.optimizer_params")
+    optimizers = _names(torch.optim, torch.optim.Optimizer)
+    if optim.get("optimizer", "AdamW") not in optimizers:
+        name = optim["optimizer"]
+        raise UserError(f"optim.optimizer cannot be {name!r}{did_you_mean(name, optimizers)}.")
+    if "scheduler" in optim:
+        name = optim["scheduler"]
+        if name not in schedulers and name != _NO_SCHEDULER:
+            hint = did_you_mean(name, [*schedulers, _NO_SCHEDULER])
+            raise UserError(f"optim.scheduler cannot be {name!r}{hint}.")
+        if name != _NO_SCHEDULER:
+            _arguments(getattr(lr_scheduler, name), optim, f"optim.scheduler {name}")
+    else:
+        missing = [key for key in _LAMBDA if key not in optim]
+        if missing:
+            raise UserError(
+                f"optim.scheduler is missing, and stock's default needs {', '.join(missing)}: give "
+                "for example scheduler: CosineAnnealingLR with T_max, or 'Null' for none."
+            )
+
+
+def _arguments(scheduler: Any, optim: Mapping[str, Any], where: str) -> None:
+    """Refuse a scheduler without what it needs."""
+    for name, parameter in inspect.signature(scheduler).parameters.items():
+        if name != "optimizer" and parameter.default is parameter.empty and name not in optim:
+            raise UserError(f"{where} needs optim.{name}, which is not given.")
+
+
+def _names(module: Any, base: type) -> list[str]:
+    return sorted(
+        name
+        for name, found in vars(module).items()
+        if isinstance(found, type) and issubclass(found, base) and not name.startswith("_")
+    )
+
+
+def _numbers(block: dict[str, Any], where: str) -> None:
+    """Read text that spells a number as one (YAML takes 1e-3 for text), and refuse NaN."""
+    for key, value in _mapping(block, where).items():
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                continue
+            block[key] = int(value) if math.isfinite(value) and value == int(value) else value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}.{key} must be a number, not {value}.")
+
+
+@cache
+def _registered(kind: str) -> tuple[str, ...]:
+    from fairchem.core.common.registry import registry
+    from fairchem.core.common.utils import setup_imports
+
+    from fairchem_kd.stock.plugin import register
+
+    setup_imports()
+    register()
+    return tuple(sorted(registry.mapping[f"{kind}_name_mapping"]))
+
+
+def _name(value: Any, kind: str, where: str) -> None:
+    """Refuse a name that stock has not; an import path is looked up later."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} must be a name, not {value!r:.60}.")
+    known = _registered(kind)
+    if "." not in value and value not in known:
+        raise UserError(f"{where} cannot be {value!r}{did_you_mean(value, known)}.")
+
+
+def _model(config: dict[str, Any]) -> None:
+    model = _mapping(config.get("model"), "model")
+    if is_null(model.get("name")):
+        raise UserError(f"model.name is required{did_you_mean('', _registered('model'))}.")
+    _name(model["name"], "model", "model.name")
+    blocks = [(model, "model")]
+    if isinstance(model.get("backbone"), dict):
+        blocks.append((model["backbone"], "model.backbone"))
+    for block, where in blocks:
+        _numbers({k: v for k, v in block.items() if isinstance(v, str)}, where)
+        for key, value in block.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | str):
+                continue
+            if key in _POSITIVE or key.startswith(("hidden", "num_", "emb_size")):
+                number = read_value(float, value, f"{where}.{key}", {})
+                if number <= 0:
+                    raise UserError(f"{where}.{key} must be greater than 0, not {value}.")
+                block[key] = int(number) if number == int(number) and key != "cutoff" else number
+        _scales(block.get("scale_file"), f"{where}.scale_file")
+
+
+def _scales(given: Any, where: str) -> None:
+    if is_null(given):
+        return
+    if isinstance(given, str):
+        path = Path(given)
+        if not path.is_file():
+            raise UserError(
+                f"{where}: {path.absolute()} does not exist; fix the path, or fit the factors with "
+                "`fairchem-kd fit-scales`."
+            )
+        if path.suffix != ".json":
+            return
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where}: {path} cannot be read as JSON ({error}).") from None
+    for name, value in _mapping(given, where).items():
+        if name == "comment":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{where}.{name} must be a number, not {value!r:.60}.")
+        if not math.isfinite(value) or value == 0:
+            raise UserError(
+                f"{where}.{name} is {value}, and no scale factor; fit the factors anew."
+            )
+
+
+def _dataset(settings: Any, where: str, *, train: bool) -> None:
+    settings = _mapping(settings, where)
+    if not settings:
+        return
+    _known(settings, DATASET, where)
+    src = settings.get("src")
+    if is_null(src):
+        raise UserError(f"{where}.src is required: where the data are.")
+    if not isinstance(src, str) and not (
+        isinstance(src, list | tuple) and src and all(isinstance(one, str) for one in src)
+    ):
+        raise UserError(f"{where}.src must be a path or a list of paths, not {src!r:.60}.")
+    _coerce(settings, DATASET, where)
+    if "format" in settings:
+        _name(settings["format"], "dataset", f"{where}.format")
+    transforms = settings.get("transforms") or {}
+    normalizer = transforms.get("normalizer")
+    if normalizer is not None:
+        _normalizer(_mapping(normalizer, f"{where}.transforms.normalizer"), where)
+
+
+def _normalizer(normalizer: dict[str, Any], where: str) -> None:
+    where = f"{where}.transforms.normalizer"
+    if "file" in normalizer or "fit" in normalizer:
+        return
+    for target, values in normalizer.items():
+        here = f"{where}.{target}"
+        values = _mapping(values, here)
+        if "file" in values:
+            continue
+        for old in ("std", "rms"):
+            if old in values:
+                raise UserError(f"{here} has an unknown key '{old}' (did you mean 'rmsd'?).")
+        _known(values, _NORMALIZER, here)
+        if "mean" not in values or not {"rmsd", "stdev"} & set(values):
+            raise UserError(f"{here} needs mean and rmsd; it has {', '.join(values) or 'nothing'}.")
+        for key in ("mean", "rmsd", "stdev"):
+            if key in values:
+                positive = {"gt": 0} if key != "mean" else {}
+                values[key] = read_value(float, values[key], f"{here}.{key}", positive)
+
+
+def _outputs(config: Mapping[str, Any]) -> None:
+    outputs = config.get("outputs")
+    if not outputs:
+        raise UserError(
+            "outputs is missing, what the model predicts: give for example outputs: {energy: "
+            "{level: system}, forces: {level: atom}}."
+        )
+    for name, output in _mapping(outputs, "outputs").items():
+        level = _mapping(output, f"outputs.{name}").get("level", "system")
+        if level not in ("system", "atom"):
+            hint = did_you_mean(str(level), ["system", "atom"])
+            raise UserError(f"outputs.{name}.level cannot be {level!r}{hint}.")
+
+
+def _targets(config: Mapping[str, Any]) -> list[str]:
+    """The outputs, and what they are decomposed into."""
+    found = []
+    for name, output in config["outputs"].items():
+        parts = output.get("decomposition")
+        found += [name, *(parts if isinstance(parts, Mapping) else ())]
+    return found
+
+
+def _losses(config: Mapping[str, Any]) -> None:
+    losses = config.get("loss_functions")
+    if not losses:
+        raise UserError(
+            "loss_functions is empty, so that nothing is learned: give for example loss_functions: "
+            "[{energy: {fn: mae, coefficient: 1}}, {forces: {fn: l2mae, coefficient: 100}}]."
+        )
+    if not isinstance(losses, list | tuple):
+        raise UserError("loss_functions must be a list: - energy: {fn: mae, coefficient: 1}.")
+    targets = _targets(config)
+    for number, entry in enumerate(losses):
+        for target, options in _mapping(entry, f"loss_functions[{number}]").items():
+            where = f"loss_functions[{number}].{target}"
+            if target not in targets:
+                hint = did_you_mean(str(target), targets)
+                raise UserError(f"{where}: outputs has no '{target}'{hint}.")
+            options = _mapping(options, where)
+            _known(options, ("fn", "coefficient", "reduction"), where)
+            _name(options.get("fn", "mae"), "loss", f"{where}.fn")
+            if is_null(options.get("coefficient")):
+                raise UserError(f"{where}.coefficient is required but not given.")
+            coefficient = options["coefficient"]
+            options["coefficient"] = read_value(
+                float, coefficient, f"{where}.coefficient", {"ge": 0}
+            )
+
+
+def _metrics(config: dict[str, Any]) -> None:
+    block = config.get("evaluation_metrics")
+    if is_null(block):
+        return
+    block = _mapping(block, "evaluation_metrics")
+    _known(block, ("metrics", "primary_metric"), "evaluation_metrics")
+    metrics = block.get("metrics")
+    if is_null(metrics):
+        return
+    known, targets, found = sorted(known_metrics()), [*_targets(config), "misc"], []
+    for target, names in _mapping(metrics, "evaluation_metrics.metrics").items():
+        where = f"evaluation_metrics.metrics.{target}"
+        if target not in targets:
+            raise UserError(f"{where}: outputs has no '{target}'{did_you_mean(target, targets)}.")
+        named = [names] if isinstance(names, str) else names or []
+        if not isinstance(named, list | tuple):
+            raise UserError(f"{where} must be a list of names, not {names!r:.60}.")
+        for name in named:
+            if name not in known:
+                raise UserError(f"{where} cannot be {name!r}{did_you_mean(str(name), known)}.")
+            found.append(name if target == "misc" else f"{target}_{name}")
+    primary = block.get("primary_metric")
+    if not is_null(primary) and primary not in [*found, "loss"]:
+        raise UserError(
+            f"evaluation_metrics.primary_metric is {primary!r}, which no metric gives"
+            f"{did_you_mean(str(primary), found)}."
+        )
+
+
+@cache
+def known_metrics() -> frozenset[str]:
+    """The functions of stock's evaluator, which is where it evaluates a metric's name."""
+    from fairchem.core.modules import evaluator
+
+    found = inspect.getmembers(evaluator, inspect.isfunction)
+    return frozenset(name for name, function in found if function.__module__ == evaluator.__name__)
+
+
+def _logger(logger: Any) -> None:
+    if is_null(logger):
+        return
+    name = logger.get("name") if isinstance(logger, Mapping) else logger
+    _name(name, "logger", "logger" if isinstance(logger, str) else "logger.name")
+    if name != "wandb" or os.environ.get("WANDB_MODE", "") in ("disabled", "offline", "dryrun"):
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "logger is wandb, which is not installed: pip install wandb, or logger: tensorboard."
+        ) from None
+    key = os.environ.get("WANDB_API_KEY") or getattr(wandb.api, "api_key", None)
+    if not key:
+        raise UserError(
+            "logger is wandb, and nobody is logged in: run `wandb login`, set WANDB_MODE=offline, "
+            "or take logger: tensorboard."
+        )

@@ -1,0 +1,102 @@
+"""Samples of every data set, looked at before the first step.
+
+What one sample lacks ends a training when it is drawn, or at the first evaluation, hours later. So
+of every set the first batch and samples spread over the rest are looked at: what models, labels,
+metrics and predictions will ask of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fairchem_kd.errors import UserError
+
+MOST = 256  # samples of a set that are looked at
+
+
+def check_samples(
+    dataset: Any, where: str, outputs: Mapping[str, Mapping[str, Any]], targets: Iterable[str],
+    *, named: bool,
+) -> None:  # fmt: skip
+    """Refuse a data set of which a sample does not fit.
+
+    Args:
+        dataset: whose samples are looked at, `MOST` of them.
+        where: its key in the config.
+        outputs: the trainer's ``output_targets``.
+        targets: the labels that each sample has to have.
+        named: whether each has to have a ``sid``, for predictions.
+
+    Raises:
+        UserError: naming the set, the sample's number and the key.
+    """
+    count = len(dataset)
+    targets = list(targets)
+    for index in _chosen(count):
+        try:
+            sample = dataset[index]
+        except UserError:
+            raise
+        except Exception as error:  # whatever the reader makes of bytes that are no sample
+            raise UserError(
+                f"{where}: sample {index} cannot be read ({type(error).__name__}: {error}); mend "
+                "or remove it."
+            ) from error
+        problem = _problem(sample, outputs, targets, named)
+        if problem:
+            raise UserError(f"{where}: sample {index}{_name(sample)} {problem}.")
+
+
+def _chosen(count: int) -> Sequence[int]:
+    """The first ones, and others evenly spread."""
+    if count <= MOST:
+        return range(count)
+    half = MOST // 2
+    return [*range(half), *(half + i * (count - half) // half for i in range(half))]
+
+
+def _problem(
+    sample: Any, outputs: Mapping[str, Mapping[str, Any]], targets: Sequence[str], named: bool
+) -> str:
+    """What does not fit; empty where all does."""
+    for key in ("pos", "atomic_numbers", "natoms", "cell", *(("sid",) if named else ())):
+        if getattr(sample, key, None) is None:
+            mend = "predictions are written by it" if key == "sid" else "models need it"
+            return f"has no '{key}', and {mend}: write it into the data"
+    natoms = int(torch.as_tensor(sample.natoms))
+    for key, shape in (("pos", (natoms, 3)), ("atomic_numbers", (natoms,))):
+        found = tuple(torch.as_tensor(getattr(sample, key)).shape)
+        if found != shape:
+            return f"has '{key}' of shape {found}, and {natoms} atoms need {shape}"
+    if torch.as_tensor(sample.cell).numel() != 9:
+        return f"has 'cell' of shape {tuple(torch.as_tensor(sample.cell).shape)}, not (1, 3, 3)"
+    fixed = getattr(sample, "fixed", None)
+    if fixed is not None and tuple(torch.as_tensor(fixed).shape) != (natoms,):
+        return (
+            f"has 'fixed' of shape {tuple(torch.as_tensor(fixed).shape)}: it has to say of each of "
+            f"the {natoms} atoms whether it is fixed, 0 or 1"
+        )
+    for name in targets:
+        value = getattr(sample, name, None)
+        if value is None:
+            return f"has no label '{name}', and others have: remove it, or give it one"
+        rows = natoms if outputs.get(name, {}).get("level", "system") == "atom" else 1
+        size = torch.as_tensor(value).numel()
+        if size == 0 or size % rows:
+            return f"has the label '{name}' with {size} numbers, which {rows} rows do not share"
+        if name == "forces" and size != 3 * natoms:
+            return f"has forces of {size} numbers, and {natoms} atoms need {3 * natoms}"
+    return ""
+
+
+def _name(sample: Any) -> str:
+    named = {key: getattr(sample, key, None) for key in ("sid", "fid")}
+    words = [f"{key} {_plain(value)}" for key, value in named.items() if value is not None]
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value

@@ -1,0 +1,103 @@
+"""What does not fit in a data set is said before the first step, with the sample's number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch_geometric.data import Data
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.stock.samples import collate
+from fairchem_kd.training.first_samples import MOST, check_samples
+
+OUTPUTS = {"energy": {"level": "system"}, "forces": {"level": "atom"}}
+
+
+def sample(index: int = 0, **changes: Any) -> Data:
+    values: dict[str, Any] = {
+        "pos": torch.rand(4, 3),
+        "atomic_numbers": torch.ones(4, dtype=torch.long),
+        "natoms": 4,
+        "cell": 9 * torch.eye(3)[None],
+        "fixed": torch.zeros(4),
+        "energy": 1.0,
+        "forces": torch.rand(4, 3),
+        "sid": index,
+    }
+    values |= changes
+    return Data(**{key: value for key, value in values.items() if value is not GONE})
+
+
+GONE = "(not given)"
+
+
+def check(dataset: Any, *, named: bool = False) -> None:
+    check_samples(dataset, "dataset.val", OUTPUTS, ["energy", "forces"], named=named)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pos": GONE}, "has no 'pos'"),
+        ({"cell": GONE}, "has no 'cell'"),
+        ({"pos": torch.rand(3, 3)}, r"'pos' of shape \(3, 3\), and 4 atoms need \(4, 3\)"),
+        ({"atomic_numbers": torch.ones(5)}, r"'atomic_numbers' of shape \(5,\)"),
+        ({"cell": torch.rand(2, 3)}, r"'cell' of shape \(2, 3\)"),
+        ({"fixed": torch.tensor([0, 2])}, r"'fixed' of shape \(2,\)"),
+        ({"energy": None}, "no label 'energy'"),
+        ({"energy": GONE}, "no label 'energy'"),
+        ({"forces": GONE}, "no label 'forces'"),
+        ({"forces": torch.rand(3, 3)}, "label 'forces' with 9 numbers|forces of 9 numbers"),
+        ({"forces": torch.rand(4)}, "forces of 4 numbers, and 4 atoms need 12"),
+        ({"energy": torch.zeros(0)}, "label 'energy' with 0 numbers"),
+    ],
+)
+def test_a_sample_that_does_not_fit_is_named(changes: dict[str, Any], said: str) -> None:
+    dataset = [sample(0), sample(1), sample(2, **changes), sample(3)]
+    with pytest.raises(UserError, match=rf"dataset\.val: sample 2 \(sid 2\) .*({said})"):
+        check(dataset)
+
+
+def test_samples_that_fit_pass() -> None:
+    check([sample(0), sample(1, fixed=GONE), sample(2, energy=torch.tensor([1.0]))], named=True)
+
+
+def test_predictions_need_a_name() -> None:
+    with pytest.raises(UserError, match="sample 1 has no 'sid'"):
+        check([sample(0), sample(1, sid=GONE)], named=True)
+
+
+class Long:
+    """A set of which few samples can be looked at."""
+
+    def __init__(self, count: int, bad: int) -> None:
+        self.count, self.bad, self.read = count, bad, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Data:
+        self.read += 1
+        if index == self.bad:
+            raise KeyError("pos")
+        return sample(index)
+
+
+def test_of_a_large_set_few_samples_are_read() -> None:
+    large = Long(100_000, bad=-1)
+    check(large)
+    assert large.read == MOST
+    with pytest.raises(UserError, match="sample 5 cannot be read"):
+        check(Long(100_000, bad=5))
+
+
+def test_what_can_be_put_right_is() -> None:
+    """Double precision, a cell of 3 x 3 and no word about fixed atoms."""
+    odd = sample(0, pos=torch.rand(4, 3).double(), cell=9 * torch.eye(3), fixed=GONE, tags=GONE)
+    batch = collate([odd, sample(1, tags=torch.ones(4, dtype=torch.long))], otf_graph=True)
+    assert batch.pos.dtype == torch.float32
+    assert batch.cell.shape == (2, 3, 3)
+    assert batch.fixed.tolist() == [0.0] * 8
+    assert "fixed" not in odd
