@@ -21,7 +21,7 @@ from fairchem_kd.teachers.place import AUTO
 
 WHERE = "task.distillation"
 #: What stands beside the terms' values in logs and records.
-RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle")
+RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted")
 
 # Announced, but not in this version: a config that asks for one is refused rather than ignored.
 _LATER = {

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.structures import pick
 from fairchem_kd.training.checks import check_finite
 from fairchem_kd.training.ranks import rank, told_by_first, world_size
 
@@ -85,8 +86,13 @@ def _fit(
         check_finite(batch, ())
         teacher.check_elements(batch.atomic_numbers)
         batch = batch.to(device)
-        features = teacher.teach(batch, requests).features
+        taught = teacher.teach(batch, requests).sound(())
+        if taught.trusted is not None:  # what is not finite has no mean
+            kept = taught.trusted.nonzero().flatten().tolist()
+            if not kept:
+                continue
+            taught, batch = taught.of(kept), pick(batch, kept)
         for term in terms:
-            term.update_statistics(features, batch)
+            term.update_statistics(taught.features, batch)
     for term in terms:
         term.finalize_statistics()

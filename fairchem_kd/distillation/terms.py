@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from torch_geometric.data import Batch
 
 
+#: In logs and records: the share of structures for which the teacher's word does not count.
+UNTRUSTED = "untrusted"
+
+
 class Distillation:
     """Teacher, taps, loss terms and projections of one training.
 
@@ -167,7 +171,9 @@ class Distillation:
         return torch.as_tensor(count, dtype=torch.float64).to(self.device, non_blocking=True)
 
     def _inputs(self, batch: Batch, out: dict[str, Tensor], student: Captured) -> LossInputs:
-        taught = self.teacher.teach(batch, self.teacher_requests)
+        taught = self.teacher.teach(batch, self.teacher_requests).sound(self._outputs)
+        if taught.trusted is not None:
+            self.values.note(UNTRUSTED, 1.0 - taught.trusted.double().mean())
         inputs = LossInputs(
             batch,
             student={r: student[r].values for r in self.student_tap.specs},

@@ -28,7 +28,7 @@ from fairchem_kd.distillation.companions import (
 from fairchem_kd.distillation.companions.join import labelled_part
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.distillation.keeping import keep, wanted_structures
-from fairchem_kd.distillation.terms import Distillation
+from fairchem_kd.distillation.terms import UNTRUSTED, Distillation
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.features.wrappers import stock_model_config
@@ -55,6 +55,10 @@ if TYPE_CHECKING:
     from fairchem_kd.features import Captured
 
 
+MOST_UNTRUSTED = 0.5  # of the structures so far
+SURE = 10  # steps before a share counts that is not all
+
+
 class DistillationTrainer(RestartableTrainer):
     """Trains a stock student on its labels and on the hidden features of a teacher.
 
@@ -76,6 +80,7 @@ class DistillationTrainer(RestartableTrainer):
         self.distillation: Distillation | None = None
         self.companions: Companions | None = None
         self._validating = False
+        self._untrusted: list[float] = []  # shares, between two lines of the log
         self._distilled: tuple[Batch, dict[str, torch.Tensor], Captured] | None = None
         super().__init__(
             task=task,
@@ -261,7 +266,19 @@ class DistillationTrainer(RestartableTrainer):
     # -- records, evaluation, checkpoints ---------------------------------------------------------
 
     def values(self) -> dict[str, float]:
-        return self.distillation.values.read() if self.distillation else {}
+        if self.distillation is None:
+            return {}
+        values = self.distillation.values.read()
+        if self.model.training:
+            self._untrusted.append(values.get(UNTRUSTED, 0.0))
+        share = sum(self._untrusted) / max(len(self._untrusted), 1)
+        if share == 1.0 or (share > MOST_UNTRUSTED and self.step >= SURE):
+            raise UserError(
+                f"Step {self.step}: of {share:.0%} of the structures the teacher says "
+                "NaN or infinity, so that it teaches little: take structures like those that it "
+                "was trained on, or another teacher."
+            )
+        return values
 
     def validate(self, split: str = "val", disable_tqdm: bool = False) -> dict[str, Any]:
         self._validating = True

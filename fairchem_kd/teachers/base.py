@@ -57,6 +57,40 @@ class Taught:
             self.origin,
         )
 
+    def sound(self, outputs: Iterable[str]) -> Taught:
+        """Itself; or where anything is not finite, an answer that does not trust that structure.
+
+        What is not finite becomes 0, since what does not count must not spoil gradients either
+        (0 times NaN is NaN). On a CPU an answer without such values comes back as it is.
+
+        Args:
+            outputs: those that are looked at, beside all features.
+        """
+        values = [self.outputs[name] for name in outputs] + list(self.features.values())
+        if self.atom_energy is not None:
+            values.append(self.atom_energy)
+        if not self.natoms.is_cuda and all(bool(torch.isfinite(v).all()) for v in values):
+            return self
+        systems = len(self.natoms)
+        of = torch.repeat_interleave(torch.arange(systems, device=self.natoms.device), self.natoms)
+        wrong = torch.zeros(systems, device=self.natoms.device)
+        for value in values:
+            rows = (~torch.isfinite(value)).flatten(1).any(1).to(wrong)
+            wrong = wrong + rows if len(rows) == systems else wrong.index_add(0, of, rows)
+        trusted = wrong == 0 if self.trusted is None else self.trusted & (wrong == 0)
+
+        def clean(value: Tensor) -> Tensor:
+            return torch.where(torch.isfinite(value), value, 0)
+
+        return Taught(
+            self.natoms,
+            {name: clean(value) for name, value in self.outputs.items()},
+            {request: clean(value) for request, value in self.features.items()},
+            None if self.atom_energy is None else clean(self.atom_energy),
+            trusted,
+            self.origin,
+        )
+
 
 class Teacher(Protocol):
     """Whatever can teach."""

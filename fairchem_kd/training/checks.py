@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,3 +98,41 @@ def refuse_none_free(batch: Batch, outputs: Mapping[str, Mapping[str, Any]], key
                 f"{name_of(batch, 0)}), and outputs.{name}.{key} leaves fixed atoms out: leave out "
                 f"structures that are fixed as a whole, or set outputs.{name}.{key}: false."
             )
+
+
+def refuse_divergence(metrics: Mapping[str, Mapping[str, float]], step: int) -> None:
+    """Refuse to take a step whose loss or errors are not finite.
+
+    Stock turns predictions that are not finite into 0 and goes on, so that its loss shows nothing.
+    The numbers are those that stock has read from the device for its log.
+
+    Raises:
+        UserError: with what to do.
+    """
+    for name, metric in metrics.items():
+        value = metric.get("metric", 0.0)
+        if (name == "loss" or name.endswith(("_mae", "_mse"))) and not math.isfinite(value):
+            raise UserError(
+                f"Step {step}: {name} is {value}, so the training has diverged, and this step is "
+                f"not taken. {_MEND}"
+            )
+
+
+def refuse_gradients(parameters: Iterable[torch.nn.Parameter], step: int) -> None:
+    """Refuse to take a step with gradients that are not finite.
+
+    Raises:
+        UserError: with what to do.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+        raise UserError(
+            f"Step {step}: gradients are NaN or infinite, so the training has diverged, and this "
+            f"step is not taken. {_MEND}"
+        )
+
+
+_MEND = (
+    "What was saved before stays as it is: take a smaller optim.lr_initial or a warm-up, give "
+    "optim.clip_grad_norm, and look for labels or structures that are out of the ordinary."
+)

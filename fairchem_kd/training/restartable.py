@@ -28,7 +28,14 @@ from fairchem_kd.features.architecture import refuse_wrong_forces
 from fairchem_kd.models.file import write_checkpoint
 from fairchem_kd.random_state import random_state, set_random_state
 from fairchem_kd.stock.trainer import StockTrainer
-from fairchem_kd.training.checks import check_finite, check_labels, none_free, refuse_none_free
+from fairchem_kd.training.checks import (
+    check_finite,
+    check_labels,
+    none_free,
+    refuse_divergence,
+    refuse_gradients,
+    refuse_none_free,
+)
 from fairchem_kd.training.first_samples import check_samples
 from fairchem_kd.training.interruption import Ask, Interruption
 from fairchem_kd.training.ranks import check_same_on_ranks, refused_by_all, seen_by_rank
@@ -133,6 +140,10 @@ class RestartableTrainer(StockTrainer):
             self.restart.scheduled_step = self.step
 
         self.scheduler.step = step_and_note  # a resume has to know whether it was taken
+        if self.device.type == "cpu":  # on a GPU that would wait for the device
+            self.optimizer.register_step_pre_hook(
+                lambda *_: refuse_gradients(self.model.parameters(), self.step)
+            )
 
     def load_model(self) -> None:
         super().load_model()
@@ -242,6 +253,7 @@ class RestartableTrainer(StockTrainer):
         return self.step % self.config["cmd"]["print_every"] == 0
 
     def _backward(self, loss: torch.Tensor) -> None:
+        refuse_divergence(self.metrics, self.step)
         super()._backward(loss)
         if self.records is not None and self._is_printed:
             metrics = {name: metric["metric"] for name, metric in self.metrics.items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from fairchem.core.datasets import data_list_collater
 from torch_geometric.data import Batch, Data
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.training.checks import check_finite
+from fairchem_kd.training.checks import check_finite, refuse_divergence
 
 
 def batch_of_three() -> Batch:
@@ -48,3 +50,20 @@ def test_the_structure_is_named(key: str, row: int, words: str, value: float) ->
     with pytest.raises(UserError) as error:
         check_finite(batch, ("energy", "forces"))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "wrong"),
+    [
+        ({"loss": {"metric": 1.0}, "energy_mae": {"metric": 2.0}}, False),
+        ({"loss": {"metric": float("nan")}}, True),
+        ({"loss": {"metric": 1.0}, "forces_mae": {"metric": float("inf")}}, True),
+        ({"loss": {"metric": 1.0}, "forces_cosine_similarity": {"metric": float("nan")}}, False),
+    ],
+)
+def test_a_step_of_a_training_that_diverged_is_not_taken(metrics: Any, wrong: bool) -> None:
+    if not wrong:
+        refuse_divergence(metrics, 3)
+        return
+    with pytest.raises(UserError, match=r"Step 3: .* has diverged, .*lr_initial"):
+        refuse_divergence(metrics, 3)
