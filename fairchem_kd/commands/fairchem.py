@@ -27,7 +27,10 @@ def _main(argv: Sequence[str] | None) -> int:
     drop_noise()
     try:
         return run.main(argv, sweep_grid)
-    except KeyboardInterrupt:
-        told = "stopped; a training goes on with --timestamp-id and the name of its run's folder"
+    except KeyboardInterrupt as stop:
+        told = str(stop) or (
+            "stopped at once; a training with a checkpoint goes on from there with --timestamp-id "
+            "and the name of its run's folder"
+        )
         print(f"\n{told}", file=sys.stderr)
         return 130

@@ -11,8 +11,13 @@ from __future__ import annotations
 import enum
 import logging
 import os
+import shlex
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -32,6 +37,28 @@ class Ask(enum.IntEnum):
     LEAVE = 2  # save, be requeued, and exit
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, after a checkpoint was saved; says how to go on."""
+
+
+_INTERRUPT = signal.default_int_handler
+_AGAIN = 0.5  # seconds after which a second Ctrl-C is one: launchers send the first one twice
+
+
+def how_to_go_on(run: str) -> str:
+    """The command with which this process was started, for going on with a run."""
+    program, *words = sys.argv
+    kept: list[str] = []
+    for word in words:
+        if kept and kept[-1] == "--timestamp-id":
+            kept.pop()
+        elif not word.startswith("--timestamp-id="):
+            kept.append(word)
+    name = Path(program).name
+    start = ["python", "-m", "fairchem_kd"] if name in ("__main__.py", "-m") else [name]
+    return shlex.join([*start, *kept, "--timestamp-id", run])
+
+
 class Interruption:
     """Holds back submitit's signals within a ``with`` block; without submitit it does nothing.
 
@@ -48,6 +75,10 @@ class Interruption:
         self._signal = JobEnvironment._usr_sig()
         self._handlers: dict[int, Any] = {}
         self._noted: list[Ask] = []
+        #: Whether the training looks for `stopped` between its steps, so that Ctrl-C can wait.
+        self.polled = False
+        self._stopped_at: float | None = None
+        self._own_interrupt: Any = None
 
     @property
     def held(self) -> bool:
@@ -58,6 +89,9 @@ class Interruption:
         if isinstance(getattr(handler, "__self__", None), SignalHandler):
             for number in (self._signal, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._note)
+        main = threading.current_thread() is threading.main_thread()
+        if main and world_size() == 1 and signal.getsignal(signal.SIGINT) is _INTERRUPT:
+            self._own_interrupt = signal.signal(signal.SIGINT, self._interrupted)
         return self
 
     def __exit__(
@@ -66,11 +100,31 @@ class Interruption:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._own_interrupt is not None:
+            signal.signal(signal.SIGINT, self._own_interrupt)
+            self._own_interrupt = None
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
         if kind is None and Ask.LEAVE in self._noted:
             logging.info("The training was over when it was asked to stop")
+
+    def _interrupted(self, number: int, frame: Any) -> None:
+        """Ctrl-C: the first one waits for the end of the step, a second one does not."""
+        if os.getpid() != self._process:
+            return  # a loader's worker, which the training will end
+        now = time.monotonic()
+        if not self.polled or (self._stopped_at is not None and now - self._stopped_at > _AGAIN):
+            raise KeyboardInterrupt
+        if self._stopped_at is None:
+            self._stopped_at = now
+            said = "\nstopping at the end of this step, with a checkpoint; Ctrl-C again: at once\n"
+            os.write(2, said.encode())
+
+    @property
+    def stopped(self) -> bool:
+        """Whether Ctrl-C has asked to save and to stop."""
+        return self._stopped_at is not None
 
     def _note(self, number: int, frame: Any) -> None:
         # Data-loader workers are forked with this handler, and some schedulers signal them as well.

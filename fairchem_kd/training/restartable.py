@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,8 @@ from fairchem_kd.training.checks import (
     refuse_none_free,
 )
 from fairchem_kd.training.first_samples import check_samples
-from fairchem_kd.training.interruption import Ask, Interruption
+from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to_go_on
+from fairchem_kd.training.owner import Owner
 from fairchem_kd.training.ranks import check_same_on_ranks, refused_by_all, seen_by_rank
 from fairchem_kd.training.records import Records
 from fairchem_kd.training.resume import (
@@ -197,7 +198,7 @@ class RestartableTrainer(StockTrainer):
             )
         self.restart.training = True
         began = time.perf_counter()
-        with self.interruption:
+        with self.interruption, self._owned():
             self._resume_own_run()
             if self.continues_run:
                 check_same_steps(
@@ -216,6 +217,7 @@ class RestartableTrainer(StockTrainer):
             if distutils.is_master() and not self.is_debug:
                 self.records = Records(self.config["cmd"]["checkpoint_dir"], began)
                 self.records.write("config", step=self.step, config=self.config)
+            self.interruption.polled = True
             if self.restart.state is not None:
                 self._finish_resumed_step(self.restart.state, disable_eval_tqdm)
             super().train(disable_eval_tqdm=disable_eval_tqdm)
@@ -223,11 +225,22 @@ class RestartableTrainer(StockTrainer):
                 self.records.write("end", step=self.step, epoch=self.epoch)
         self.restart.training = False
 
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Within the block the run's folder belongs to this training; a collective."""
+        with ExitStack() as stack:
+            with refused_by_all():
+                if distutils.is_master() and not self.is_debug:
+                    stack.enter_context(Owner(self.config["cmd"]["checkpoint_dir"]))
+            yield
+
     def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         check_finite(batch, tuple(self.output_targets))
         self._none_free = none_free(batch)
         if self.restart.evaluating and self.interruption.asked() is Ask.LEAVE:
             self.interruption.leave()  # this step has been saved; its evaluation will be run again
+        if self.restart.evaluating and self.interruption.stopped:
+            self._stop()
         if self.model.training and self.restart.random_state is not None:
             # as it was at this step of the interrupted run
             set_random_state(self.restart.random_state)
@@ -264,6 +277,19 @@ class RestartableTrainer(StockTrainer):
             self.save()
         if asked is Ask.LEAVE:
             self.interruption.leave()
+        if self.interruption.stopped:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Save this step where that has not been done, and stop; after Ctrl-C."""
+        if self.restart.saved_step != self.step:
+            if self.ema is not None and self.restart.evaluating and self.ema.collected_params:
+                self.ema.restore()  # an evaluation has put the averages in place of the weights
+            self.save()
+        raise Stopped(
+            f"stopped after step {self.step} of {self.last_step}; to go on: "
+            f"{how_to_go_on(self.timestamp_id)}"
+        )
 
     # -- evaluation -------------------------------------------------------------------------------
 
@@ -289,10 +315,10 @@ class RestartableTrainer(StockTrainer):
     @contextmanager
     def _in_evaluation(self) -> Iterator[None]:
         """Within the block a training can leave at any batch, since its step has been saved."""
-        if not self.restart.training or not self.interruption.held:
+        if not self.restart.training:
             yield
             return
-        if self.restart.saved_step != self.step:
+        if self.interruption.held and self.restart.saved_step != self.step:
             self.save()
         self.restart.evaluating = True
         try:

@@ -34,7 +34,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, which: Any, value: float) -> None:
 
 def small(batch: Any) -> list[int]:
     """About a quarter of the structures, whatever their batch."""
-    return [i for i, sid in enumerate(batch.sid.tolist()) if sid % 4 == 0]
+    return [i for i, sid in enumerate(batch.sid) if int(sid) % 4 == 0]
 
 
 @pytest.mark.parametrize("store", ["off", "auto"])

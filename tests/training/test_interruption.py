@@ -129,3 +129,23 @@ def test_several_nodes_need_a_scheduler(place: Path) -> None:
     command = argv(place, "nodes", 1, "--submit", "--num-nodes", "2")
     assert Command(command, place, log, PATH=str(Path(sys.executable).parent)).wait() == 2
     assert "error: --num-nodes 2: there is no scheduler here" in log.read_text()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(place: Path, uninterrupted: Any) -> None:
+    ranks, reference = uninterrupted
+    if ranks > 1:
+        pytest.skip("several ranks stop at once")
+    folder = reference.with_name("interrupted")
+    run = start(place, folder.name, 1)
+    wait_until(lambda: len(steps(folder)) >= 2, "two steps")
+    os.kill(run.pid, signal.SIGINT)
+    assert run.wait() == 130
+    said = run.log.read_text()
+    assert "stopped after step" in said
+    assert f"--timestamp-id {folder.name}" in said.strip().splitlines()[-1]
+    assert (folder / "checkpoint.pt").exists()
+    taken = steps(folder)
+    assert f"stopped after step {taken[-1]} of {LAST_STEP}" in said
+    start(place, folder.name, 1).finish()
+    assert steps(folder) == list(range(1, LAST_STEP + 1))  # no step was taken twice
+    assert_same_end(folder, reference)
