@@ -11,6 +11,7 @@ import lmdb
 import numpy as np
 
 from fairchem_kd.data.create import check_options, create
+from fairchem_kd.data.lmdb_file import check_lmdb
 from fairchem_kd.data.recipes.registry import parse_options
 from fairchem_kd.data.splits import QUARTERS
 from fairchem_kd.errors import UserError, did_you_mean
@@ -141,6 +142,8 @@ def check_dataset(split: Mapping[str, Any], key: str) -> None:
                 f"{key}.src: the folder {path.absolute()} has no *.lmdb file; name the folder that "
                 "has them, or set another format."
             )
+        for file in files:
+            check_lmdb(file, f"{key}.src")
         if not any(_frames(file, f"{key}.src") for file in files):
             raise UserError(
                 f"{key}.src: {path.absolute()} is empty (0 frames); name a split that has some."

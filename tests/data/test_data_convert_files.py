@@ -8,10 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ase.db
 import ase.io
+import lmdb
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import molecule
 from ase.constraints import (
     FixAtoms,
     FixBondLengths,
@@ -27,6 +30,8 @@ from published import read
 
 from fairchem_kd.commands import main as cli
 from fairchem_kd.data.convert import sources
+from fairchem_kd.data.convert.sources import find_files, parts_of, passed_over, read_part
+from fairchem_kd.errors import UserError
 
 ALL = (True, True, True)
 
@@ -143,3 +148,39 @@ def test_a_move_mask_of_extended_xyz(constraint: Any, fixed: list[int], tmp_path
     assert convert(tmp_path / "a.extxyz", tmp_path / "set") == 0
     (sample,) = samples(tmp_path / "set")
     assert sample.fixed.nonzero().flatten().tolist() == fixed
+
+
+def test_every_file_below_a_folder_is_read_or_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behind links too, compressed ones of VASP, and those of several runs."""
+    vasp = ["a/OUTCAR", "a/OUTCAR.1", "b/OUTCAR.gz", "b/vasprun.xml.bz2", "b/vasprun.xml.relax"]
+    vasp.append("c/OUTCAR_relax2.xz")
+    for name in (*vasp, "c/INCAR", "c/notes.txt", "c/run.traj"):
+        (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.extxyz").touch()
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "back").symlink_to(tmp_path / "runs")
+    found = find_files([tmp_path / "runs"])
+    names = [str(file.relative_to(tmp_path / "runs")) for file in found]
+    assert names == [*vasp, "c/run.traj", "linked/d.extxyz"]
+    left = passed_over([tmp_path / "runs"], found)
+    assert [file.name for file in left] == ["INCAR", "notes.txt"]
+
+
+def test_labels_in_the_data_of_an_ase_database(tmp_path: Path) -> None:
+    atoms = molecule("CO")
+    with ase.db.connect(tmp_path / "a.db") as database:
+        database.write(atoms, data={"energy": -3.5, "forces": [[0, 0, 1.0], [0, 0, -1.0]]})
+    (part,) = parts_of(tmp_path / "a.db", 0, "train")
+    (structure,) = read_part(part)
+    assert structure.atoms.info["energy"] == -3.5
+    assert structure.atoms.arrays["forces"].tolist() == [[0, 0, 1.0], [0, 0, -1.0]]
+
+
+def test_an_lmdb_that_is_called_db_is_refused(tmp_path: Path) -> None:
+    lmdb.open(str(tmp_path / "a.db"), subdir=False, lock=False).close()
+    with pytest.raises(UserError, match="is an LMDB and no database of ASE's"):
+        parts_of(tmp_path / "a.db", 0, "train")

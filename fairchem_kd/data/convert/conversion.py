@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -26,7 +28,14 @@ from fairchem_kd._version import __version__
 from fairchem_kd.data.convert.assemble import DONE, SPLITS, Conversion, assemble, part_folder
 from fairchem_kd.data.convert.labels import ATOMIZATION, Labelled, Reading, label
 from fairchem_kd.data.convert.shards import Shard, Tally
-from fairchem_kd.data.convert.sources import Part, find_files, parts_of, read_part, split_of
+from fairchem_kd.data.convert.sources import (
+    Part,
+    find_files,
+    parts_of,
+    passed_over,
+    read_part,
+    split_of,
+)
 from fairchem_kd.data.create import locked, what_failed
 from fairchem_kd.data.frames import Frame
 from fairchem_kd.data.replace import check_replaceable
@@ -57,6 +66,7 @@ def plan(conversion: Conversion) -> list[Part]:
         UserError: no files, files that cannot be entered, or names that say the split of some only.
     """
     files = find_files(conversion.sources, conversion.pattern)
+    _tell_passed_over(conversion.sources, files)
     if conversion.shares is not None:
         splits = [""] * len(files)
     elif conversion.into is not None:
@@ -272,6 +282,25 @@ def convert_part(part: Part, folder: Path, conversion: Conversion) -> None:
     done = {"part": identity, "skipped": skipped, "pbc": sorted(pbc), "partly": partly}
     done |= {"splits": splits, "alone": alone}
     write_text(folder / DONE, json.dumps(done))
+
+
+def _tell_passed_over(sources: Sequence[Path], files: Sequence[Path]) -> None:
+    """Name the files in folders that are not read: nobody should think that they were."""
+    left = passed_over(sources, files)
+    if left:
+        kinds = Counter(_kind(file) for file in left)
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+        more = f" and {len(kinds) - 8} more kinds" if len(kinds) > 8 else ""
+        print(
+            f"note: passed over {len(left)} files ({told}{more}), the first {left[0]}; name what "
+            "is to be read with --pattern.",
+            file=sys.stderr,
+        )
+
+
+def _kind(file: Path) -> str:
+    """``*.txt`` for one with a suffix, else its name."""
+    return f"*{file.suffix}" if file.suffix else file.name
 
 
 def _digest(frame: Frame) -> int:

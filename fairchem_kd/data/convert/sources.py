@@ -12,24 +12,33 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import ase.db
 import ase.io
+import numpy as np
 from ase import Atoms
 from ase.io.trajectory import Trajectory
 
+from fairchem_kd.data.lmdb_file import is_lmdb
 from fairchem_kd.errors import UserError
 
 XYZ = (".xyz", ".extxyz")
 TRAJECTORY = (".traj",)
-DATABASE = (".db",)
+DATABASE = (".db", ".aselmdb")
 #: Other files that a folder is searched for; a single file, or --pattern, may name any.
-OTHERS = ("OUTCAR", "vasprun.xml", ".xtd", ".cfg", ".gen")
+OTHERS = (".xtd", ".cfg", ".gen")
+#: VASP's, also those of several runs: OUTCAR.1, OUTCAR_relax2, vasprun.xml.static.
+_VASP = re.compile(r"(?:.*[._-])?(OUTCAR|vasprun\.xml)(?:[._-][\w-]+)*")
+_VASP_FORMATS = {"OUTCAR": "vasp-out", "vasprun.xml": "vasp-xml"}
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
 FRAMES_PER_PART = 5000
@@ -76,15 +85,14 @@ def find_files(sources: Iterable[Path], pattern: str | None = None) -> list[Path
             continue
         if not source.is_dir():
             raise UserError(f"{source} does not exist; name a file or a folder with structures.")
-        inside = source.rglob(pattern or "*")
-        files = sorted(f for f in inside if f.is_file() and not f.name.startswith("."))
+        files = sorted(files_below(source, pattern))
         if pattern is None:
             files = [file for file in files if _is_known(file)]
         if not files:
             what = f"no file that matches {pattern}" if pattern else "no file of structures in it"
             raise UserError(
                 f"The folder {source} has {what} (.extxyz, .xyz, .traj, .db, OUTCAR, vasprun.xml, "
-                "also .xz and .gz): name another folder, or give --pattern '*.EXT'."
+                "also .xz, .gz and .bz2): name another folder, or give --pattern '*.EXT'."
             )
         found += files
     if len(set(found)) < len(found):
@@ -93,16 +101,57 @@ def find_files(sources: Iterable[Path], pattern: str | None = None) -> list[Path
     return found
 
 
+def files_below(folder: Path, pattern: str | None = None) -> Iterator[Path]:
+    """The files in a folder and all below it, also behind links; each place once.
+
+    Args:
+        folder: where they are.
+        pattern: of names, or of the last parts of paths; None: all.
+    """
+    been: set[Path] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real in been:
+            folders.clear()  # a link to where we come from
+            continue
+        been.add(real)
+        folders.sort()
+        for name in names:
+            file = Path(place) / name
+            if name.startswith(".") or not file.is_file():
+                continue
+            if pattern is None or file.relative_to(folder).match(pattern):
+                yield file
+
+
+def passed_over(sources: Iterable[Path], found: Iterable[Path]) -> list[Path]:
+    """The files in the sources' folders that are not among those that were found."""
+    known = {file.resolve() for file in found}
+    known |= {log_of(file).resolve() for file in found}
+    return [
+        file
+        for source in sources
+        if source.is_dir()
+        for file in sorted(files_below(source))
+        if file.resolve() not in known
+    ]
+
+
 def _is_known(file: Path) -> bool:
-    bare = _bare_suffix(file)
-    return bare in (*XYZ, *TRAJECTORY, *DATABASE) or file.name.endswith(OTHERS)
+    bare = _bare(file)
+    if bare.suffix in (*XYZ, *TRAJECTORY, *DATABASE) or bare.name.endswith(OTHERS):
+        return True
+    return _VASP.fullmatch(bare.name) is not None
+
+
+def _bare(file: Path) -> Path:
+    """The file's name without the suffix of a compression."""
+    return file.with_suffix("") if file.suffix in _OPENERS else file
 
 
 def _bare_suffix(file: Path) -> str:
     """The suffix without that of a compression."""
-    if file.suffix in _OPENERS:
-        file = file.with_suffix("")
-    return file.suffix
+    return _bare(file).suffix
 
 
 def log_of(file: Path) -> Path:
@@ -149,6 +198,11 @@ def parts_of(file: Path, number: int, split: str) -> list[Part]:
         ]
     if kind not in ("trajectory", "database"):
         return [Part(file, kind, number, split)]
+    if kind == "database" and is_lmdb(file):
+        raise UserError(
+            f"{file} is an LMDB and no database of ASE's: it is a data set already (format: lmdb); "
+            "if it is ASE's in LMDB, call it .aselmdb."
+        )
     try:
         if kind == "trajectory":
             with Trajectory(str(file)) as trajectory:
@@ -299,9 +353,31 @@ def _read_database(part: Part) -> Iterator[Structure]:
     for number, row in enumerate(rows, part.first):
         atoms = row.toatoms()
         atoms.info.update(row.key_value_pairs)
+        for key, value in (row.data or {}).items():  # where some keep their labels
+            if np.shape(value)[:1] == (len(atoms),) and np.ndim(value) > 1:
+                atoms.arrays.setdefault(key, np.asarray(value))
+            else:
+                atoms.info.setdefault(key, value)
         yield Structure(atoms, number)
 
 
 def _read_any(part: Part) -> Iterator[Structure]:
-    for number, atoms in enumerate(ase.io.iread(str(part.file), index=":")):
-        yield Structure(atoms, number)
+    vasp = _VASP.fullmatch(_bare(part.file).name)
+    format_ = _VASP_FORMATS[vasp.group(1)] if vasp else None
+    with _plain(part.file) as path:
+        for number, atoms in enumerate(ase.io.iread(path, index=":", format=format_)):
+            yield Structure(atoms, number)
+
+
+@contextmanager
+def _plain(file: Path) -> Iterator[str]:
+    """The path of a file that is not compressed: of a compressed one, of a copy in the block."""
+    opener = _OPENERS.get(file.suffix)
+    if opener is None:
+        yield str(file)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / _bare(file).name
+        with opener(file, "rb") as packed, copy.open("wb") as plain:
+            shutil.copyfileobj(packed, plain)
+        yield str(copy)
