@@ -14,7 +14,7 @@ from fairchem.core.common.utils import build_config
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.models.legacy import refuse_renamed_keys
-from fairchem_kd.stock.options import check_overrides, check_training_config
+from fairchem_kd.stock.options import check_overrides
 from fairchem_kd.stock.trainer import check_run_names
 
 _YAML_LITERALS = {"null": "None", "true": "True", "false": "False"}
@@ -70,7 +70,6 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
         raise UserError(f"the config {path} has no {' and no '.join(missing)} block.")
     if is_ours(config):
         check_overrides(overrides, yaml.safe_load(path.read_text(encoding="utf-8")))
-        check_training_config(config)
     return config
 
 

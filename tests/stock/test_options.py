@@ -16,6 +16,7 @@ from trainings import inside
 from fairchem_kd.errors import UserError
 from fairchem_kd.launch.config import make_parser, read_config
 from fairchem_kd.launch.run import main
+from fairchem_kd.stock.options import check_training_config
 
 GOOD: dict[str, Any] = {
     "trainer": "fairchem_kd.DistillationTrainer",
@@ -154,7 +155,9 @@ def read(folder: Path, config: Any, *overrides: str) -> dict[str, Any]:
     path.write_text(yaml.safe_dump(config))
     arguments = ["--mode", "train", "--config-yml", str(path)]
     args: argparse.Namespace = make_parser().parse_args(arguments)
-    return read_config(args, list(overrides))
+    made = read_config(args, list(overrides))
+    check_training_config(made)
+    return made
 
 
 @pytest.mark.parametrize(("key", "value", "said"), BAD, ids=lambda v: str(v)[:40])
@@ -240,7 +243,7 @@ SHIPPED = [
 def test_what_ships_is_taken(path: Path) -> None:
     with inside(ROOT):
         args = make_parser().parse_args(["--mode", "train", "--config-yml", str(path)])
-        read_config(args, [])
+        check_training_config(read_config(args, []))
 
 
 def test_whatever_stands_in_a_config_is_taken_or_refused(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_store_that_was_cut_off_while_it_was_filled_goes_on(
         trained(arguments(cut, data, teacher))
     gc.collect()
     monkeypatch.setattr(Writer, "append", append)
-    assert len(Reader(store_in(cut))) == 7
+    assert len(Reader(store_in(cut))) in (6, 7)  # one of the two may be the last, smaller group
     index = next(store_in(cut).glob("shards/*.index"))
     index.write_bytes(index.read_bytes()[:-7])  # and of the last entry, a part is lost as well
     asked.clear()
