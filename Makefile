@@ -14,7 +14,7 @@ SETUP = setup.cfg pyproject.toml requirements/install.sh requirements/overrides.
 	compat/pyproject.toml compat/fairchem_kd_compat.pth \
 	$(shell find compat/src -name '*.py')
 
-.PHONY: help setup test train demo docs lint test-declared clean
+.PHONY: help setup test fuzz train demo docs lint test-declared clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -23,6 +23,11 @@ setup: $(VENV)/.done ## set up .venv; `. .venv/bin/activate` then gives fairchem
 
 test: $(VENV)/.done ## run every test
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest $(PARALLEL)
+
+FUZZ ?= 20000
+fuzz: $(VENV)/.done ## try FUZZ=20000 mutated checkpoints, configs and data files (FUZZ_SEED=1 for others)
+	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -k whatever_stands \
+		tests/models tests/stock tests/data
 
 train: $(VENV)/.done ## distil a GemNet-OC teacher into a small PaiNN, on real data
 	$(RUN)/fairchem main --mode train --config-yml yaml_configs/kd/e2n.yml

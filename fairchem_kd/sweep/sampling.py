@@ -20,6 +20,9 @@ from fairchem_kd.schema import option, parse
 SAMPLERS = ("random", "sobol")
 
 
+MOST_POINTS = 100_000  #: of a sweep: more are a slip, and fill the memory before anything runs
+
+
 @dataclass
 class Uniform:
     """Between ``low`` and ``high``, evenly."""
@@ -74,7 +77,7 @@ DISTRIBUTIONS: dict[str, type] = {
 class RandomSearch:
     """The block ``random`` of a sweep."""
 
-    samples: int = option(ge=1, help="how many points")
+    samples: int = option(ge=1, le=MOST_POINTS, help="how many points")
     keys: dict[str, Any] = option(help="a distribution, or a list to choose from, for each key")
     sampler: str = option("random", choices=SAMPLERS, help="independent, or evenly spread (sobol)")
     seed: int = option(0, ge=0, help="of the sampler; not of the trainings")

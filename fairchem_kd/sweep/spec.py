@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import yaml
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.schema import is_null, option, parse
-from fairchem_kd.sweep.sampling import SAMPLERS, RandomSearch, distribution, draw
+from fairchem_kd.sweep.sampling import MOST_POINTS, SAMPLERS, RandomSearch, distribution, draw
 
 
 @dataclass
@@ -157,6 +158,12 @@ def _grid(given: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     for key, values in axes:
         if not (isinstance(values, list) and values):
             raise UserError(f"{where}: {key} must hold a list of values to try, or keys that do.")
+    number = math.prod(len(values) for _, values in axes)
+    if number > MOST_POINTS:
+        raise UserError(
+            f"{where} spans {number:,} points, and a sweep has {MOST_POINTS:,} at most: give fewer "
+            "values, or draw some of them with random."
+        )
     return [
         {key: _parsed(value) for (key, _), value in zip(axes, values, strict=True)}
         for values in itertools.product(*(values for _, values in axes))

@@ -51,13 +51,29 @@ class Records:
 
 
 def read_records(folder: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run's checkpoint folder, those of one kind if asked for."""
+    """The records of a run's checkpoint folder, those of one kind if asked for.
+
+    Lines that are none, of a crash or of another program, are passed over.
+    """
     records = []
-    for line in (Path(folder) / RECORDS).read_text(encoding="utf-8").splitlines():
+    text = (Path(folder) / RECORDS).read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # cut off by a crash
+        except (ValueError, RecursionError):  # cut off by a crash, or no record at all
             continue
-        if kind is None or record["kind"] == kind:
+        if _is_record(record) and (kind is None or record["kind"] == kind):
             records.append(record)
     return records
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a line is what :meth:`Records.write` writes."""
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return False
+    seconds, metrics = value.get("seconds"), value.get("metrics", {})
+    return (
+        isinstance(seconds, int | float)
+        and not isinstance(seconds, bool)
+        and isinstance(metrics, dict)
+    )

@@ -93,6 +93,7 @@ class RestartableTrainer(StockTrainer):
     def __init__(self, **stock: Any) -> None:
         self.records: Records | None = None
         self._none_free = False
+        self.metrics: dict[str, Any] = {}  # stock has them from its first step on
         self.restart = Restart(asked=stock.get("timestamp_id") is not None)
         super().__init__(**stock)
         self.interruption = Interruption(self.device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import sqlite3
 from pathlib import Path
 
 import lmdb
 import pytest
+from fuzz import chance, rounds
 
 from fairchem_kd.data.build import check_dataset
 from fairchem_kd.data.lmdb_file import check_lmdb, is_lmdb
@@ -60,15 +60,15 @@ def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
 
 
 def test_whatever_stands_in_the_first_pages_is_taken_or_refused(file: Path) -> None:
-    chance, whole = random.Random(0), file.read_bytes()
+    luck, whole = chance(), file.read_bytes()
     refused = 0
-    for _ in range(300):
+    for _ in range(rounds(300)):
         spoiled = bytearray(whole)
-        for _ in range(chance.randint(1, 20)):
-            spoiled[chance.randrange(8192)] = chance.randrange(256)
+        for _ in range(luck.randint(1, 20)):
+            spoiled[luck.randrange(8192)] = luck.randrange(256)
         file.write_bytes(spoiled)
         try:
             check_lmdb(file, "src")
         except UserError:
             refused += 1
-    assert 0 < refused < 300
+    assert 0 < refused < rounds(300)

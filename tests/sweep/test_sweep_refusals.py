@@ -27,6 +27,14 @@ from fairchem_kd.commands.fairchem import main as fairchem
         ({"base": "base.yml", "grid": {"optim.max_epochs": 3}}, "must hold a list"),
         ({"base": "base.yml", "grid": {"optim.max_epochs": [3, 3.0]}}, "are the same run .hash"),
         ({"base": "base.yml", "points": [{}, {}]}, "are the same run"),
+        (
+            {"base": "base.yml", "grid": {f"optim.k{i}": list(range(60)) for i in range(4)}},
+            "spans 12,960,000 points, and a sweep has 100,000 at most",
+        ),
+        (
+            {"base": "base.yml", "random": {"samples": 1e8, "keys": {"optim.lr_initial": [1]}}},
+            "samples must be at most 100000",
+        ),
         ({"base": "base.yml", "points": 3}, "points must be a list"),
         ({"base": "base.yml", "points": [3]}, r"points\[0\] must be a mapping"),
         ({"base": "base.yml", "grid": {"run_dir": ["x"]}}, "run_dir is set by the command"),

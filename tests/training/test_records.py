@@ -48,3 +48,21 @@ def test_a_full_disk_is_a_sentence_and_costs_one_line(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     Records(tmp_path / "mine").write("train", step=2)
     assert [r["step"] for r in read_records(tmp_path / "mine")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]", "null", "3", '"train"', "{}", '{"kind": 3, "seconds": 1}', '{"kind": "train"}',
+        '{"kind": "train", "seconds": "long"}', '{"kind": "train", "seconds": true}',
+        '{"kind": "train", "seconds": 1, "metrics": []}', '{"kind": "train", "sec', "\x00\x01",
+        "[" * 100_000,
+    ],
+    ids=lambda line: line[:30],
+)  # fmt: skip
+def test_lines_that_are_no_records_are_passed_over(tmp_path: Path, line: str) -> None:
+    good = '{"kind": "train", "seconds": 1.5, "metrics": {"loss": 2.0}}'
+    (tmp_path / RECORDS).write_text(f"{good}\n{line}\n{good}\n")
+    assert [record["metrics"]["loss"] for record in read_records(tmp_path)] == [2.0, 2.0]
+    (tmp_path / RECORDS).write_bytes(good.encode() + b"\n\xff\xfe\n")
+    assert len(read_records(tmp_path, "train")) == 1

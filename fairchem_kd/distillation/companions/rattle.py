@@ -35,7 +35,9 @@ Array = NDArray[np.float64]
 class RattleOptions:
     """Rattled copies of the structures of each batch, which the teacher labels."""
 
-    copies: float = option(0.5, ge=0, help="per structure: round(copies * B) of a batch of B")
+    copies: float = option(
+        0.5, ge=0, le=100, help="per structure: round(copies * B) of a batch of B"
+    )
     std: list[float] | float = option(
         0.05, gt=0, help="of each coordinate's noise, in Å: its standard deviation; a list: in turn"
     )
