@@ -64,7 +64,8 @@ class Card:
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            # hidden files are of another process that is making the store right now
+            if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
                 raise UserError(
                     f"task.distillation.teacher.store: {folder} is no store of a teacher's answers "
                     f"(it has no {CARD}): name another folder, which will be made, or 'auto'."
