@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from collections.abc import Iterable
 
@@ -24,6 +25,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f" (did you mean '{near[0]}'?)"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def of_disk(error: OSError) -> UserError:
+    """A disk's refusal in one sentence: full, read-only, no such folder, ...
+
+    Raises:
+        OSError: the error itself, where it names no file and is none of a disk that is full.
+    """
+    if isinstance(error, BrokenPipeError):
+        raise error
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if error.filename is None and not full:
+        raise error
+    where = "a file" if error.filename is None else str(error.filename)
+    mend = "make room" if full else "name another place, or mend its permissions"
+    return UserError(
+        f"{where} cannot be read or written ({error.strerror}): {mend}; what was written before is "
+        "whole."
+    )
 
 
 def report(error: UserError) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from fairchem_kd._version import __version__
 from fairchem_kd.commands.arguments import Parser
 from fairchem_kd.commands.terminal import on_any_terminal
-from fairchem_kd.errors import UserError, report
+from fairchem_kd.errors import UserError, of_disk, report
 from fairchem_kd.stock.noise import drop_noise
 from fairchem_kd.stock.plugin import check_fairchem_core
 
@@ -94,6 +94,8 @@ def _main(argv: list[str]) -> int:
         return module.run(args)
     except UserError as error:
         return report(error)
+    except OSError as error:
+        return report(of_disk(error))
     except KeyboardInterrupt:
         told = f"stopped: fairchem-kd {argv[0]}; the files it had written are whole"
         print(f"\n{told}", file=sys.stderr)

@@ -115,6 +115,11 @@ class Distillation:
             wanted += own
         return wanted
 
+    @property
+    def compares_energies(self) -> bool:
+        """Whether a term compares the teacher's energies with the student's."""
+        return "energy" in self._outputs or self._atom_energy
+
     # -- one step ---------------------------------------------------------------------------------
 
     def tap_student(self) -> AbstractContextManager[Captured]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairchem_kd.data.build import ensure_built
+from fairchem_kd.distillation.agreement import agreement, tell_agreement
 from fairchem_kd.distillation.companions import (
     Companions,
     RattleOptions,
@@ -101,7 +102,23 @@ class DistillationTrainer(RestartableTrainer):
             if not self.is_debug:  # which writes nothing
                 self.keep_answers(live)
             if not self.continues_run:
+                self._check_agreement()
                 self.distillation.fit_statistics(self.train_dataset, self.collater)
+
+    def _check_agreement(self) -> None:
+        """Say how the teacher does on the labels; on the first rank, for all."""
+        distillation = self.distillation
+        assert distillation is not None
+        with refused_by_all():
+            if rank() == 0 and not self.is_debug:
+                found = agreement(
+                    distillation.teacher,
+                    distillation.teacher_requests,
+                    self.train_dataset,
+                    self.collater,
+                    self.device,
+                )
+                tell_agreement(found, distillation.compares_energies)
 
     def make_distillation(self) -> LiveTeacher | None:
         """Make `distillation` and `companions`; returns their teacher, None for plain training."""

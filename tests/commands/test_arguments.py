@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from fairchem_kd.commands import main as cli
 from fairchem_kd.commands.arguments import Parser, at_least, more_than
-from fairchem_kd.errors import UserError
+from fairchem_kd.errors import UserError, of_disk
 
 
 @pytest.mark.parametrize(
@@ -99,3 +100,22 @@ def test_other_errors_are_argparses_own(capsys: pytest.CaptureFixture[str]) -> N
         assert error.startswith("usage: command ")
         assert "words [words ...]" in error
         assert said in error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "out/a.md"), "out/a.md cannot be .*make room"),
+        (OSError(28, "No space left on device"), "a file cannot be .*No space left"),
+        (PermissionError(13, "Permission denied", "/root/x"), "/root/x cannot be .*another place"),
+        (NotADirectoryError(20, "Not a directory", "a/b"), "a/b cannot be"),
+    ],
+)  # fmt: skip
+def test_what_a_disk_refuses_is_a_sentence(error: OSError, said: str) -> None:
+    assert re.search(said, str(of_disk(error)))
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "I/O error")])
+def test_other_errors_are_no_sentence(error: OSError) -> None:
+    with pytest.raises(OSError, match=r"Broken pipe|I/O error"):
+        of_disk(error)
