@@ -76,16 +76,39 @@ def claimed(out: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+class _Requests:
+    """Requests to end, as exceptions."""
+
+    def __init__(self) -> None:
+        self._holding = False
+        self._noted: int | None = None
+
+    def take(self, number: int, frame: Any) -> None:
+        """The handler of a signal."""
+        if not self._holding:
+            raise Interrupted(signal.Signals(number).name)
+        self._noted = number
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block none is raised: a child that has just begun would be nobody's."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._noted is not None:
+            raise Interrupted(signal.Signals(self._noted).name)
+
+
 @contextmanager
-def signals_raised() -> Iterator[None]:
+def signals_raised() -> Iterator[_Requests]:
     """Within the block, a request to end is an exception, so that children are stopped first."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(signal.Signals(number).name)
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    requests = _Requests()
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, requests.take) for number in signals}
     try:
-        yield
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -115,14 +138,15 @@ def train_all(
     waiting = list(trainings)
     running: list[_Child] = []
     finished: list[Finished] = []
-    with signals_raised(), Progress() as progress:
+    with signals_raised() as requests, Progress() as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     training = waiting.pop(0)
                     done = read_done(training, out)
                     if done is None:
-                        running.append(_start(training, out, lock))
+                        with requests.held():
+                            running.append(_start(training, out, lock))
                         progress.start(training.title, training.steps)
                     else:
                         progress.say(f"{training.title}: done before, {done.seconds:.0f} s")
