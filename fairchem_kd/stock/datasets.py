@@ -46,7 +46,10 @@ def open_dataset(settings: Mapping[str, Any], split: str) -> Any:
     from fairchem.core.common.utils import setup_imports
     from fairchem.core.datasets.base_dataset import create_dataset
 
+    from fairchem_kd.stock.constraints import use_our_rule
+
     setup_imports()
+    use_our_rule()
     return create_dataset(dict(settings), split)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.periodicity import axes
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -28,6 +29,28 @@ def without_neighbours(atoms: Atoms, cutoff: float) -> bool:
     return len(neighbor_list("i", atoms, cutoff)) == 0
 
 
+def cutoff_of(model: nn.Module) -> float | None:
+    """How far a model looks, in Å; None where it does not say."""
+    cutoff = getattr(getattr(model, "backbone", model), "cutoff", None)
+    return float(cutoff) if isinstance(cutoff, int | float) else None
+
+
+def sample_without_neighbours(sample: Any, cutoff: float) -> bool:
+    """:func:`without_neighbours` of a sample of a data set."""
+    from ase import Atoms
+
+    cell = np.asarray(sample.cell, dtype=np.float64).reshape(3, 3)
+    pbc = getattr(sample, "pbc", None)
+    given = None if pbc is None else np.asarray(pbc, dtype=bool).reshape(3)
+    atoms = Atoms(
+        numbers=np.asarray(sample.atomic_numbers, dtype=np.int64),
+        positions=np.asarray(sample.pos, dtype=np.float64),
+        cell=cell,
+        pbc=axes(given, cell),
+    )
+    return without_neighbours(atoms, cutoff)
+
+
 def refuse_isolated(batch: Batch, model: nn.Module) -> None:
     """Refuse a batch on which ``model`` has just failed, where that is why.
 
@@ -38,8 +61,8 @@ def refuse_isolated(batch: Batch, model: nn.Module) -> None:
     """
     from ase import Atoms
 
-    cutoff = getattr(getattr(model, "backbone", model), "cutoff", None)
-    if not isinstance(cutoff, int | float) or batch.get("cell") is None:
+    cutoff = cutoff_of(model)
+    if cutoff is None or batch.get("cell") is None:
         return
     natoms, cells = batch.natoms.tolist(), batch.cell.view(-1, 3, 3).cpu().numpy()
     pbc = batch.get("pbc")
@@ -52,7 +75,7 @@ def refuse_isolated(batch: Batch, model: nn.Module) -> None:
             cell=cells[system],
             pbc=True if pbc is None else pbc.view(-1, 3)[system].cpu().numpy(),
         )
-        if without_neighbours(atoms, float(cutoff)):
+        if without_neighbours(atoms, cutoff):
             found.append(f"{name_of(batch, system)} ({atoms.get_chemical_formula()})")
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""

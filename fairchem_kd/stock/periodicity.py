@@ -42,6 +42,31 @@ def room(cell: NDArray[Any], periodic: NDArray[Any], pos: NDArray[Any]) -> NDArr
     return made
 
 
+def everywhere(
+    cell: NDArray[Any], pbc: NDArray[Any] | None, pos: NDArray[Any]
+) -> NDArray[np.float64]:
+    """The cell, Å, ``(3, 3)``, with which a structure is periodic along all axes, room included.
+
+    Along axes that are periodic already it is as it was, so that doing it twice changes nothing.
+
+    Raises:
+        ValueError: the vectors along periodic axes and the others lie in a plane.
+    """
+    given = np.asarray(cell, dtype=np.float64)
+    periodic = axes(pbc, given)
+    if not periodic.any() and flat(given):
+        given = np.zeros((3, 3))  # nobody looks at it
+    if flat(given):
+        raise ValueError("its cell's vectors lie in a plane")
+    return room(given, periodic, np.asarray(pos, dtype=np.float64))
+
+
+def flat(cell: NDArray[Any]) -> bool:
+    """Whether its vectors, completed, lie in a plane, or nearly so."""
+    whole = completed(cell)
+    return bool(abs(np.linalg.det(whole)) <= FLAT * np.linalg.norm(whole, axis=1).prod())
+
+
 def completed(cell: NDArray[Any]) -> NDArray[np.float64]:
     """The cell, Å, ``(3, 3)``, with unit vectors at right angles for those that it has not."""
     from ase.geometry.cell import complete_cell

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch_geometric.data import Batch
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.stock.periodicity import FLAT, alike, axes, completed, room, tags_of
+from fairchem_kd.stock.periodicity import alike, axes, everywhere, room, tags_of
 
 _SINGLE = ("pos", "cell")  # what models multiply with weights
 #: Every module in which stock looks its collater up.
@@ -125,15 +125,14 @@ def _periodic(sample: Any) -> NDArray[np.bool_]:
 
 
 def _in_room(sample: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    cell, periodic = _cell(sample), _periodic(sample)
-    whole = completed(cell)
-    volume, lengths = abs(np.linalg.det(whole)), np.linalg.norm(whole, axis=1).prod()
-    if volume <= FLAT * lengths:
+    cell = _cell(sample)
+    try:
+        made = everywhere(cell, _pbc(sample), sample.pos)
+    except ValueError as error:
         raise UserError(
             f"Structure {_name(sample)} has a flat cell ({cell.round(3).tolist()}): its vectors "
             "lie in a plane; mend the sample's cell, or its pbc."
-        )
-    made = room(cell, periodic, np.asarray(sample.pos, dtype=np.float64))
+        ) from error
     dtype = torch.as_tensor(sample.cell).dtype
     return torch.from_numpy(made).to(dtype)[None], torch.ones(1, 3, dtype=torch.bool)
 

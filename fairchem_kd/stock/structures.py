@@ -65,13 +65,14 @@ def pick(batch: Batch, systems: Sequence[int], **values: Tensor) -> Batch:
     for number in natoms:
         starts.append(starts[-1] + number)
     rows = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in systems])
+    rows = rows.to(batch.pos.device)
     picked = Batch()
     for key in ATOM_KEYS:
         if key in values:
             picked[key] = values[key]
         elif key in batch:
             picked[key] = batch[key][rows]
-    chosen = torch.tensor(systems, dtype=torch.long)
+    chosen = torch.tensor(systems, dtype=torch.long, device=batch.pos.device)
     for key in SYSTEM_KEYS:
         if key in batch and batch[key] is not None:
             picked[key] = _rows(key, batch[key])[chosen]
@@ -96,7 +97,8 @@ def _rows(key: str, value: Tensor) -> Tensor:
 def _indexed(batch: Batch) -> Batch:
     """With the bookkeeping of a PyG batch: ``batch`` ``(N,)``, ``ptr`` ``(B + 1,)``."""
     natoms = batch.natoms
-    batch.batch = torch.repeat_interleave(torch.arange(len(natoms)), natoms)
+    systems = torch.arange(len(natoms), device=natoms.device)
+    batch.batch = torch.repeat_interleave(systems, natoms)
     batch.ptr = torch.cat([natoms.new_zeros(1), natoms.cumsum(0)])
     batch._num_graphs = len(natoms)
     return batch

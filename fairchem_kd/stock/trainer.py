@@ -19,6 +19,7 @@ from fairchem.core.trainers import OCPTrainer
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.machine import flush_denormals, flush_worker
+from fairchem_kd.stock.constraints import use_our_rule
 from fairchem_kd.stock.datasets import with_own_databases
 from fairchem_kd.stock.neighbours import refuse_isolated
 from fairchem_kd.stock.samples import use_our_collater
@@ -44,6 +45,7 @@ class StockTrainer(OCPTrainer):
     def __init__(self, *, flush_denormal: bool = False, **stock: Any) -> None:
         check_run_names(stock)
         use_our_collater()
+        use_our_rule()
         self._run_dir = stock.get("run_dir") or os.getcwd()
         self._flush_denormal = flush_denormal
         if flush_denormal and (stock.get("cpu", False) or not torch.cuda.is_available()):
@@ -158,6 +160,7 @@ def in_one_process(
     """
     setup_imports()
     use_our_collater()
+    use_our_rule()
     given: dict[str, Any] = {
         "task": config.get("task", {}),
         "model": config["model"],

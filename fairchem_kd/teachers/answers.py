@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fairchem_kd.features import Request
+from fairchem_kd.stock import periodicity
 from fairchem_kd.store import Column, Structure
 from fairchem_kd.teachers.base import Taught
 
@@ -43,18 +44,23 @@ def requests_of(columns: Iterable[str]) -> list[Request]:
 
 
 def structures_of(batch: Batch) -> list[Structure]:
-    """The B structures of a batch in host memory."""
+    """The B structures of a batch in host memory, as they are known whatever shares their batch.
+
+    A structure that is not periodic along all axes gets room there where others of its batch are
+    (:mod:`fairchem_kd.stock.samples`); here always, so that its key does not depend on them.
+    """
     natoms = batch.natoms.tolist()
     numbers, pos = _split(batch.atomic_numbers.long(), natoms), _split(batch.pos, natoms)
     tags = _split(batch.tags.long(), natoms) if batch.get("tags") is not None else None
     cells = batch.cell.view(-1, 3, 3).numpy()
     pbc = batch.pbc.view(-1, 3).numpy() if batch.get("pbc") is not None else None
+    everywhere = np.ones(3, dtype=bool)
     return [
         Structure(
             numbers[i],
             pos[i],
-            cells[i],
-            None if pbc is None else pbc[i],
+            periodicity.everywhere(cells[i], None if pbc is None else pbc[i], pos[i]),
+            everywhere,
             None if tags is None else tags[i],
         )
         for i in range(len(natoms))

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.stock.neighbours import cutoff_of, sample_without_neighbours
+from fairchem_kd.stock.samples import collate
 
 MOST = 256  # samples of a set that are looked at
 
@@ -48,6 +51,38 @@ def check_samples(
         problem = _problem(sample, outputs, targets, named)
         if problem:
             raise UserError(f"{where}: sample {index}{_name(sample)} {problem}.")
+
+
+def check_neighbours(
+    dataset: Any, where: str, model: torch.nn.Module, device: torch.device | str
+) -> None:
+    """Refuse a data set with a sample in which no atom has a neighbour, where the model does.
+
+    Some models allow such a sample, so that the first one found is given to it.
+
+    Raises:
+        UserError: naming the set and the sample.
+    """
+    cutoff = cutoff_of(model)
+    if cutoff is None:
+        return
+    chosen = _chosen(len(dataset))
+    index = next((i for i in chosen if sample_without_neighbours(dataset[i], cutoff)), None)
+    if index is None:
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        with isolated_random_state(), torch.no_grad():
+            model(collate([dataset[index]]).to(device))
+    except Exception as error:  # in stock's models it is their own message that fails
+        raise UserError(
+            f"{where}: sample {index}{_name(dataset[index])} has no two atoms within {cutoff:g} Å "
+            "of each other, and the model needs neighbours: leave such structures out, isolated "
+            "atoms for example."
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def _chosen(count: int) -> Sequence[int]:

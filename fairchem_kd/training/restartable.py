@@ -36,7 +36,7 @@ from fairchem_kd.training.checks import (
     refuse_gradients,
     refuse_none_free,
 )
-from fairchem_kd.training.first_samples import check_samples
+from fairchem_kd.training.first_samples import check_neighbours, check_samples
 from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to_go_on
 from fairchem_kd.training.owner import Owner
 from fairchem_kd.training.ranks import check_same_on_ranks, refused_by_all, seen_by_rank
@@ -168,6 +168,9 @@ class RestartableTrainer(StockTrainer):
                     self.output_targets,
                     labels,
                     named=split == "test",
+                )
+                check_neighbours(
+                    loader.dataset, f"dataset.{split}", self._unwrapped_model, self.device
                 )
 
     def check_ranks(self) -> None:

@@ -11,7 +11,10 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from ase.build import bulk, fcc111, molecule
 from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.neighborlist import neighbor_list
 from models import structures
 from published import FREE_ATOMS, coll_text, molecules, read, refused, with_labels, write_oc20
 from published import coll as coll
@@ -24,6 +27,7 @@ from fairchem_kd.data.convert.assemble import Conversion
 from fairchem_kd.data.convert.conversion import convert, split_for
 from fairchem_kd.data.convert.labels import Reading
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.samples import collate
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 
@@ -64,6 +68,32 @@ def test_coll(
         np.sqrt(np.mean(np.concatenate([a.get_forces() for a in molecules(12, 0)]) ** 2)), rel=1e-5
     )
     assert not list(tmp_path.glob(".coll.conv*"))
+
+
+def test_slabs_and_molecules_together(tmp_path: Path) -> None:
+    """One periodicity for all, and the neighbours that each of them had."""
+    slab = fcc111("Cu", (2, 2, 3), vacuum=6.0)
+    slab.info.clear()
+    slab.rattle(0.05, seed=1)
+    wire = ase.Atoms("AuAg", [[0, 0, 0], [2.6, 0.3, 0]], cell=[5.3, 0, 0], pbc=[True, False, False])
+    source = [slab, molecule("CH3OH"), wire, bulk("Cu", cubic=True), molecule("H2O")]
+    for atoms in source:
+        results = {"energy": -1.0, "forces": np.zeros((len(atoms), 3))}
+        atoms.calc = SinglePointCalculator(atoms, **results)
+    ase.io.write(tmp_path / "all.xyz", source, format="extxyz")
+    reading = Reading(references="none")
+    card = convert(Conversion((tmp_path / "all.xyz",), reading), tmp_path / "all", 1)
+    assert any("unlike periodic directions (TFF and TTF and TTT)" in n for n in card["notes"])
+    samples = read(tmp_path / "all" / "train")
+    for sample, atoms in zip(samples, source, strict=True):
+        assert sample.pbc.tolist() == [[True] * 3]
+        made = ase.Atoms(sample.atomic_numbers.numpy(), sample.pos, cell=sample.cell[0], pbc=True)
+        np.testing.assert_allclose(
+            np.sort(neighbor_list("d", made, 6.0)), np.sort(neighbor_list("d", atoms, 6.0)),
+            atol=1e-5,
+        )  # fmt: skip
+    whole = collate(samples, otf_graph=True)
+    assert torch.equal(whole.cell, torch.cat([sample.cell for sample in samples]))
 
 
 def test_oc20(tmp_path: Path) -> None:

@@ -82,9 +82,6 @@ def test_labels_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixtur
     frames = molecules(2, 0)
     frames[0].positions[0] += 40.0
     assert "Å long, so a cell of 40 Å leaves less than 12 Å" in say(frames)
-    frames = molecules(2, 0)
-    frames[0].cell, frames[0].pbc = [9.0, 9.0, 9.0], (True, True, False)
-    assert "unlike periodic directions (TTF and TTT)" in say(frames)
 
 
 def test_mixed_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,9 @@ def write_run(root: Path) -> Path:
         root / "data",
         teacher=teacher,
         losses={"n2n": {"schedule": {"decay": "cosine"}}, "v2v": {}},
-        distillation={"rattle": {"copies": 0.5, "std": 0.05}},
+        # a pool of which all runs keep everything: what one run has in its store, and another one
+        # asks about in its batches, would differ in the last bits
+        distillation={"rattle": {"copies": 0.5, "std": 0.05, "pool": 4}},
         batch_size=3,
         checkpoint_every=4,
         eval_every=5,

@@ -9,17 +9,30 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import fcc111, molecule
+from ase.build import bulk, fcc111, molecule
+from ase.constraints import (
+    FixAtoms,
+    FixBondLength,
+    FixCartesian,
+    FixedLine,
+    FixedPlane,
+    FixScaled,
+)
 from ase.neighborlist import neighbor_list
 from fairchem.core.common.utils import radius_graph_pbc
 from fairchem.core.datasets import data_list_collater as stock_collater
+from fairchem.core.preprocessing import AtomsToGraphs
 from torch_geometric.data import Data
 
+from fairchem_kd.analysis.physics.measure import free_atoms
+from fairchem_kd.analysis.subjects.structures import to_sample
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.constraints import held, use_our_rule
 from fairchem_kd.stock.graphs import radius_graph
 from fairchem_kd.stock.neighbours import without_neighbours
 from fairchem_kd.stock.samples import collate, fit_batch
 from fairchem_kd.stock.structures import join, pick
+from fairchem_kd.teachers.answers import structures_of
 
 CUTOFF = 6.0
 
@@ -216,3 +229,50 @@ def test_graphs_without_periodicity_are_those_of_a_loop(most: int) -> None:
 )
 def test_structures_without_neighbours_are_known(atoms: Atoms, alone: bool) -> None:
     assert without_neighbours(atoms, CUTOFF) is alone
+
+
+@pytest.mark.parametrize("name", list(STRUCTURES))
+def test_a_structure_is_known_whatever_shares_its_batch(name: str) -> None:
+    """A store's key: alone, among its like, and in a batch for which it got room."""
+    alone = structures_of(collate([sample(STRUCTURES[name])]))[0].key()
+    alike = structures_of(collate([sample(STRUCTURES[name], 1)] * 2))[1].key()
+    mixed = structures_of(collate([sample(STRUCTURES[n]) for n in STRUCTURES]))
+    assert alone == alike == mixed[list(STRUCTURES).index(name)].key()
+    assert len({one.key() for one in mixed}) == len(STRUCTURES)
+
+
+HELD = [
+    ([FixAtoms([0, 2])], [1, 0, 1], False),
+    ([FixCartesian(1)], [0, 1, 0], False),
+    ([FixCartesian(1, (True, True, False))], [0, 0, 0], True),
+    ([FixScaled([0, 1], (True, True, True))], [1, 1, 0], False),
+    ([FixedPlane(2, (0, 0, 1))], [0, 0, 0], True),
+    ([FixedPlane(2, (0, 0, 1)), FixedLine(2, (0, 0, 1))], [0, 0, 1], False),
+    ([FixBondLength(0, 1), FixAtoms([2])], [0, 0, 1], True),
+    ([], [0, 0, 0], False),
+]
+
+
+@pytest.mark.parametrize(("constraints", "fixed", "partly"), HELD)
+def test_one_rule_says_which_atoms_are_held(
+    constraints: list[Any], fixed: list[int], partly: bool
+) -> None:
+    """The same for `data convert`, for files that the commands read, and for stock's data sets."""
+    atoms = Atoms("OHH", positions=[[0, 0, 0], [0.9, 0, 0], [0, 0.9, 0]], cell=[9, 9, 9])
+    atoms.set_constraint(constraints)
+    found, told = held(atoms)
+    assert (found.tolist(), told) == (fixed, partly)
+    use_our_rule()
+    use_our_rule()
+    assert AtomsToGraphs(r_edges=False, r_fixed=True).convert(atoms).fixed.tolist() == fixed
+    assert to_sample(atoms).fixed.tolist() == fixed
+    assert free_atoms(atoms).tolist() == [i for i in range(3) if not fixed[i]]
+
+
+def test_tags_of_what_the_commands_read() -> None:
+    """A molecule is an adsorbate also where it has got a cell with room."""
+    assert to_sample(molecule("H2O")).tags.tolist() == [2, 2, 2]
+    assert to_sample(bulk("Cu")).tags.tolist() == [1]
+    tagged = molecule("H2O")
+    tagged.set_tags([1, 2, 0])
+    assert to_sample(tagged).tags.tolist() == [1, 2, 0]

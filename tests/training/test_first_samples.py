@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import small_model
 from torch_geometric.data import Data
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.neighbours import cutoff_of
 from fairchem_kd.stock.samples import collate
-from fairchem_kd.training.first_samples import MOST, check_samples
+from fairchem_kd.training.first_samples import MOST, check_neighbours, check_samples
 
 OUTPUTS = {"energy": {"level": "system"}, "forces": {"level": "atom"}}
 
@@ -67,6 +69,25 @@ def test_samples_that_fit_pass() -> None:
 def test_predictions_need_a_name() -> None:
     with pytest.raises(UserError, match="sample 1 has no 'sid'"):
         check([sample(0), sample(1, sid=GONE)], named=True)
+
+
+ALONE = {"pos": 10.0 * torch.eye(4, 3), "cell": 100 * torch.eye(3)[None]}
+
+
+@pytest.mark.parametrize("name", ["painn", "gemnet_oc"])
+def test_a_sample_without_neighbours_is_named(name: str) -> None:
+    model = small_model(name)
+    dataset = [sample(0), sample(1), sample(2, **ALONE, pbc=torch.ones(1, 3, dtype=torch.bool))]
+    check_neighbours(dataset[:2], "dataset.val", model, "cpu")
+    cutoff = cutoff_of(model)
+    said = rf"dataset\.val: sample 2 \(sid 2\) has no two atoms within {cutoff:g} Å"
+    with pytest.raises(UserError, match=said):
+        check_neighbours(dataset, "dataset.val", model, "cpu")
+    assert model.training
+
+
+def test_a_model_that_allows_it_takes_a_sample_without_neighbours() -> None:
+    check_neighbours([sample(0), sample(1, **ALONE)], "dataset.val", small_model("schnet"), "cpu")
 
 
 class Long:

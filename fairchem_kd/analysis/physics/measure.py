@@ -20,6 +20,8 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 from numpy.typing import NDArray
 
+from fairchem_kd.stock.constraints import held
+
 if TYPE_CHECKING:
     from ase import Atoms
     from ase.calculators.calculator import Calculator
@@ -187,9 +189,7 @@ def against(relaxation: Relaxation, end: Atoms, method: Calculator, best: Atoms)
 
 def free_atoms(atoms: Atoms) -> NDArray[np.int64]:
     """The indices of the atoms that may move."""
-    fixed = [constraint.index for constraint in atoms.constraints]
-    held = np.concatenate(fixed) if fixed else np.array([], dtype=int)
-    return np.setdiff1d(np.arange(len(atoms)), held)
+    return np.flatnonzero(held(atoms)[0] == 0)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fairchem_kd.data.build import LMDB_FORMATS, check_dataset, ensure_built
 from fairchem_kd.data.convert.sources import find_files
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.datasets import close_dataset, collate, open_in_order
-from fairchem_kd.stock.periodicity import axes, room
+from fairchem_kd.stock.periodicity import axes, room, tags_of
 
 if TYPE_CHECKING:
     import ase
@@ -155,10 +155,16 @@ def _read(file: Path) -> Iterator[ase.Atoms]:
 
 def to_sample(atoms: ase.Atoms, number: int = 0) -> Data:
     """The sample that fairchem's models take, ``sid`` being ``number``; see :func:`as_periodic`."""
+    import torch
     from fairchem.core.preprocessing import AtomsToGraphs
+
+    from fairchem_kd.stock.constraints import held
 
     convert = AtomsToGraphs(r_edges=False, r_fixed=True, r_pbc=True).convert
     data = convert(as_periodic(atoms), sid=number)
+    data.fixed = torch.from_numpy(held(atoms)[0])
+    if not data.tags.any():
+        data.tags = tags_of(len(atoms), bool(np.any(atoms.pbc)))
     data.fid = 0
     data.pbc = data.pbc.view(1, 3)
     return data

@@ -17,10 +17,11 @@ from ase.data import chemical_symbols
 from fairchem_kd._version import __version__
 from fairchem_kd.data.card import FORMAT, versions, write_card
 from fairchem_kd.data.convert.labels import Reading
-from fairchem_kd.data.convert.shards import Tally, subtract
+from fairchem_kd.data.convert.shards import Tally, rewrite
 from fairchem_kd.data.convert.sources import Part
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.neighbours import SHORTEST_CUTOFF
+from fairchem_kd.stock.periodicity import ROOM
 
 #: Marks a part that is complete, and holds what the checks compare.
 DONE = "done.json"
@@ -82,7 +83,6 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
         for name, reasons in part["skipped"].items():
             skipped.setdefault(name, Counter()).update(reasons)
     _check_frames(done, skipped, conversion)
-    _check_periodicity(done)
     if not conversion.allow_mixed:
         _check_elements(done)
         _check_units(done, parts)
@@ -98,16 +98,24 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
     totals = {}
     for name, folders in tallies.items():
         taken_off = references if conversion.reading.references in ("fit", "file") else None
-        totals[name] = _write(out / name, name, folders, taken_off)
+        totals[name] = _write(out / name, name, folders, taken_off, everywhere=_unlike(done))
     card = _card(totals, skipped, references, conversion)
     card["notes"] = [*_repeated(totals), *_implausible(card), *_constrained(done), *_alone(done)]
+    card["notes"] += _made_periodic(done)
     if conversion.reading.references == "fit":
         card["notes"] += _unexplained(totals, references or {})
     write_card(out, card)
     return card
 
 
-def _write(out: Path, name: str, folders: list[Path], references: dict[int, float] | None) -> Tally:
+def _write(
+    out: Path,
+    name: str,
+    folders: list[Path],
+    references: dict[int, float] | None,
+    *,
+    everywhere: bool,
+) -> Tally:
     """The shards of one split in the order of the parts, and their ``metadata.npz``."""
     total = Tally()
     out.mkdir(parents=True)
@@ -115,10 +123,11 @@ def _write(out: Path, name: str, folders: list[Path], references: dict[int, floa
     for index, folder in enumerate(folders):
         tally = Tally.load(folder / f"{name}.npz")
         dest = out / f"data.{index:0{width}d}.lmdb"
-        if references is None:
+        if references is None and not everywhere:
             _link(folder / f"{name}.lmdb", dest)
         else:
-            tally.energy = subtract(folder / f"{name}.lmdb", dest, references)
+            shard = folder / f"{name}.lmdb"
+            tally.energy = rewrite(shard, dest, references, everywhere=everywhere)
         total.merge(tally)
     columns = {key: np.array(getattr(total, key), np.int64) for key in ("natoms", "sid", "fid")}
     np.savez(out / "metadata.npz", **columns)
@@ -140,6 +149,27 @@ def _constrained(done: list[dict[str, Any]]) -> Iterator[str]:
         yield (
             f"{frames} frames have constraints that leave atoms free in some direction or tie them "
             "to each other: a data set knows only free and fixed, and such atoms are free in it."
+        )
+
+
+def _kinds(done: list[dict[str, Any]]) -> list[tuple[bool, ...]]:
+    """The periodic directions that there are."""
+    return sorted({tuple(pbc) for part in done for pbc in part["pbc"]})
+
+
+def _unlike(done: list[dict[str, Any]]) -> bool:
+    """Whether stock could not put all into one batch: it takes one periodicity for all of it."""
+    return len(_kinds(done)) > 1
+
+
+def _made_periodic(done: list[dict[str, Any]]) -> Iterator[str]:
+    """What is said where the periodicity of frames was changed."""
+    if _unlike(done):
+        shown = " and ".join("".join("FT"[p] for p in pbc) for pbc in _kinds(done))
+        yield (
+            f"The frames have unlike periodic directions ({shown}), and fairchem takes one for a "
+            f"whole batch: all are written as periodic along every axis, with {ROOM:g} Å of room "
+            "along those that are not, so that no image is in reach there."
         )
 
 
@@ -170,16 +200,6 @@ def _check_frames(
         raise UserError(
             f"{lost.total()} of {kept + lost.total()} frames cannot be used ({why}), more than "
             f"--max-skipped {conversion.max_skipped:g} allows; mend the data, or allow more."
-        )
-
-
-def _check_periodicity(done: list[dict[str, Any]]) -> None:
-    kinds = {tuple(pbc) for part in done for pbc in part["pbc"]}
-    if len(kinds) > 1:
-        shown = " and ".join("".join("FT"[p] for p in pbc) for pbc in sorted(kinds))
-        raise UserError(
-            f"The structures have unlike periodic directions ({shown}), and fairchem cannot put "
-            "them into one batch: convert them apart, or give all the same pbc."
         )
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.constraints import FixAtoms, FixCartesian, FixedLine, FixedPlane, FixScaled
 
 from fairchem_kd.data.convert.sources import Part, Structure
 from fairchem_kd.data.frames import Array, Frame
 from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.stock.constraints import held
 from fairchem_kd.stock.neighbours import SHORTEST_CUTOFF, without_neighbours
 from fairchem_kd.stock.periodicity import tags_of
 
@@ -115,7 +115,7 @@ def label(structure: Structure, part: Part, reading: Reading) -> Labelled | str:
     largest = 0.0 if forces is None else float(np.linalg.norm(forces, axis=1).max())
     if reading.max_force is not None and largest > reading.max_force:
         return "force above the limit"
-    fixed, partly = _fixed(atoms)
+    fixed, partly = held(atoms)
     frame = Frame(
         numbers=atoms.numbers.astype(np.int64),
         pos=positions.astype(np.float32),
@@ -137,29 +137,29 @@ def _results(atoms: Atoms) -> dict[str, Any]:
 
 def _energy(atoms: Atoms, reading: Reading, where: str) -> float:
     """The total energy in eV."""
-    held = {**atoms.info, **_results(atoms)}
+    given = {**atoms.info, **_results(atoms)}
     key = reading.energy_key or "energy"
-    if held.get(key) is None:
-        numbers = [k for k, v in held.items() if np.ndim(v) == 0 and not isinstance(v, str)]
+    if given.get(key) is None:
+        numbers = [k for k, v in given.items() if np.ndim(v) == 0 and not isinstance(v, str)]
         raise UserError(
             f"{where}: there is no energy under '{key}'{did_you_mean(key, numbers)}; name its key "
             "with --energy-key, or take structures alone with --labels none."
         )
-    return float(held[key]) * unit(reading.energy_unit, ENERGY_UNITS, "energy")
+    return float(given[key]) * unit(reading.energy_unit, ENERGY_UNITS, "energy")
 
 
 def _forces(atoms: Atoms, reading: Reading, where: str) -> Array:
     """Forces in eV/Å as the method gave them: constraints are not applied."""
-    held = {**atoms.arrays, **_results(atoms)}
+    given = {**atoms.arrays, **_results(atoms)}
     key = reading.forces_key or "forces"
-    if held.get(key) is None or np.shape(held[key]) != (len(atoms), 3):
-        vectors = [k for k, v in held.items() if np.shape(v) == (len(atoms), 3)]
+    if given.get(key) is None or np.shape(given[key]) != (len(atoms), 3):
+        vectors = [k for k, v in given.items() if np.shape(v) == (len(atoms), 3)]
         known = [name for name in vectors if name != "positions"]
         raise UserError(
             f"{where}: there are no forces under '{key}'{did_you_mean(key, known)}; name their key "
             "with --forces-key, or convert energies alone with --labels energy."
         )
-    return np.asarray(held[key], float) * reading.force_factor
+    return np.asarray(given[key], float) * reading.force_factor
 
 
 def _relative(
@@ -217,28 +217,6 @@ def _tags(atoms: Atoms) -> Any:
     if not tags.any():
         tags = tags_of(len(atoms), bool(atoms.pbc.any())).numpy()
     return tags.astype(np.int32)
-
-
-#: Constraints that act on each atom by itself; whether it can move follows from them alone.
-_OF_ONE_ATOM = (FixAtoms, FixCartesian, FixScaled, FixedPlane, FixedLine)
-
-
-def _fixed(atoms: Atoms) -> tuple[Any, bool]:
-    """``fixed`` ``(N,)`` of the data set, and whether there are constraints that it cannot tell.
-
-    Fixed is an atom that is held in all three directions: none of a force on it is left.
-    """
-    alone = [one for one in atoms.constraints if isinstance(one, _OF_ONE_ATOM)]
-    held = np.full(len(atoms), bool(alone))
-    touched = np.zeros(len(atoms), dtype=bool)
-    for direction in np.eye(3) if alone else ():
-        forces = np.tile(direction, (len(atoms), 1))
-        for constraint in alone:
-            constraint.adjust_forces(atoms, forces)
-        held &= np.abs(forces).max(axis=1, initial=0.0) < 1e-9
-        touched |= np.abs(forces - direction).max(axis=1, initial=0.0) > 1e-9
-    partly = bool((touched & ~held).any()) or len(alone) < len(atoms.constraints)
-    return held.astype(np.int32), partly
 
 
 def _identity(

@@ -11,10 +11,12 @@ from typing import Any
 
 import lmdb
 import numpy as np
+import torch
 from ase.data import chemical_symbols
 from torch_geometric.data import Data
 
 from fairchem_kd.data.frames import Array
+from fairchem_kd.stock import periodicity
 
 _COMMIT_EVERY = 256  # samples
 _MAX_Z = 119
@@ -198,11 +200,17 @@ def _spread(values: array[Any]) -> dict[str, float]:
     }
 
 
-def subtract(file: Path, dest: Path, references: dict[int, float]) -> array[float]:
-    """Write a complete shard to ``dest`` with the references taken off its energies.
+def rewrite(
+    file: Path, dest: Path, references: dict[int, float] | None, *, everywhere: bool
+) -> array[float]:
+    """Write a complete shard to ``dest``, changed.
+
+    Args:
+        references: eV, taken off the energies; None: they stay.
+        everywhere: make structures periodic along all axes, with room along those that were not.
 
     Returns:
-        The new labels, eV, in order.
+        The labels, eV, in order; NaN where there are none.
     """
     environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
     energies = _real()
@@ -212,9 +220,15 @@ def subtract(file: Path, dest: Path, references: dict[int, float]) -> array[floa
             length = pickle.loads(transaction.get(b"length", b""))
             for index in range(length):
                 sample = pickle.loads(transaction.get(str(index).encode("ascii"), b""))
-                numbers = sample.atomic_numbers.tolist()
-                sample.energy -= sum(references.get(int(z), 0.0) for z in numbers)
-                energies.append(sample.energy)
+                if references is not None:
+                    numbers = sample.atomic_numbers.tolist()
+                    sample.energy -= sum(references.get(int(z), 0.0) for z in numbers)
+                if everywhere:
+                    cell, pbc = sample.cell.numpy()[0], sample.pbc.numpy()[0]
+                    made = periodicity.everywhere(cell, pbc, sample.pos.numpy())
+                    sample.cell = torch.from_numpy(made).to(sample.cell.dtype)[None]
+                    sample.pbc = torch.ones_like(sample.pbc)
+                energies.append(getattr(sample, "energy", np.nan))
                 shard.add(sample)
         shard.close()
     except BaseException:
