@@ -10,7 +10,12 @@ import typing
 from pathlib import Path
 
 from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
-from fairchem_kd.distillation.config import DistillationConfig, ProjectionOptim, TeacherConfig
+from fairchem_kd.distillation.config import (
+    DistillationConfig,
+    LabelLoss,
+    ProjectionOptim,
+    TeacherConfig,
+)
 from fairchem_kd.losses import known_losses
 from fairchem_kd.losses.schedule import Schedule
 
@@ -62,6 +67,10 @@ def _first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().splitlines()[0].replace("``", "`") + "\n"
 
 
+def _text(cls: type) -> str:
+    return (cls.__doc__ or "").replace("\n    ", "\n")
+
+
 def _table(cls: type, skip: tuple[str, ...] = (), **defaults: float) -> str:
     """Rows of the options; ``defaults`` are those that another class has for them."""
     types = typing.get_type_hints(cls)
@@ -86,6 +95,9 @@ def page() -> str:
         _table(DistillationConfig),
         "## `task.distillation.teacher`\n",
         _table(TeacherConfig),
+        "## `task.distillation.labels`\n",
+        _text(LabelLoss),
+        _table(LabelLoss),
         "## `task.distillation.rattle`\n",
         _first_line(RattleOptions),
         _table(RattleOptions),
@@ -93,7 +105,7 @@ def page() -> str:
         _first_line(UnlabelledOptions),
         _table(UnlabelledOptions),
         "## `task.distillation.projections`\n",
-        (ProjectionOptim.__doc__ or "").replace("\n    ", "\n"),
+        _text(ProjectionOptim),
         _table(ProjectionOptim),
         "## `task.distillation.losses.<name>`\n",
         "`<name>` is yours; `kind` says which loss it is and may be left out where the name does. "
@@ -106,7 +118,7 @@ def page() -> str:
             _first_line(loss),
             _table(loss.Options, coefficient=loss.default_coefficient),
         ]
-    parts += ["### `schedule`\n", _first_line(Schedule)]
+    parts += ["### `schedule`\n", _text(Schedule)]
     parts += [_table(Schedule), BUILD]
     return "\n".join(part.rstrip() + "\n" for part in parts).replace("``", "`")
 

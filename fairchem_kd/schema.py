@@ -63,7 +63,10 @@ def parse(cls: type[T], given: Any, where: str) -> T:
             values[name] = _value(types_[name], given[name], f"{where}.{name}", field.metadata)
         elif field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}.{name} is required but not given.")
-    return cls(**values)
+    made = cls(**values)
+    if hasattr(made, "check"):  # what its values have to be for each other
+        made.check(where)
+    return made
 
 
 def read_value(kind: Any, given: Any, where: str, meta: Mapping[str, Any]) -> Any:

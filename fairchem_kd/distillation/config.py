@@ -15,13 +15,14 @@ from typing import Any
 from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
 from fairchem_kd.errors import UserError
 from fairchem_kd.losses import Loss, loss_class
+from fairchem_kd.losses.schedule import Schedule
 from fairchem_kd.schema import is_null, option, parse
 from fairchem_kd.teachers.answers import PRECISIONS
 from fairchem_kd.teachers.place import AUTO
 
 WHERE = "task.distillation"
 #: What stands beside the terms' values in logs and records.
-RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted")
+RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted", "label_loss")
 
 # Announced, but not in this version: a config that asks for one is refused rather than ignored.
 _LATER = {
@@ -54,6 +55,17 @@ class TeacherConfig:
 
 
 @dataclass
+class LabelLoss:
+    """What the labels count while something is distilled; plain training takes them as they are.
+
+    Its ``schedule`` is a loss term's: features first and labels afterwards, or the other way round.
+    """
+
+    coefficient: float = option(1.0, ge=0, help="factor on the whole loss of the labels")
+    schedule: Schedule = option(factory=Schedule, help="how that changes over training")
+
+
+@dataclass
 class ProjectionOptim:
     """How the projections are trained, apart from the student and with AdamW.
 
@@ -71,6 +83,7 @@ class DistillationConfig:
 
     teacher: TeacherConfig = option(factory=TeacherConfig, help="the teacher")
     losses: dict[str, Any] | None = option(None, help="loss terms, each under its own name")
+    labels: LabelLoss = option(factory=LabelLoss, help="what the labels count beside the losses")
     rattle: RattleOptions | None = option(None, help="displaced copies that the teacher labels")
     unlabelled: UnlabelledOptions | None = option(None, help="structures without labels")
     projections: ProjectionOptim = option(factory=ProjectionOptim, help="their optimiser")

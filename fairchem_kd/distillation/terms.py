@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: In logs and records: the share of structures for which the teacher's word does not count.
 UNTRUSTED = "untrusted"
+#: The loss of the labels, of the first rank's structures alone, weighted as it counts.
+LABEL_LOSS = "label_loss"
 
 
 class Distillation:
@@ -70,12 +72,14 @@ class Distillation:
         device: torch.device,
     ) -> None:
         self.terms = config.active_terms
+        self.labels = config.labels
         self.statistics_samples = config.statistics_samples
         self.teacher = teacher
         self.units = units
         self.max_force = config.rattle.max_force if config.rattle is not None else None
         self.last_step = last_step
         self.device = device
+        self._check_schedules()
 
         terms = list(self.terms.values())
         labels = Labels(label_losses, outputs)
@@ -115,6 +119,23 @@ class Distillation:
             wanted += own
         return wanted
 
+    def _check_schedules(self) -> None:
+        """Refuse a training with steps at which nothing is learned.
+
+        Raises:
+            UserError: naming the first such step.
+        """
+        schedules = [term.schedule for term in self.terms.values()]
+        if self.labels.coefficient > 0:
+            schedules.append(self.labels.schedule)
+        ends = {0, *(place for one in schedules for place in one.span(self.last_step))}
+        for step in sorted(place + 1 for place in ends if place < self.last_step):
+            if not any(one.runs(step, self.last_step) for one in schedules):
+                raise UserError(
+                    f"task.distillation: at step {step} of {self.last_step} neither the labels nor "
+                    "a loss counts, by their schedules' start and stop: let one of them go on."
+                )
+
     @property
     def compares_energies(self) -> bool:
         """Whether a term compares the teacher's energies with the student's."""
@@ -122,12 +143,24 @@ class Distillation:
 
     # -- one step ---------------------------------------------------------------------------------
 
+    def running(self, step: int) -> dict[str, Loss]:
+        """The terms that count at a step, by their schedules."""
+        return {n: t for n, t in self.terms.items() if t.schedule.runs(step, self.last_step)}
+
+    def trains_projections(self, step: int) -> bool:
+        """Whether a term that counts at a step has parameters of its own."""
+        return any(len(list(term.parameters())) for term in self.running(step).values())
+
+    def label_factor(self, step: int) -> float:
+        """What the labels' loss is multiplied by at a step."""
+        return self.labels.coefficient * self.labels.schedule.factor(step, self.last_step)
+
     def tap_student(self) -> AbstractContextManager[Captured]:
         """A context in which one forward of the student leaves its features behind."""
         return self.student_tap.capture()
 
     def loss(self, batch: Batch, out: dict[str, Tensor], features: Captured, step: int) -> Tensor:
-        """The weighted sum of all terms on one batch, averaged over the elements of all ranks.
+        """The weighted sum of the running terms on one batch, over the elements of all ranks.
 
         One all-reduce carries the counts and the sums of every term. The result is multiplied by
         the number of ranks, because DDP averages gradients over them.
@@ -136,7 +169,7 @@ class Distillation:
             inputs = self._inputs(batch, out, features)
             parts = {
                 f"{name}.{part.name}" if part.name else name: (self._weight(term, step), part)
-                for name, term in self.terms.items()
+                for name, term in self.running(step).items()
                 for part in term(inputs)
             }
             noted: dict[str, Part] = {}

@@ -29,7 +29,7 @@ from fairchem_kd.distillation.companions import (
 from fairchem_kd.distillation.companions.join import labelled_part
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.distillation.keeping import keep, wanted_structures
-from fairchem_kd.distillation.terms import UNTRUSTED, Distillation
+from fairchem_kd.distillation.terms import LABEL_LOSS, UNTRUSTED, Distillation
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.features.wrappers import stock_model_config
@@ -246,6 +246,8 @@ class DistillationTrainer(RestartableTrainer):
         reported = self._validating and self.distillation_config.validate
         if distillation is None or not (self.model.training or reported):
             return super().run_model(batch)
+        if not distillation.running(self.step):
+            return super().run_model(batch)  # schedules: none has begun, or all have ended
         whole = batch
         if self.companions is not None and self.model.training:
             whole = self.companions.joined(batch, self.step)
@@ -260,9 +262,15 @@ class DistillationTrainer(RestartableTrainer):
     def _compute_loss(self, out: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         loss = super()._compute_loss(out, batch)
         taught, self._distilled = self._distilled, None
-        if self.distillation is None or taught is None:
+        if self.distillation is None:
+            return loss
+        factor = self.distillation.label_factor(self.step) if self.model.training else 1.0
+        if factor != 1.0:
+            loss = factor * loss
+        if taught is None:
             return loss
         distilled = self.distillation.loss(*taught, self.step)
+        self.distillation.values.note(LABEL_LOSS, loss)
         return loss + distilled if self.model.training else loss
 
     def _backward(self, loss: torch.Tensor) -> None:
@@ -276,7 +284,7 @@ class DistillationTrainer(RestartableTrainer):
 
     def _step_projections(self, *_: Any) -> None:
         """Runs after every step of the student's optimiser, and so only where that took one."""
-        if self.distillation:
+        if self.distillation and self.distillation.trains_projections(self.step):
             rate = self.optimizer.param_groups[0]["lr"] / self.config["optim"]["lr_initial"]
             self.distillation.projections.step(rate, self.scaler)
 
