@@ -93,6 +93,13 @@ def test_the_users_own_line(workplace: Path) -> None:
     assert all(r["metrics"]["e2n"] > 0 for r in records if r["kind"] == "train")
     (validation,) = [r for r in records if r["kind"] == "val"]
     assert 0 < validation["metrics"]["forces_mae"] < 10
+    told = [line.partition(" ")[2] for line in done.stdout.splitlines()]
+    place = run_folder.relative_to(workplace)
+    assert f"Done: 3 steps. The student is {place}/best_checkpoint.pt" in told
+    for split in ("val", "test"):
+        assert any(line.startswith(f"{split} (MAE of 8 structures): energy ") for line in told)
+    assert f"Compare it: fairchem-kd compare PLAIN_RUN {place}" in told
+    assert "base_trainer.py" not in done.stdout + done.stderr
     best = read_checkpoint(run_folder / "best_checkpoint.pt")
     assert best["config"]["trainer"] == "ocp"
     assert best["config"]["model"]["name"] == "painn"

@@ -30,6 +30,7 @@ from fairchem_kd.distillation.companions.join import labelled_part
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.distillation.keeping import keep, wanted_structures
 from fairchem_kd.distillation.terms import LABEL_LOSS, UNTRUSTED, Distillation
+from fairchem_kd.distillation.watch import Watch
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.features.wrappers import stock_model_config
@@ -37,6 +38,8 @@ from fairchem_kd.models.frozen import Teacher as FrozenModel
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.teachers import LiveTeacher, Teacher
+from fairchem_kd.teachers.place import size_of
+from fairchem_kd.teachers.stored import StoredTeacher
 from fairchem_kd.training.interruption import Ask
 from fairchem_kd.training.ranks import (
     check_same_on_ranks,
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from torch_geometric.data import Batch
 
     from fairchem_kd.features import Captured
+    from fairchem_kd.training.closing import Predict
 
 
 MOST_UNTRUSTED = 0.5  # of the structures so far
@@ -147,6 +151,8 @@ class DistillationTrainer(RestartableTrainer):
                 last_step=self.last_step,
                 device=self.device,
             )
+            terms = self.distillation.terms.items()
+            self._watch = Watch([n for n, term in terms if term.needs_statistics], self.last_step)
             self.companions = self._make_companions(teacher)
         if self.companions is not None and self.companions.unlabelled is not None:
             more = {"task.distillation.unlabelled": self.companions.unlabelled.dataset}
@@ -290,11 +296,43 @@ class DistillationTrainer(RestartableTrainer):
 
     # -- records, evaluation, checkpoints ---------------------------------------------------------
 
+    @property
+    def teacher_prediction(self) -> Predict | None:
+        distillation = self.distillation
+        if distillation is None:
+            return None
+
+        def predict(batch: Batch) -> dict[str, torch.Tensor]:
+            said = distillation.teacher.teach(batch, distillation.teacher_requests).outputs
+            rows = {"system": len(batch.natoms), "atom": len(batch.pos)}
+            return {
+                name: distillation.units.normalized(
+                    name, said[name].view(rows[target["level"]], -1), batch
+                ).float()
+                for name, target in self.output_targets.items()
+                if name in said
+            }
+
+        return predict
+
+    def cost_in_words(self) -> str:
+        if self.distillation is None:
+            return ""
+        teacher = self.distillation.teacher
+        if not isinstance(teacher, StoredTeacher):
+            return "; the teacher was asked at every step"
+        return (
+            f"; what the teacher said is kept in {teacher.folder} "
+            f"({size_of(teacher.folder) / 1e6:.0f} MB)"
+        )
+
     def values(self) -> dict[str, float]:
         if self.distillation is None:
             return {}
         values = self.distillation.values.read()
         if self.model.training:
+            if rank() == 0:
+                self._watch.look(self.step, values, values.get(LABEL_LOSS, 0.0))
             self._untrusted.append(values.get(UNTRUSTED, 0.0))
         share = sum(self._untrusted) / max(len(self._untrusted), 1)
         if share == 1.0 or (share > MOST_UNTRUSTED and self.step >= SURE):

@@ -30,6 +30,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="flush denormal numbers to zero on a CPU: on some processors several times faster for "
         "PaiNN (a DistillationTrainer does so without this flag)",
     )
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="log as stock does: the whole config, and where in the code each line comes from",
+    )
     return parser
 
 

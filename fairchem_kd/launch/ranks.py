@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from fairchem.core import _cli
+from fairchem.core.common.utils import setup_logging
 from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.errors import UserError
 from fairchem_kd.machine import flush_denormals
+from fairchem_kd.stock.noise import plain_logs
 from fairchem_kd.stock.plugin import register
 from fairchem_kd.stock.predictions import keep_all_predictions
 from fairchem_kd.stock.relaxation import make_relaxable
@@ -87,6 +89,8 @@ class KDRunner(_cli.Runner):
 
     def __call__(self, config: dict[str, Any]) -> None:
         """Train, validate, predict or relax, as the config says."""
+        setup_logging()
+        plain_logs()
         if config.get("flush_denormal"):
             # Before the first parallel region; data-loader workers inherit it through fork.
             flush_denormals()
@@ -99,6 +103,9 @@ class KDRunner(_cli.Runner):
             ensure_built(config)
             config = join_submitted_ranks(config)
         super().__call__(config)
+        tell_end = getattr(self.trainer, "tell_end", None)
+        if config["mode"] == "train" and tell_end is not None:
+            tell_end()
 
     def checkpoint(self, config: dict[str, Any]) -> DelayedSubmission:
         """What submitit is to run when the job starts again: this run, from where it has come."""

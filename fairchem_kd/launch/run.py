@@ -12,6 +12,7 @@ import argparse
 import functools
 import logging
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -32,6 +33,7 @@ from fairchem_kd.launch.ranks import KDRunner, run_launched_rank, run_rank, sent
 from fairchem_kd.launch.stock_command import stock_command_with
 from fairchem_kd.launch.submission import Executor, refusals_told
 from fairchem_kd.machine import flush_denormals
+from fairchem_kd.stock.noise import VERBOSE, plain_logs
 from fairchem_kd.stock.options import check_training_config
 from fairchem_kd.stock.predictions import in_single_precision
 from fairchem_kd.stock.relaxation import take_optimizer_name
@@ -75,6 +77,7 @@ def _run_of_sweep(args: argparse.Namespace, config: dict[str, Any]) -> None:
     # A spawned process spawns in turn; data-loader workers are forked, as in a run of its own.
     multiprocessing.set_start_method(None, force=True)
     setup_logging()
+    plain_logs()
     sys.exit(_run_and_report(args, config))
 
 
@@ -130,7 +133,10 @@ def main(argv: Sequence[str] | None = None, grid: Grid | None = None) -> int:
     if argv[:1] == ["main"]:
         argv = argv[1:]
     args, overrides = make_parser().parse_known_args(argv)
+    if args.verbose:
+        os.environ[VERBOSE] = "1"  # for ranks in other processes, and in jobs
     setup_logging()
+    plain_logs()
     elsewhere = args.submit and AutoExecutor.which() != "local"
     if not (args.cpu or elsewhere or torch.cuda.is_available()):
         logging.info("No CUDA device here: running on the CPU, as with --cpu")

@@ -52,7 +52,7 @@ def modern(checkpoint: Mapping[str, Any], name: str = "the checkpoint") -> dict[
     """
     config = modern_config(checkpoint["config"])
     gone = _GONE_BUFFERS.get(str(config["model"].get("name")), ())
-    state = _without_wrappers(checkpoint["state_dict"])
+    state = without_wrappers(checkpoint["state_dict"])
     if any(key in state for key in gone):
         state = {key: value for key, value in state.items() if key not in gone}
     return {
@@ -204,7 +204,7 @@ def _dataset(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"src": "", "key_mapping": mapping, **given, "format": _format(config) or "lmdb"}
 
 
-def _without_wrappers(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_wrappers(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Names as the bare model has them. DataParallel and DistributedDataParallel each add one."""
     while state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}

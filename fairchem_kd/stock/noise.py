@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,58 @@ def quiet(level: int = logging.WARNING) -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+#: In the environment where ``-v`` was given.
+VERBOSE = "FAIRCHEM_KD_VERBOSE"
+_OF_STOCK = "%(pathname)s"  # in the format of the handlers that stock sets up
+
+
+class _Plain(logging.Formatter):
+    """The time and the message; that it is a warning or an error is said in front of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        time, _, message = text.partition(" ")
+        return f"{time} {record.levelname.lower()}: {message}"
+
+
+def plain_logs() -> None:
+    """Log without file names, and without stock's dump of the whole config; not with ``-v``.
+
+    A run's ``records.jsonl`` holds its config.
+    """
+    if os.environ.get(VERBOSE):
+        return
+    for handler in logging.getLogger().handlers:
+        format_of = getattr(handler.formatter, "_fmt", None)
+        if isinstance(format_of, str) and _OF_STOCK in format_of:
+            handler.setFormatter(_Plain("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+            handler.addFilter(_is_told)
+
+
+#: What stock logs that tells a user nothing: by module and function, and what the line begins with.
+_UNTOLD = (
+    ("base_trainer", "__init__", ""),  # the whole config
+    ("base_trainer", "load_optimizer", ""),  # every parameter without weight decay
+    ("base_trainer", "create_loss_functions", ""),
+    ("data_parallel", "", ""),  # samplers, and that one rank has nothing to balance
+    ("logger", "", "log_summary for"),
+    ("utils", "setup_imports", ""),
+    ("utils", "", "Project root"),
+    ("_cli", "", "Setting env"),
+    ("distutils", "", "Running in local mode"),
+)
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(
+        record.module == module and function in ("", record.funcName) and message.startswith(begins)
+        for module, function, begins in _UNTOLD
+    )
 
 
 #: Warnings of stock fairchem's code that a user of our commands can do nothing about.

@@ -105,6 +105,7 @@ class Filling:
         bar = tqdm(total=-(-total // self.parts), desc="asking the teacher", unit="structure",
                    disable=None if self.part == 0 and total else True, leave=False)  # fmt: skip
         began = told = time.monotonic()
+        done = 0  # a bar that is not shown does not count
         try:
             with bar:
                 for source in wanted:
@@ -116,9 +117,10 @@ class Filling:
                             continue
                         self._ask(batch, device)
                         bar.update(len(batch.natoms))
+                        done += len(batch.natoms)
                         if bar.disable and self.part == 0 and time.monotonic() - told > _TELL:
                             told = time.monotonic()
-                            _tell(bar.n, -(-total // self.parts), told - began)
+                            _tell(done, -(-total // self.parts), told - began)
         finally:
             self._writer.close()
             self.teacher.reader.refresh()

@@ -37,8 +37,13 @@ class Records:
             with self.path.open("ab") as file:
                 file.write(b"\n")
 
+    @property
+    def seconds(self) -> float:
+        """Since this process began to train."""
+        return time.perf_counter() - self._start
+
     def write(self, kind: str, **values: Any) -> None:
-        seconds = round(time.perf_counter() - self._start, 3)
+        seconds = round(self.seconds, 3)
         line = json.dumps({"kind": kind, "seconds": seconds, **plain(values)}, allow_nan=False)
         try:
             with self.path.open("a", encoding="utf-8") as file:

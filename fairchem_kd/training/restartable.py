@@ -36,9 +36,11 @@ from fairchem_kd.training.checks import (
     refuse_gradients,
     refuse_none_free,
 )
+from fairchem_kd.training.closing import Predict, closing_lines
 from fairchem_kd.training.first_samples import check_neighbours, check_samples
 from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to_go_on
 from fairchem_kd.training.owner import Owner
+from fairchem_kd.training.progress import Progress
 from fairchem_kd.training.ranks import check_same_on_ranks, refused_by_all, seen_by_rank
 from fairchem_kd.training.records import Records
 from fairchem_kd.training.resume import (
@@ -92,6 +94,7 @@ class RestartableTrainer(StockTrainer):
 
     def __init__(self, **stock: Any) -> None:
         self.records: Records | None = None
+        self.progress: Progress | None = None
         self._none_free = False
         self.metrics: dict[str, Any] = {}  # stock has them from its first step on
         self.restart = Restart(asked=stock.get("timestamp_id") is not None)
@@ -130,6 +133,15 @@ class RestartableTrainer(StockTrainer):
     def run_model(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The outputs of the model on ``batch``."""
         return super()._forward(batch)
+
+    @property
+    def teacher_prediction(self) -> Predict | None:
+        """What a teacher says of a batch, in the student's normalised units, if there is one."""
+        return None
+
+    def cost_in_words(self) -> str:
+        """What the training took beside the time."""
+        return ""
 
     # -- setting up -------------------------------------------------------------------------------
 
@@ -222,12 +234,26 @@ class RestartableTrainer(StockTrainer):
                 self.records = Records(self.config["cmd"]["checkpoint_dir"], began)
                 self.records.write("config", step=self.step, config=self.config)
             self.interruption.polled = True
+            shown = distutils.is_master() and not self.is_debug
+            self.progress = Progress(self.step, self.last_step, shown=shown)
             if self.restart.state is not None:
                 self._finish_resumed_step(self.restart.state, disable_eval_tqdm)
             super().train(disable_eval_tqdm=disable_eval_tqdm)
             if self.records is not None:
                 self.records.write("end", step=self.step, epoch=self.epoch)
+            self.progress.close()
         self.restart.training = False
+
+    def tell_end(self) -> None:
+        """Say what came out; on the first rank, after the training and outside of it."""
+        if self.records is None:
+            return
+        try:
+            lines = closing_lines(self, self.records.seconds)
+        except Exception as error:  # the student is there, whatever becomes of a look at it
+            lines = [f"The training has ended; its errors could not be measured here ({error})."]
+        for line in lines:
+            logging.info(line)
 
     @contextmanager
     def _owned(self) -> Iterator[None]:
@@ -272,6 +298,8 @@ class RestartableTrainer(StockTrainer):
     def _backward(self, loss: torch.Tensor) -> None:
         refuse_divergence(self.metrics, self.step)
         super()._backward(loss)
+        if self.progress is not None:
+            self.progress.advance(self.step)
         if self.records is not None and self._is_printed:
             metrics = {name: metric["metric"] for name, metric in self.metrics.items()}
             rate = self.scheduler.get_lr()
