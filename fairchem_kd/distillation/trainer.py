@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairchem_kd.data.build import ensure_built
-from fairchem_kd.distillation.agreement import agreement, tell_agreement
+from fairchem_kd.distillation.agreement import tell_agreement
 from fairchem_kd.distillation.companions import (
     Companions,
     RattleOptions,
@@ -101,7 +101,9 @@ class DistillationTrainer(RestartableTrainer):
                 return
             if not self.is_debug:  # which writes nothing
                 self.keep_answers(live)
+            self._say_what_is_not_taught()
             if not self.continues_run:
+                self._fit_zero()
                 self._check_agreement()
                 self.distillation.fit_statistics(self.train_dataset, self.collater)
 
@@ -111,14 +113,32 @@ class DistillationTrainer(RestartableTrainer):
         assert distillation is not None
         with refused_by_all():
             if rank() == 0 and not self.is_debug:
-                found = agreement(
-                    distillation.teacher,
-                    distillation.teacher_requests,
-                    self.train_dataset,
-                    self.collater,
-                    self.device,
-                )
+                found = distillation.agreement(self.train_dataset, self.collater)
                 tell_agreement(found, distillation.compares_energies)
+
+    def _fit_zero(self) -> None:
+        distillation = self.distillation
+        assert distillation is not None
+        if distillation.zero_of != "labels":
+            return
+        if distillation.compares_energies:
+            distillation.fit_zero(self.train_dataset, self.collater)
+            with refused_by_all():
+                if self.companions is not None and self.companions.unlabelled is not None:
+                    self.companions.unlabelled.check(distillation.check_elements)
+        else:
+            logging.info(
+                "No loss compares energies, so task.distillation.teacher.energy_zero does nothing"
+            )
+
+    def _say_what_is_not_taught(self) -> None:
+        assert self.distillation is not None
+        left_out = self.distillation.not_taught
+        if left_out:
+            logging.info(
+                f"The teacher does not predict {', '.join(left_out)}: the student learns it from "
+                "its labels, and from the teacher's features where a loss compares them"
+            )
 
     def make_distillation(self) -> LiveTeacher | None:
         """Make `distillation` and `companions`; returns their teacher, None for plain training."""
@@ -250,7 +270,7 @@ class DistillationTrainer(RestartableTrainer):
         if self.companions is not None and self.model.training:
             whole = self.companions.joined(batch, self.step)
             batch.to(self.device)  # in place, as stock's forward does with what it is given
-        distillation.teacher.check_elements(whole.atomic_numbers)
+        distillation.check_elements(whole.atomic_numbers)
         with distillation.tap_student() as features:
             out = super().run_model(whole)
         self._distilled = whole, out, features
