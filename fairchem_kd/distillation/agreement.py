@@ -65,8 +65,9 @@ class Agreement:
             words.append(f"energy {1e3 * self.energy:.3g} meV")
         if self.forces is not None:
             words.append(f"forces {1e3 * self.forces:.3g} meV/Å")
+        words = [" and ".join(words)] if words else []
         words += [f"{name} {value:.3g}" for name, value in self.others.items()]
-        told = f"{' and '.join(words)} (MAE of {self.structures} structures)"
+        told = f"{', '.join(words)} (MAE of {self.structures} structures)"
         if self.offset is None:
             return told
         return f"{told}, its energies {1e3 * self.offset:+.3g} meV off on average"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairchem_kd.data.build import ensure_built
-from fairchem_kd.distillation.agreement import tell_agreement
+from fairchem_kd.distillation.agreement import Agreement, tell_agreement
 from fairchem_kd.distillation.companions import (
     Companions,
     RattleOptions,
@@ -115,6 +115,21 @@ class DistillationTrainer(RestartableTrainer):
             if rank() == 0 and not self.is_debug:
                 found = distillation.agreement(self.train_dataset, self.collater)
                 tell_agreement(found, distillation.compares_energies)
+
+    def look_at_labels(self) -> tuple[Agreement | None, bool]:
+        """How the teacher does on the labels as they are, in a try of a training in one process.
+
+        Where its energies are compared and only another zero keeps them from the labels, they are
+        shifted from here on, and the second value is true.
+        """
+        distillation = self.distillation
+        if distillation is None:
+            return None, False
+        found = distillation.agreement(self.train_dataset, self.collater)
+        shifted = found is not None and found.other_zero and distillation.compares_energies
+        if shifted:
+            distillation.fit_zero(self.train_dataset, self.collater)
+        return found, shifted
 
     def _fit_zero(self) -> None:
         distillation = self.distillation

@@ -17,13 +17,16 @@ from ase.data import chemical_symbols
 from fairchem_kd._version import __version__
 from fairchem_kd.data.card import FORMAT, versions, write_card
 from fairchem_kd.data.convert.labels import Reading
-from fairchem_kd.data.convert.shards import Tally, subtract
+from fairchem_kd.data.convert.shards import Tally, subtract, total_energies
 from fairchem_kd.data.convert.sources import Part
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.neighbours import SHORTEST_CUTOFF
 
 #: Marks a part that is complete, and holds what the checks compare.
 DONE = "done.json"
+#: Beside the splits, where energies are totals.
+REFERENCES = "element_references.npz"
+MOST_ELEMENTS = 118  # that stock's references are of
 SPLITS = ("train", "val", "test")
 
 #: Forces of one file over another's, where the units of one are Hartree/Bohr, kcal/mol/Å or so.
@@ -50,6 +53,8 @@ class Conversion:
     given_references: dict[int, float] | None = None
     max_skipped: float = 0.01
     allow_mixed: bool = False
+    #: write total energies, and the references to a file that stock takes off them
+    totals: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -59,6 +64,7 @@ class Conversion:
             "split": None if self.shares is None else list(self.shares),
             "seed": self.seed,
             "given_references": self.given_references,
+            **({"totals": True} if self.totals else {}),
             **self.reading.as_dict(),
         }
 
@@ -98,7 +104,9 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
     totals = {}
     for name, folders in tallies.items():
         taken_off = references if conversion.reading.references in ("fit", "file") else None
-        totals[name] = _write(out / name, name, folders, taken_off)
+        totals[name] = _write(out / name, name, folders, taken_off, conversion.totals)
+    if conversion.totals:
+        _write_references(out / REFERENCES, references or {})
     card = _card(totals, skipped, references, conversion)
     card["notes"] = [*_repeated(totals), *_implausible(card), *_constrained(done), *_alone(done)]
     if conversion.reading.references == "fit":
@@ -107,7 +115,21 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
     return card
 
 
-def _write(out: Path, name: str, folders: list[Path], references: dict[int, float] | None) -> Tally:
+def _write_references(file: Path, references: dict[int, float]) -> None:
+    """What stock's ``element_references`` reads: eV by atomic number, in double precision."""
+    values = np.zeros(MOST_ELEMENTS + 1)
+    for z, value in references.items():
+        values[z] = value
+    np.savez(file, element_references=values)
+
+
+def _write(
+    out: Path,
+    name: str,
+    folders: list[Path],
+    references: dict[int, float] | None,
+    totals: bool,
+) -> Tally:
     """The shards of one split in the order of the parts, and their ``metadata.npz``."""
     total = Tally()
     out.mkdir(parents=True)
@@ -118,7 +140,8 @@ def _write(out: Path, name: str, folders: list[Path], references: dict[int, floa
         if references is None:
             _link(folder / f"{name}.lmdb", dest)
         else:
-            tally.energy = subtract(folder / f"{name}.lmdb", dest, references)
+            write = total_energies if totals else subtract
+            tally.energy = write(folder / f"{name}.lmdb", dest, references)
         total.merge(tally)
     columns = {key: np.array(getattr(total, key), np.int64) for key in ("natoms", "sid", "fid")}
     np.savez(out / "metadata.npz", **columns)
@@ -310,6 +333,11 @@ _DEFINITIONS = {
     "back for total energies",
     "none": "energy label = total energy",
 }
+_TOTALS = (
+    f"energy label = total energy; {REFERENCES} holds reference_energies, which "
+    "dataset.train.transforms.element_references takes off in training and adds to predictions; "
+    "statistics and normaliser are of what is left"
+)
 _METHODS = {
     "atomization": "least squares of total energy - atomization_energy, eV per atom",
     "fit": "least squares of the training set's total energies, eV per atom",
@@ -343,7 +371,9 @@ def _card(
             "use_pbc: true."
         ),
         "units": {"energy": "eV", "forces": "eV/Å", "positions": "Å", "cell": "Å"},
-        "energy_definition": _DEFINITIONS["fit" if kind == "file" else kind],
+        "energy_definition": _TOTALS
+        if conversion.totals
+        else _DEFINITIONS["fit" if kind == "file" else kind],
         "reference_energies": given,
         "reference_method": _METHODS.get(kind),
         "normalizer": normalizer,
