@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainings import assert_equal, config, trained, trainer, write_lmdb
+import yaml
+from trainings import assert_equal, config, trained, trainer, write_lmdb, write_yaml
 from trainings import data as data
 from trainings import teacher as teacher
 
+from fairchem_kd.commands.main import main
 from fairchem_kd.distillation import zero
 from fairchem_kd.distillation.agreement import Agreement, _without_zero, agreement, tell_agreement
 from fairchem_kd.errors import UserError
@@ -186,6 +188,32 @@ def test_a_moved_zero_goes_on_bit_for_bit(tmp_path: Path, moved: Path, teacher: 
         pytest.raises(UserError, match=r"teacher.energy_zero: this run was started with another"),
     ):
         built.train(disable_eval_tqdm=True)
+
+
+def test_init_says_how_the_teacher_does_and_writes_the_zero(
+    tmp_path: Path,
+    moved: Path,
+    teacher: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for strategy, compares in (("vanilla", True), ("n2n", False)):
+        write_yaml(tmp_path / "painn.yml", config(tmp_path, moved), cls="ocp")
+        argv = ["init", "--student", "painn.yml", "--teacher", str(teacher)]
+        assert main([*argv, "--strategy", strategy]) == 0
+        shown = capsys.readouterr().out
+        (line,) = [t for t in shown.splitlines() if "own labels: energy" in t]
+        assert "meV off on average" in line
+        assert "the zeros of the teacher's energies and of the student's labels differ" in shown
+        block = yaml.safe_load((tmp_path / f"painn_{strategy}.yml").read_text())
+        named = block["task"]["distillation"]["teacher"]
+        assert named.get("energy_zero") == ("labels" if compares else None)
+        told = "energy_zero: labels is written" if compares else "this does no harm"
+        assert told in shown
+        if compares:  # of energies alone, after the shift: not 1000 eV and more
+            energy = float(shown.partition("vanilla.energy ")[2].split()[0])
+            assert energy < 500  # as it is with the shift of some thousand eV taken out
 
 
 def test_too_few_labels_tell_no_zero(tmp_path: Path, moved: Path, teacher: Path) -> None:
