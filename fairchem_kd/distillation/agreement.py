@@ -17,12 +17,13 @@ import torch
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Request
-from fairchem_kd.teachers import Teacher
+from fairchem_kd.teachers import Taught, Teacher
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
 
-    from fairchem_kd.distillation.zero import EnergyZero
+
+Shift = Callable[[Taught, "Batch"], Taught]
 
 SAMPLES = 64
 _BATCH = 16
@@ -79,7 +80,7 @@ def agreement(
     dataset: Any,
     collate: Callable[[list[Any]], Batch],
     device: torch.device,
-    zero: EnergyZero | None = None,
+    shifted: Shift | None = None,
 ) -> Agreement | None:
     """The teacher's errors on evenly spread samples; None where nothing can be compared.
 
@@ -89,10 +90,10 @@ def agreement(
         dataset: with labels.
         collate: makes a batch of samples.
         device: where the teacher is.
-        zero: what its energies are shifted by.
+        shifted: what its answers are changed by before they are compared.
     """
     chosen = evenly(len(dataset), SAMPLES)
-    errors, counts = _errors(teacher, requests, dataset, chosen, collate, device, zero)
+    errors, counts = _errors(teacher, requests, dataset, chosen, collate, device, shifted)
     if not errors:
         return None
     sizes = {name: _mean(np.abs(values)) for name, values in errors.items()}
@@ -131,7 +132,7 @@ def _errors(
     chosen: Sequence[int],
     collate: Callable[[list[Any]], Batch],
     device: torch.device,
-    zero: EnergyZero | None,
+    shifted: Shift | None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Teacher - label by output, ``(rows, C)``, and compositions ``(S, 120)``."""
     errors: dict[str, list[np.ndarray]] = {}
@@ -141,7 +142,7 @@ def _errors(
         counts += [composition(sample) for sample in samples]
         batch = collate(samples).to(device)
         said = teacher.teach(batch, requests)
-        said = (said if zero is None else zero.applied(said, batch)).sound(())
+        said = (said if shifted is None else shifted(said, batch)).sound(())
         for name, theirs in said.outputs.items():
             label = batch.get(name)
             if isinstance(label, torch.Tensor) and label.numel() == theirs.numel():

@@ -47,6 +47,13 @@ UNTRUSTED = "untrusted"
 _BEFORE = {"teacher.energy_zero": "teacher"}
 
 
+def _given(identity: Any) -> Any:
+    """Without what is null: an option that was not there when a run began is null now."""
+    if not isinstance(identity, dict):
+        return identity
+    return {key: _given(value) for key, value in identity.items() if value is not None}
+
+
 class Distillation:
     """Teacher, taps, loss terms and projections of one training.
 
@@ -281,8 +288,9 @@ class Distillation:
 
     def agreement(self, dataset: Dataset, collate: Collate) -> Agreement | None:
         """How the teacher does on labels; None where nothing can be compared."""
+        shifted = None if self.zero is None else self.zero.applied
         return agreement(
-            self.teacher, self.teacher_requests, dataset, collate, self.device, self.zero
+            self.teacher, self.teacher_requests, dataset, collate, self.device, shifted
         )
 
     def fit_statistics(self, dataset: Dataset, collate: Collate) -> None:
@@ -333,7 +341,7 @@ class Distillation:
         """
         saved = state["identity"] if state is not None else {}
         for key, value in self.identity.items():
-            if saved.get(key, _BEFORE.get(key)) != value:
+            if _given(saved.get(key, _BEFORE.get(key))) != _given(value):
                 raise UserError(
                     f"task.distillation.{key}: this run was started with another one, so it cannot "
                     "be resumed: give the same as then, or start a new run."

@@ -41,6 +41,7 @@ class EnergyZero:
 
     def __init__(self, shifts: Tensor) -> None:
         self.shifts = shifts
+        self._there = shifts  # on the device of the last batch
 
     def check_elements(self, atomic_numbers: Tensor) -> None:
         """Refuse atoms of elements whose shift is not known.
@@ -60,7 +61,9 @@ class EnergyZero:
 
     def applied(self, said: Taught, batch: Batch) -> Taught:
         """An answer about a batch, with its energies and what atoms give to them shifted."""
-        each = self.shifts.to(batch.pos.device)[batch.atomic_numbers.long()][:, None]
+        if self._there.device != batch.pos.device:
+            self._there = self.shifts.to(batch.pos.device)
+        each = self._there[batch.atomic_numbers.long()][:, None]
         outputs, shares = dict(said.outputs), dict(said.atom_energies)
         if "energy" in outputs:
             outputs["energy"] = outputs["energy"].index_add(0, batch.batch, each)
