@@ -46,7 +46,7 @@ def _type(kind: object) -> str:
     if typing.get_origin(kind) in (list, dict):
         return {list: "list", dict: "mapping"}[typing.get_origin(kind)]  # type: ignore[index]
     if args:
-        return _type(args[0])
+        return " or ".join(dict.fromkeys(map(_type, args)))
     if dataclasses.is_dataclass(kind):
         return "mapping"
     return {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]  # type: ignore[index]

@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is taken off total energies: auto (OC20's and COLL's own, else fit), fit "
         "(least squares on train), none, or a JSON file {\"H\": -13.6, ...} in eV",
     )  # fmt: skip
+    parser.add_argument(
+        "--totals", action="store_true",
+        help="write total energies, and the references to element_references.npz for stock's "
+        "element_references: models then predict totals",
+    )  # fmt: skip
     parser.add_argument("--energy-key", metavar="KEY", help="of the frames' info")
     parser.add_argument("--forces-key", metavar="KEY", help="of the frames' arrays")
     parser.add_argument("--energy-unit", choices=ENERGY_UNITS, default="eV")
@@ -91,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     took = time.monotonic() - start
     print(f"{args.dest}: converted in {took:.0f} s; details in {args.dest / 'card.json'}")
     print(summary(card))
-    for note in card["notes"]:
+    for note in [*card["notes"], *told_of_energies(card)]:
         print(f"note: {note}")
     print(snippet(card, args.dest))
     return 0
@@ -129,10 +134,18 @@ def conversion_of(args: argparse.Namespace) -> Conversion:
         given_references=given,
         max_skipped=args.max_skipped,
         allow_mixed=args.allow_mixed,
+        totals=args.totals,
     )
     parts = plan(draft)
     if references == "auto":
         references = default_references(parts)
+    if args.totals and references == "none":
+        raise UserError(
+            "--totals needs energies, and an energy for each element: take --references fit or a "
+            "JSON file, and no --labels none."
+        )
+    if args.totals and references != "file":
+        references = "fit"  # OC20's and COLL's own are not energies of elements
     reading = Reading(
         labels=args.labels,
         references=references,
@@ -212,13 +225,56 @@ def summary(card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def told_of_energies(card: dict[str, Any]) -> list[str]:
+    """What the energies of a model that is trained on this will be."""
+    from ase.data import chemical_symbols
+
+    options, references = card["options"], card["reference_energies"]
+    if options["labels"] == "none":
+        return []
+    each = ", ".join(f"{chemical_symbols[int(z)]} {e:.6g}" for z, e in (references or {}).items())
+    if options.get("totals"):
+        largest = max(
+            max(abs(split["energy"][key]) for key in ("min", "max"))
+            + split["natoms"]["max"] * max(map(abs, references.values()), default=0.0)
+            for split in card["splits"].values()
+        )
+        exact = largest * 2.0**-24  # half of the last bit that float32 has there
+        told = [
+            f"energies are totals; with the transforms below, a model's energy in ASE is one too. "
+            f"They are taken off in training: {each} eV per atom."
+        ]
+        if exact > 5e-4:
+            told.append(
+                f"fairchem adds references in single precision, in which totals of up to "
+                f"{largest / 1e3:.3g} keV are off by up to {1e3 * exact:.1f} meV, in predictions "
+                "and errors; labels are kept and learned in double precision. Without --totals "
+                "nothing is lost."
+            )
+        return told
+    if options["references"] == "none":
+        return []
+    what = {
+        "oc20": "the reference energy of each system (third column of .txt)",
+        "atomization": f"what the files' atomization energies leave out, about {each} eV per atom",
+    }.get(options["references"], f"{each} eV per atom")
+    return [
+        f"taken off the total energies: {what}. A model's energy in ASE is what is left; give "
+        "--totals for models that predict total energies."
+    ]
+
+
 def snippet(card: dict[str, Any], dest: Path) -> str:
     """The ``dataset`` block of a config."""
     lines = ["dataset:"]
     for name in card["splits"]:
         lines += [f"  {name}:", "    format: lmdb", f"    src: {dest / name}"]
         if name == "train" and card["normalizer"]:
-            lines += ["    transforms:", "      normalizer:"]
+            lines.append("    transforms:")
+            if card["options"].get("totals"):
+                file = dest / "element_references.npz"
+                lines += ["      element_references:", f"        energy: {{file: {file}}}"]
+            lines.append("      normalizer:")
             lines += [
                 f"        {key}: {{mean: {values['mean']:.6f}, rmsd: {values['rmsd']:.6f}}}"
                 for key, values in card["normalizer"].items()

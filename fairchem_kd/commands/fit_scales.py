@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fairchem-kd fit-scales``."""
     parser.description = (
         "Fit the scale factors of the model in CONFIG on its training set and write them to a "
-        "file that `model.scale_file` loads."
+        "file that `model.scale_file` (of a hydra: `model.backbone.scale_file`) loads."
     )
     parser.add_argument("--config-yml", type=Path, required=True, help="a training config")
     parser.add_argument(
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="file to write, .json or .pt (default: the config's own model.scale_file)",
+        help="file to write, .json or .pt (default: the config's own scale_file)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (0)")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
@@ -38,16 +38,26 @@ def run(args: argparse.Namespace) -> int:
         UserError: no config, no data, no scale factors in the model, or nowhere to write.
     """
     from fairchem_kd.data.build import ensure_built
-    from fairchem_kd.stock.scales import fit_scale_factors, trainer_for_scales
+    from fairchem_kd.stock.scales import (
+        fit_scale_factors,
+        scale_file_key,
+        scale_file_of,
+        trainer_for_scales,
+    )
 
     config = _load_config(args.config_yml)
     model_config = dict(config.get("model") or {})
     if "name" not in model_config:
         raise UserError(f"{args.config_yml} has no model.name, so there is nothing to fit.")
-    out = args.out or model_config.get("scale_file")
+    key = scale_file_key(model_config)
+    if key != "model.scale_file" and model_config.get("scale_file"):
+        raise UserError(
+            f"{args.config_yml}: a hydra does not know model.scale_file; move it to {key}."
+        )
+    out = args.out or scale_file_of(model_config)
     if not out or not isinstance(out, (str, Path)):
         raise UserError(
-            f"{args.config_yml} names no model.scale_file: say where to write with --out FILE.json."
+            f"{args.config_yml} names no {key}: say where to write with --out FILE.json."
         )
     out = Path(out)
     if out.suffix not in (".json", ".pt"):
@@ -62,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         num_batches=args.num_batches,
     )
     _write(scales, out)
-    logging.info(f"Wrote {len(scales)} scale factors to {out}; set model.scale_file to use them.")
+    logging.info(f"Wrote {len(scales)} scale factors to {out}; set {key} to use them.")
     return 0
 
 

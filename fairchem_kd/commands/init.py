@@ -107,12 +107,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {note}")
 
     text = distillation_yaml(args.student, args.teacher, choices, trust=args.trust)
-    if not args.no_dry_run:
+    if args.no_dry_run:
+        print("note: without a dry run, the teacher's errors on the labels are not looked at.")
+    else:
         config.setdefault("task", {})
         config["task"]["distillation"] = yaml.safe_load(text)["task"]["distillation"]
         with _quiet():
             found = dry_run(config, args.student)
         print(_reported(found))
+        if found.zero:
+            text = distillation_yaml(
+                args.student, args.teacher, choices, trust=args.trust, zero="labels"
+            )
     write_text(out, text)
     print(f"wrote {out}; train with: fairchem main --mode train --config-yml {out}")
     return 0
@@ -186,14 +192,13 @@ def _normalizer(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unfitted(config: dict[str, Any], student: Any, path: Path) -> list[str]:
-    from fairchem_kd.stock.scales import scale_factors
+    from fairchem_kd.stock.scales import scale_factors, scale_file_key, scale_file_of
 
     factors = scale_factors(student)
-    block = config["model"].get("backbone") or config["model"]
-    if not factors or block.get("scale_file") or config["model"].get("scale_file"):
+    if not factors or scale_file_of(config["model"]):
         return []
     return [
-        f"The student has {len(factors)} scale factors and no model.scale_file: "
+        f"The student has {len(factors)} scale factors and no {scale_file_key(config['model'])}: "
         f"`fairchem-kd fit-scales --config-yml {path} --out scales.json` fits them."
     ]
 
@@ -213,9 +218,10 @@ def _reported(found: DryRun) -> str:
         for name, value in found.terms.items()
         if f"{name}_weighted" in found.terms
     )
+    labels = "" if found.agreement is None else _on_labels(found) + "\n"
     whole = found.seconds * found.steps
     length = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
-    return (
+    return labels + (
         f"dry run on {found.systems} structures, {found.atoms} atoms: loss {found.loss:.4g}; "
         f"{terms}\n"
         f"step: {found.seconds:.3g} s on one {found.device}, {found.plain_seconds:.3g} s without "
@@ -224,8 +230,33 @@ def _reported(found: DryRun) -> str:
     )
 
 
+def _on_labels(found: DryRun) -> str:
+    """How the teacher does on the student's labels, and what another zero asks for."""
+    agreement = found.agreement
+    assert agreement is not None
+    line = f"the teacher on the student's own labels: {agreement}"
+    if not agreement.other_zero:
+        return line
+    line += (
+        "\nnote: the zeros of the teacher's energies and of the student's labels differ: "
+        f"{agreement.zeros}"
+    )
+    if found.zero:
+        return (
+            f"{line}. So teacher.energy_zero: labels is written, which shifts the teacher's "
+            "energies by a fit to the labels; labels with the teacher's references are the other "
+            "way."
+        )
+    return f"{line}. No loss here compares energies, so that this does no harm."
+
+
 def distillation_yaml(
-    student: Path, teacher: Path, choices: list[Choice], *, trust: bool = False
+    student: Path,
+    teacher: Path,
+    choices: list[Choice],
+    *,
+    trust: bool = False,
+    zero: str | None = None,
 ) -> str:
     """The config as text, with the shapes as comments."""
     lines = [
@@ -239,6 +270,8 @@ def distillation_yaml(
     ]
     if trust:
         lines.append("      trust_checkpoint: true")
+    if zero is not None:
+        lines.append(f"      energy_zero: {zero}  # not the labels' own: it is fitted to them")
     lines.append("    losses:")
     for choice in choices:
         lines.append(f"      {choice.kind}:")

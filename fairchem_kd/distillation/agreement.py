@@ -8,8 +8,8 @@ structures does, and so does what is left of it when each element may have an en
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +17,13 @@ import torch
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Request
-from fairchem_kd.teachers import Teacher
+from fairchem_kd.teachers import Taught, Teacher
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
+
+
+Shift = Callable[[Taught, "Batch"], Taught]
 
 SAMPLES = 64
 _BATCH = 16
@@ -38,6 +41,9 @@ class Agreement:
     forces: float | None  #: MAE in eV/Å
     #: MAE in eV where each element has a best energy of its own; None where too few tell
     without_zero: float | None
+    offset: float | None = None  #: mean of teacher - label in eV
+    #: of other outputs, in their own units, by name
+    others: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def other_zero(self) -> bool:
@@ -46,13 +52,26 @@ class Agreement:
             return False
         return self.energy > _LARGE and self.without_zero < _SHARE * self.energy
 
+    @property
+    def zeros(self) -> str:
+        """By how much the zeros differ, in words."""
+        return (
+            f"they differ by {self.energy:.3g} eV on average, and by {self.without_zero:.2g} eV if "
+            "each element may have an energy of its own"
+        )
+
     def __str__(self) -> str:
         words = []
         if self.energy is not None:
             words.append(f"energy {1e3 * self.energy:.3g} meV")
         if self.forces is not None:
             words.append(f"forces {1e3 * self.forces:.3g} meV/Å")
-        return f"{' and '.join(words)} (MAE of {self.structures} structures)"
+        words = [" and ".join(words)] if words else []
+        words += [f"{name} {value:.3g}" for name, value in self.others.items()]
+        told = f"{', '.join(words)} (MAE of {self.structures} structures)"
+        if self.offset is None:
+            return told
+        return f"{told}, its energies {1e3 * self.offset:+.3g} meV off on average"
 
 
 def agreement(
@@ -61,6 +80,7 @@ def agreement(
     dataset: Any,
     collate: Callable[[list[Any]], Batch],
     device: torch.device,
+    shifted: Shift | None = None,
 ) -> Agreement | None:
     """The teacher's errors on evenly spread samples; None where nothing can be compared.
 
@@ -70,35 +90,97 @@ def agreement(
         dataset: with labels.
         collate: makes a batch of samples.
         device: where the teacher is.
+        shifted: what its answers are changed by before they are compared.
     """
-    count = len(dataset)
-    number = min(SAMPLES, count)
-    chosen = [i * count // number for i in range(number)]
-    energies: list[np.ndarray] = []
-    forces: list[np.ndarray] = []
-    compositions: list[np.ndarray] = []
-    for start in range(0, number, _BATCH):
-        batch = collate([dataset[i] for i in chosen[start : start + _BATCH]])
-        numbers = batch.atomic_numbers.long()
-        counts = torch.zeros(len(batch.natoms), 120).index_put(
-            (batch.batch, numbers), torch.ones(len(numbers)), accumulate=True
-        )
-        said = teacher.teach(batch.to(device), requests).sound(())
-        for name, errors in (("energy", energies), ("forces", forces)):
-            label = batch.get(name)
-            if name in said.outputs and isinstance(label, torch.Tensor):
-                theirs = said.outputs[name].double()
-                errors.append((theirs - label.to(theirs).view_as(theirs)).cpu().numpy())
-        compositions.append(counts.numpy())
-    if not energies and not forces:
+    chosen = evenly(len(dataset), SAMPLES)
+    errors, counts = _errors(teacher, requests, dataset, chosen, collate, device, shifted)
+    if not errors:
         return None
-    energy = np.concatenate(energies).ravel() if energies else None
+    sizes = {name: _mean(np.abs(values)) for name, values in errors.items()}
+    energy = errors["energy"].ravel() if "energy" in errors else None
     return Agreement(
-        number,
-        None if energy is None else _mean(np.abs(energy)),
-        _mean(np.abs(np.concatenate(forces))) if forces else None,
-        None if energy is None else _without_zero(energy, np.concatenate(compositions)),
+        len(chosen),
+        sizes.pop("energy", None),
+        sizes.pop("forces", None),
+        None if energy is None else _without_zero(energy, counts),
+        None if energy is None else _mean(energy),
+        {name: value for name, value in sizes.items() if value is not None},
     )
+
+
+def energy_errors(
+    teacher: Teacher,
+    requests: Sequence[Request],
+    dataset: Any,
+    chosen: Sequence[int],
+    collate: Callable[[list[Any]], Batch],
+    device: torch.device,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Teacher - label in eV of chosen samples, ``(S,)``, and their compositions ``(S, 120)``.
+
+    Both are empty where there is nothing to compare.
+    """
+    errors, counts = _errors(teacher, requests, dataset, chosen, collate, device, None)
+    energy = errors.get("energy")
+    return (np.zeros(0), counts[:0]) if energy is None else (energy.ravel(), counts)
+
+
+def _errors(
+    teacher: Teacher,
+    requests: Sequence[Request],
+    dataset: Any,
+    chosen: Sequence[int],
+    collate: Callable[[list[Any]], Batch],
+    device: torch.device,
+    shifted: Shift | None,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Teacher - label by output, ``(rows, C)``, and compositions ``(S, 120)``."""
+    errors: dict[str, list[np.ndarray]] = {}
+    counts = []
+    for start in range(0, len(chosen), _BATCH):
+        samples = [dataset[i] for i in chosen[start : start + _BATCH]]
+        counts += [composition(sample) for sample in samples]
+        batch = collate(samples).to(device)
+        said = teacher.teach(batch, requests)
+        said = (said if shifted is None else shifted(said, batch)).sound(())
+        for name, theirs in said.outputs.items():
+            label = batch.get(name)
+            if isinstance(label, torch.Tensor) and label.numel() == theirs.numel():
+                error = theirs.double() - label.to(theirs).view_as(theirs)
+                errors.setdefault(name, []).append(error.cpu().numpy())
+    return {name: np.concatenate(parts) for name, parts in errors.items()}, np.stack(counts)
+
+
+def evenly(size: int, number: int) -> list[int]:
+    """At most so many indices, evenly spread over ``size``."""
+    number = min(number, size)
+    return [i * size // number for i in range(number)]
+
+
+def composition(sample: Any) -> np.ndarray:
+    """How many atoms of each element, ``(120,)``."""
+    return np.bincount(np.asarray(sample.atomic_numbers).astype(int), minlength=120)
+
+
+def enough(counts: np.ndarray) -> bool:
+    """Whether so many compositions ``(S, 120)`` tell the energies of their elements.
+
+    So many elements could explain anything otherwise.
+    """
+    return len(counts) >= 3 * (counts.any(axis=0).sum() + 1)
+
+
+def fitted(energies: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The energies of the elements by least squares, ``(120,)``, and what is left, ``(S,)``.
+
+    Args:
+        energies: eV, ``(S,)``.
+        counts: compositions, ``(S, 120)``.
+    """
+    held = counts.any(axis=0)
+    shifts = np.zeros(counts.shape[1])
+    shifts[held] = np.linalg.lstsq(counts[:, held].astype(float), energies, rcond=None)[0]
+    return shifts, energies - counts @ shifts
 
 
 def tell_agreement(found: Agreement | None, compares_energies: bool) -> None:
@@ -116,15 +198,13 @@ def tell_agreement(found: Agreement | None, compares_energies: bool) -> None:
     logging.info(f"The teacher on the student's own labels: {found}")
     if not found.other_zero:
         return
-    told = (
-        f"The teacher's energies and the student's labels have different zeros: they differ by "
-        f"{found.energy:.3g} eV on average, and by {found.without_zero:.2g} eV if each element may "
-        "have an energy of its own."
-    )
+    told = f"The teacher's energies and the student's labels have different zeros: {found.zeros}."
     if compares_energies:
         raise UserError(
-            f"{told} Write the labels with the teacher's references (`fairchem-kd data convert "
-            "--references`), or leave energies out: vanilla.energy: 0, and no per_atom_energy."
+            f"{told} Set task.distillation.teacher.energy_zero: labels, which shifts the teacher's "
+            "energies to the labels' zero, or write the labels with the teacher's references "
+            "(`fairchem-kd data convert --references`), or leave energies out: vanilla.energy: 0, "
+            "and no per_atom_energy."
         )
     logging.warning(f"{told} No loss compares energies here, so that this does no harm.")
 
@@ -142,8 +222,7 @@ def _without_zero(errors: np.ndarray, compositions: np.ndarray) -> float | None:
         compositions: how many atoms of each element, ``(S, 120)``.
     """
     kept = np.isfinite(errors)
-    used = compositions[kept][:, compositions[kept].any(axis=0)]
-    if len(used) < 3 * (used.shape[1] + 1):
-        return None  # so many elements could explain anything
-    fitted, *_ = np.linalg.lstsq(used, errors[kept], rcond=None)
-    return float(np.abs(errors[kept] - used @ fitted).mean())
+    if not enough(compositions[kept]):
+        return None
+    _, left = fitted(errors[kept], compositions[kept])
+    return float(np.abs(left).mean())

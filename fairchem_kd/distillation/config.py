@@ -44,6 +44,11 @@ class TeacherConfig:
     store: str = option(
         AUTO, help="where its answers are kept and read: auto, off (ask at every step) or a folder"
     )
+    energy_zero: str = option(
+        "teacher",
+        choices=("teacher", "labels"),
+        help="labels: its energies are shifted, by a fit for each element, to the labels' zero",
+    )
     max_gb: float = option(20.0, gt=0, help="GB that the store may have; the rest is asked live")
     store_features: str = option(
         "fp32", choices=tuple(PRECISIONS), help="how features are kept; outputs are kept whole"

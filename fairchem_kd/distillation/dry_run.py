@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fairchem_kd.distillation.agreement import Agreement
 from fairchem_kd.distillation.trainer import DistillationTrainer
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.noise import without_noise
@@ -35,6 +36,8 @@ class DryRun:
     memory: int  #: bytes, at most: of the GPU, or of the process
     steps: int  #: of the whole training
     device: str
+    agreement: Agreement | None  #: of the teacher with the student's labels, as they are
+    zero: bool  #: the teacher's energies had to be shifted to the labels' zero, and were
 
 
 def dry_run(config: Mapping[str, Any], where: Path, repeats: int = 3) -> DryRun:
@@ -60,6 +63,7 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
     assert trainer.train_loader is not None
     trainer.check_labels()
     trainer.set_up()
+    found, zero = trainer.look_at_labels()
     batch = next(iter(trainer.train_loader), None)
     if batch is None:
         raise UserError(f"{where}: dataset.train gives no batch; it is empty.")
@@ -94,6 +98,8 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
         memory=memory,
         steps=trainer.last_step,
         device=trainer.device.type,
+        agreement=found,
+        zero=zero,
     )
 
 

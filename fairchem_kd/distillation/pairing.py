@@ -11,8 +11,15 @@ import torch
 from torch import nn
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.features import FeatureExtractor, FeatureSpec, Request, architecture_of
-from fairchem_kd.losses import Loss, known_losses, loss_class
+from fairchem_kd.features import (
+    FeatureExtractor,
+    FeatureSpec,
+    architecture_of,
+    atom_energy,
+    common_energy,
+    energy_name_of,
+)
+from fairchem_kd.losses import Labels, Loss, known_losses, loss_class
 from fairchem_kd.models.frozen import Teacher
 
 _SIDES = ("student", "teacher")
@@ -66,9 +73,11 @@ def _choose(kind: str, made: type[Loss], student: nn.Module, teacher: Teacher) -
     options |= made.options_for(teacher.outputs)
     term = made.from_options(options, kind)
     if term.needs_atom_energy:
-        for side in _SIDES:
-            FeatureExtractor(models[side], [Request("atom_energy", "node")])
-    teacher.require_outputs(name for name in term.needs_outputs if name in ("energy",))
+        outputs = {name: dict(output) for name, output in teacher.outputs.items()}
+        energy = common_energy(energy_name_of(student), teacher.energy_name)
+        for name in term.compared_atom_energies(Labels([], outputs, energy=energy)):
+            for side in _SIDES:
+                FeatureExtractor(models[side], [atom_energy(name)])
     ours = FeatureExtractor(student, term.student_requests()).specs
     theirs = FeatureExtractor(teacher.model, term.teacher_requests()).specs
     term.build(ours, theirs, torch.Generator())

@@ -13,18 +13,28 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from fairchem_kd.distillation.agreement import Agreement, agreement
 from fairchem_kd.distillation.config import DistillationConfig
 from fairchem_kd.distillation.projections import Projections
 from fairchem_kd.distillation.statistics import Collate, fit_statistics
 from fairchem_kd.distillation.values import Values
+from fairchem_kd.distillation.zero import EnergyZero, fit_zero
 from fairchem_kd.errors import UserError
-from fairchem_kd.features import Captured, FeatureExtractor, Request
+from fairchem_kd.features import (
+    Captured,
+    FeatureExtractor,
+    Request,
+    atom_energy,
+    common_energy,
+    energy_name_of,
+)
 from fairchem_kd.losses import Labels, Loss, LossInputs, Part
 from fairchem_kd.models.units import Units
-from fairchem_kd.teachers import ATOM_ENERGY, Taught, Teacher
-from fairchem_kd.training.ranks import all_sum, world_size
+from fairchem_kd.teachers import Taught, Teacher
+from fairchem_kd.training.ranks import all_sum, rank, refused_by_all, world_size
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -35,6 +45,15 @@ if TYPE_CHECKING:
 UNTRUSTED = "untrusted"
 #: The loss of the labels, of the first rank's structures alone, weighted as it counts.
 LABEL_LOSS = "label_loss"
+#: What a run's identity was before a key of it was there.
+_BEFORE = {"teacher.energy_zero": "teacher"}
+
+
+def _given(identity: Any) -> Any:
+    """Without what is null: an option that was not there when a run began is null now."""
+    if not isinstance(identity, dict):
+        return identity
+    return {key: _given(value) for key, value in identity.items() if value is not None}
 
 
 class Distillation:
@@ -82,10 +101,13 @@ class Distillation:
         self._check_schedules()
 
         terms = list(self.terms.values())
-        labels = Labels(label_losses, outputs)
+        energy = common_energy(energy_name_of(student), teacher.energy_name)
+        self._labels = labels = Labels(label_losses, outputs, teacher.levels, energy)
         self._outputs = sorted({name for term in terms for name in term.compared_outputs(labels)})
         teacher.require_outputs(self._outputs)
-        self._atom_energy = any(term.needs_atom_energy for term in terms)
+        self._atom_energies = sorted(
+            {name for term in terms for name in term.compared_atom_energies(labels)}
+        )
         wanted = self._requests("student", lambda own: FeatureExtractor(student, own))
         self.student_tap = FeatureExtractor(student, wanted)
         self.teacher_requests = self._requests("teacher", teacher.specs)
@@ -102,6 +124,8 @@ class Distillation:
             clip_grad_norm=clip_grad_norm,
         )
         self.values = Values()
+        self.zero_of = config.teacher.energy_zero
+        self.zero: EnergyZero | None = None
 
     def _requests(
         self, side: Literal["student", "teacher"], specs: Callable[[list[Request]], Any]
@@ -110,8 +134,7 @@ class Distillation:
         wanted: list[Request] = []
         for term in self.terms.values():
             own = term.student_requests() if side == "student" else term.teacher_requests()
-            if term.needs_atom_energy:
-                own = [*own, ATOM_ENERGY]
+            own = [*own, *map(atom_energy, term.compared_atom_energies(self._labels))]
             try:
                 specs(own)
             except UserError as error:
@@ -139,7 +162,13 @@ class Distillation:
     @property
     def compares_energies(self) -> bool:
         """Whether a term compares the teacher's energies with the student's."""
-        return "energy" in self._outputs or self._atom_energy
+        return "energy" in self._outputs or "energy" in self._atom_energies
+
+    @property
+    def not_taught(self) -> list[str]:
+        """Targets of the training loss that the teacher does not predict."""
+        learned = {name for name, loss in self._labels.losses if float(loss["coefficient"]) > 0}
+        return sorted(learned - self.teacher.levels.keys())
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -210,6 +239,8 @@ class Distillation:
 
     def _inputs(self, batch: Batch, out: dict[str, Tensor], student: Captured) -> LossInputs:
         taught = self.teacher.teach(batch, self.teacher_requests).sound(self._outputs)
+        if self.zero is not None:
+            taught = self.zero.applied(taught, batch)
         if taught.trusted is not None:
             self.values.note(UNTRUSTED, 1.0 - taught.trusted.double().mean())
         inputs = LossInputs(
@@ -220,17 +251,32 @@ class Distillation:
             systems=self._counting(batch, taught),
         )
         inputs.teacher_outputs = {
-            name: self.units.normalized(name, values.view_as(out[name]), batch).float()
-            for name, values in taught.outputs.items()
-            if name in self._outputs
+            name: self._as_student(name, taught.outputs[name], out[name], batch)
+            for name in self._outputs
         }
-        if self._atom_energy:
-            assert taught.atom_energy is not None
-            inputs.student_atom_energy = inputs.student[ATOM_ENERGY]
-            inputs.teacher_atom_energy = self.units.normalized_atom_energies(
-                taught.atom_energy, batch
-            ).float()
+        normalized = self.units.normalized_atom_energies
+        inputs.student_atom_energies = {
+            name: inputs.student[atom_energy(name)] for name in self._atom_energies
+        }
+        inputs.teacher_atom_energies = {
+            name: normalized(taught.atom_energies[name], batch, name).float()
+            for name in self._atom_energies
+        }
         return inputs
+
+    def _as_student(self, name: str, values: Tensor, own: Tensor, batch: Batch) -> Tensor:
+        """A teacher's output ``(rows, C)`` in the student's units.
+
+        Raises:
+            UserError: it has another shape than the student's ``own``.
+        """
+        if values.shape != own.shape:
+            raise UserError(
+                f"{name} of the teacher is {values.shape[1]} numbers for each structure or atom, "
+                f"and the student's is {own.shape[1]}: they are not the same; leave {name} out of "
+                "the loss (vanilla.targets)."
+            )
+        return self.units.normalized(name, values, batch).float()
 
     def _counting(self, batch: Batch, taught: Taught) -> Tensor | None:
         """``(B,)``: all but what the teacher cannot be trusted on; None: all.
@@ -244,7 +290,41 @@ class Distillation:
         counting = ~batch.rattled | (largest <= self.max_force)
         return counting if taught.trusted is None else counting & taught.trusted
 
+    def check_elements(self, atomic_numbers: Tensor) -> None:
+        """Refuse atoms, ``(N,)``, of which the teacher, or its zero, says nothing.
+
+        Raises:
+            UserError: naming the elements.
+        """
+        self.teacher.check_elements(atomic_numbers)
+        if self.zero is not None:
+            self.zero.check_elements(atomic_numbers)
+
     # -- statistics and state ---------------------------------------------------------------------
+
+    def fit_zero(self, dataset: Dataset, collate: Collate) -> None:
+        """Fit the zero of the teacher's energies to labels, on the first rank for all.
+
+        Raises:
+            UserError: on every rank: there are no labels, or too few.
+        """
+        shifts = torch.zeros(120, dtype=torch.float64)
+        with refused_by_all():
+            if rank() == 0:
+                shifts = fit_zero(
+                    self.teacher, self.teacher_requests, dataset, collate, self.device
+                ).shifts
+        if world_size() > 1:
+            shifts = shifts.to(self.device)
+            dist.broadcast(shifts, src=0)
+        self.zero = EnergyZero(shifts.cpu())
+
+    def agreement(self, dataset: Dataset, collate: Collate) -> Agreement | None:
+        """How the teacher does on labels; None where nothing can be compared."""
+        shifted = None if self.zero is None else self.zero.applied
+        return agreement(
+            self.teacher, self.teacher_requests, dataset, collate, self.device, shifted
+        )
 
     def fit_statistics(self, dataset: Dataset, collate: Collate) -> None:
         """Fix the standardisation of the teacher's features on training samples."""
@@ -276,6 +356,7 @@ class Distillation:
             "teacher": self.teacher.identity,
             "statistics_samples": self.statistics_samples,
             "losses": terms,
+            "teacher.energy_zero": self.zero_of,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,7 +364,7 @@ class Distillation:
             "identity": self.identity,
             "terms": {name: term.state_dict() for name, term in self.terms.items()},
             "optimizer": self.projections.state_dict(),
-        }
+        } | ({} if self.zero is None else {"energy_zero": self.zero.shifts})
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a saved state (None: that of a run without distillation).
@@ -293,7 +374,7 @@ class Distillation:
         """
         saved = state["identity"] if state is not None else {}
         for key, value in self.identity.items():
-            if saved.get(key) != value:
+            if _given(saved.get(key, _BEFORE.get(key))) != _given(value):
                 raise UserError(
                     f"task.distillation.{key}: this run was started with another one, so it cannot "
                     "be resumed: give the same as then, or start a new run."
@@ -302,3 +383,5 @@ class Distillation:
         for name, term in self.terms.items():
             term.load_state_dict(state["terms"][name])
         self.projections.load_state_dict(state["optimizer"])
+        if "energy_zero" in state:
+            self.zero = EnergyZero(state["energy_zero"].cpu())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairchem_kd.data.build import ensure_built
-from fairchem_kd.distillation.agreement import agreement, tell_agreement
+from fairchem_kd.distillation.agreement import Agreement, tell_agreement
 from fairchem_kd.distillation.companions import (
     Companions,
     RattleOptions,
@@ -49,7 +49,7 @@ from fairchem_kd.training.ranks import (
     seen_by_rank,
     world_size,
 )
-from fairchem_kd.training.restartable import RestartableTrainer
+from fairchem_kd.training.restartable import Predict, RestartableTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from torch_geometric.data import Batch
 
     from fairchem_kd.features import Captured
-    from fairchem_kd.training.closing import Predict
 
 
 MOST_UNTRUSTED = 0.5  # of the structures so far
@@ -105,7 +104,9 @@ class DistillationTrainer(RestartableTrainer):
                 return
             if not self.is_debug:  # which writes nothing
                 self.keep_answers(live)
+            self._say_what_is_not_taught()
             if not self.continues_run:
+                self._fit_zero()
                 self._check_agreement()
                 self.distillation.fit_statistics(self.train_dataset, self.collater)
 
@@ -115,14 +116,47 @@ class DistillationTrainer(RestartableTrainer):
         assert distillation is not None
         with refused_by_all():
             if rank() == 0 and not self.is_debug:
-                found = agreement(
-                    distillation.teacher,
-                    distillation.teacher_requests,
-                    self.train_dataset,
-                    self.collater,
-                    self.device,
-                )
+                found = distillation.agreement(self.train_dataset, self.collater)
                 tell_agreement(found, distillation.compares_energies)
+
+    def look_at_labels(self) -> tuple[Agreement | None, bool]:
+        """How the teacher does on the labels as they are, in a try of a training in one process.
+
+        Where its energies are compared and only another zero keeps them from the labels, they are
+        shifted from here on, and the second value is true.
+        """
+        distillation = self.distillation
+        if distillation is None:
+            return None, False
+        found = distillation.agreement(self.train_dataset, self.collater)
+        shifted = found is not None and found.other_zero and distillation.compares_energies
+        if shifted:
+            distillation.fit_zero(self.train_dataset, self.collater)
+        return found, shifted
+
+    def _fit_zero(self) -> None:
+        distillation = self.distillation
+        assert distillation is not None
+        if distillation.zero_of != "labels":
+            return
+        if distillation.compares_energies:
+            distillation.fit_zero(self.train_dataset, self.collater)
+            with refused_by_all():
+                if self.companions is not None and self.companions.unlabelled is not None:
+                    self.companions.unlabelled.check(distillation.check_elements)
+        else:
+            logging.info(
+                "No loss compares energies, so task.distillation.teacher.energy_zero does nothing"
+            )
+
+    def _say_what_is_not_taught(self) -> None:
+        assert self.distillation is not None
+        left_out = self.distillation.not_taught
+        if left_out:
+            logging.info(
+                f"The teacher does not predict {', '.join(left_out)}: the student learns it from "
+                "its labels, and from the teacher's features where a loss compares them"
+            )
 
     def make_distillation(self) -> LiveTeacher | None:
         """Make `distillation` and `companions`; returns their teacher, None for plain training."""
@@ -258,7 +292,7 @@ class DistillationTrainer(RestartableTrainer):
         if self.companions is not None and self.model.training:
             whole = self.companions.joined(batch, self.step)
             batch.to(self.device)  # in place, as stock's forward does with what it is given
-        distillation.teacher.check_elements(whole.atomic_numbers)
+        distillation.check_elements(whole.atomic_numbers)
         with distillation.tap_student() as features:
             out = super().run_model(whole)
         self._distilled = whole, out, features
@@ -303,7 +337,10 @@ class DistillationTrainer(RestartableTrainer):
             return None
 
         def predict(batch: Batch) -> dict[str, torch.Tensor]:
-            said = distillation.teacher.teach(batch, distillation.teacher_requests).outputs
+            taught = distillation.teacher.teach(batch, distillation.teacher_requests)
+            if distillation.zero is not None:
+                taught = distillation.zero.applied(taught, batch)
+            said = taught.outputs
             rows = {"system": len(batch.natoms), "atom": len(batch.pos)}
             return {
                 name: distillation.units.normalized(

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from fairchem_kd.features import gemnet_oc, painn, schnet  # noqa: F401  (they register themselves)
-from fairchem_kd.features.address import Feature, FeatureSpec, Kind, Request
+from fairchem_kd.features.address import (
+    Feature,
+    FeatureSpec,
+    Kind,
+    Request,
+    atom_energy,
+    output_of,
+)
 from fairchem_kd.features.architecture import (
     MEAN_READOUT,
     Architecture,
@@ -12,6 +19,8 @@ from fairchem_kd.features.architecture import (
     Handle,
     Tap,
     architecture_of,
+    common_energy,
+    energy_name_of,
     on_input,
     on_output,
     register_architecture,
@@ -36,9 +45,13 @@ __all__ = [
     "Request",
     "Tap",
     "architecture_of",
+    "atom_energy",
     "available_features",
+    "common_energy",
+    "energy_name_of",
     "on_input",
     "on_output",
+    "output_of",
     "register_architecture",
     "stock_model_config",
     "unwrap",

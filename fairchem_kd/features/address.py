@@ -14,6 +14,8 @@ from fairchem_kd.errors import UserError
 Kind = Literal["node", "vector", "edge"]
 
 _ADDRESS = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:@(?P<layers>\d+(?:\+\d+)*))?")
+_ATOMS = "atom_energy"
+_OF_OUTPUT = re.compile(rf"{_ATOMS}@[\w-]+")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,22 @@ class Request(NamedTuple):
     form: Kind
 
 
+def atom_energy(output: str) -> Request:
+    """The shares that atoms have in an output of a structure, by its name."""
+    return Request(_ATOMS if output == "energy" else f"{_ATOMS}@{output}", "node")
+
+
+def output_of(request: Request, energy: str | None) -> str | None:
+    """The output that a request wants the atoms' shares in; None for any other feature.
+
+    Args:
+        request: any.
+        energy: the output that a model's ``atom_energy`` is of.
+    """
+    name, _, output = request.address.partition("@")
+    return None if name != _ATOMS else output or energy
+
+
 def parse_address(address: str) -> list[str]:
     """Split ``node@1+3`` into the single addresses ``node@1`` and ``node@3``.
 
@@ -74,6 +92,8 @@ def parse_address(address: str) -> list[str]:
         UserError: if it does not read ``<feature>[@<layer>[+<layer>...]]``, or names a layer twice.
     """
     match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
+    if isinstance(address, str) and _OF_OUTPUT.fullmatch(address):
+        return [address]
     if match is None:
         raise UserError(
             f"feature address {address!r} does not read <feature>[@<layer>[+<layer>...]], "
@@ -93,8 +113,9 @@ def summarise_addresses(addresses: Iterable[str]) -> str:
     words: dict[str, None] = {}
     for address in addresses:
         name, _, layer = address.partition("@")
-        words[f"{name}@" if layer else name] = None
-        if layer:
+        numbered = layer.isdigit()
+        words[f"{name}@" if numbered else address] = None
+        if numbered:
             layers.setdefault(name, []).append(int(layer))
 
     def fold(word: str) -> str:

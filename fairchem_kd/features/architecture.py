@@ -8,7 +8,7 @@ a capture begins, and everything is detached when it ends.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -91,6 +91,8 @@ class Architecture(ABC):
         self.taps: dict[str, Tap] = {}
         self.aliases: dict[str, str] = {}
         self.absent: dict[str, str] = {}
+        #: the output that ``atom_energy`` is of; None where there is none, or several may be meant
+        self.energy_name: str | None = None
 
     @property
     @abstractmethod
@@ -119,14 +121,47 @@ class Architecture(ABC):
         spec = FeatureSpec(address, kind, channels, description)
         self.taps[address] = Tap(spec, attach, to_edges)
 
-    def head(self, name: str) -> nn.Module | None:
-        """The output module ``name`` of the model, or of the one head of a hydra that has it."""
-        if isinstance(self.root, HydraModel):
-            places: list[nn.Module] = list(self.root.output_heads.values())
+    def heads(self, name: str, output: str) -> dict[str, nn.Module]:
+        """The modules called ``name`` by the output that they make; ``output`` without a hydra."""
+        root = self.root
+        places: dict[str, nn.Module] = {output: root}
+        if isinstance(root, HydraModel):
+            places = dict(root.output_heads.items())
+        found = {key: getattr(place, name, None) for key, place in places.items()}
+        modules = {key: module for key, module in found.items() if module is not None}
+        if getattr(root, "pass_through_head_outputs", False) and modules:
+            return {output: list(modules.values())[-1]}  # whose output the others' are lost under
+        return modules
+
+    def head(self, name: str, output: str) -> nn.Module | None:
+        """The module ``name`` of what makes ``output``, or of the only head of a hydra with one."""
+        found = self.heads(name, output)
+        if output not in found and len(found) == 1:
+            return next(iter(found.values()))
+        return found.get(output)
+
+    def add_atom_energies(self, readouts: Mapping[str, nn.Module]) -> None:
+        """Offer what atoms give to outputs that are sums over them.
+
+        ``atom_energy`` is that of the output ``energy``, or of the only one there is.
+
+        Args:
+            readouts: by output, the module that gives ``(N, 1)``.
+        """
+        if not readouts:
+            return
+        if "energy" in readouts or len(readouts) == 1:
+            self.energy_name = "energy" if "energy" in readouts else next(iter(readouts))
+            energies = on_output(readouts[self.energy_name])
+            self.add("atom_energy", "node", 1, "energies of atoms, normalised", energies)
         else:
-            places = [self.root]
-        found = [getattr(place, name) for place in places if getattr(place, name, None) is not None]
-        return found[0] if len(found) == 1 else None
+            several = ", ".join(f"atom_energy@{name}" for name in readouts)
+            self.absent["atom_energy"] = f"several outputs are sums over atoms, so name {several}"
+        if list(readouts) == ["energy"]:
+            return
+        for name, module in readouts.items():
+            words = f"what atoms give to {name}, normalised"
+            self.add(f"atom_energy@{name}", "node", 1, words, on_output(module))
 
     def specs(self) -> dict[str, FeatureSpec]:
         """Every offered address with its spec, aliases among them."""
@@ -180,6 +215,29 @@ def architecture_of(model: nn.Module) -> Architecture:
         f"{known} (and hydra models with one of them as backbone); a loss on outputs, vanilla, "
         "needs no features"
     )
+
+
+def energy_name_of(model: nn.Module) -> str | None:
+    """The output that a model's ``atom_energy`` is of; None where it has none, or no features."""
+    try:
+        return architecture_of(model).energy_name
+    except UserError:
+        return None
+
+
+def common_energy(student: str | None, teacher: str | None) -> str | None:
+    """The output whose atoms' shares two models are compared by, unless told otherwise.
+
+    Args:
+        student, teacher: what :func:`energy_name_of` says of each.
+
+    Returns:
+        None where they have different ones.
+    """
+    names = {student, teacher} - {None}
+    if len(names) == 2:
+        return None
+    return names.pop() if names else "energy"
 
 
 #: What is taken of a module's output or arguments: an item by its index, or what a function gives.

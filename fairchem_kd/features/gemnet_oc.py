@@ -43,7 +43,8 @@ class GemNetOCFeatures(Architecture):
         edge = model.edge_emb.dense.linear.out_features
         blocks = len(model.int_blocks)
 
-        final_energy, final_forces = self.head("out_mlp_E"), self.head("out_mlp_F")
+        final_energy = self.head("out_mlp_E", "energy")
+        final_forces = self.head("out_mlp_F", "forces")
         # in a hydra, the heads alone decide; the stock model has the module even if it is not used
         if not model.direct_forces or (root is model and not model.regress_forces):
             final_forces = None
@@ -70,11 +71,9 @@ class GemNetOCFeatures(Architecture):
         for k in range(blocks + 1 if final_forces is not None else 0):
             out = on_output(model.out_blocks[k], 1)
             self.add(f"out_edge@{k}", "edge", edge, f"x_F of output block {k}", out)
-        energy = self.head("out_energy")
-        if energy is not None and model.extensive:
-            self.add("atom_energy", "node", 1, "energies of atoms, normalised", on_output(energy))
-
-        if not model.extensive:
+        if model.extensive:
+            self.add_atom_energies(self.heads("out_energy", "energy"))
+        else:
             self.absent["atom_energy"] = MEAN_READOUT
         names = ["edge"] if final_forces is not None else []
         names += [f"edge@{k}" for k in range(blocks + 1)]

@@ -70,7 +70,7 @@ class PaiNNFeatures(Architecture):
                 vectors[k] = on_input(model.message_layers[k], 1)
             else:
                 vectors[k] = _after_update(model.update_layers[k - 1])
-        default = layers if self.head("out_forces") is not None else layers - 1
+        default = layers if self.heads("out_forces", "forces") else layers - 1
 
         self.add("node", "node", width, "x after the last update layer", nodes[layers])
         products = "scalar products, per channel, of the end atoms' vec"
@@ -100,9 +100,7 @@ class PaiNNFeatures(Architecture):
             update = model.update_layers[k - 1]
             where = f"after message layer {k}"
             self.add(f"message_vector@{k}", "vector", width, f"vec {where}", on_input(update, 1))
-        energy = self.head("out_energy")
-        if energy is not None:
-            self.add("atom_energy", "node", 1, "energies of atoms, normalised", on_output(energy))
+        self.add_atom_energies(self.heads("out_energy", "energy"))
 
     @property
     def atom_embedding(self) -> nn.Module:

@@ -37,8 +37,7 @@ class SchNetFeatures(Architecture):
             "edge": "SchNet has no edge features",
         }
         if model.reduce in ("sum", "add"):
-            energy = on_output(model.lin2)
-            self.add("atom_energy", "node", 1, "energies of atoms, normalised", energy)
+            self.add_atom_energies({"energy": model.lin2})
         else:
             self.absent["atom_energy"] = MEAN_READOUT
 

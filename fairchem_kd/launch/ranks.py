@@ -26,6 +26,8 @@ from fairchem_kd.stock.plugin import register
 from fairchem_kd.stock.predictions import keep_all_predictions
 from fairchem_kd.stock.relaxation import make_relaxable
 from fairchem_kd.stock.samples import use_our_collater
+from fairchem_kd.training.closing import tell_end
+from fairchem_kd.training.restartable import RestartableTrainer
 
 
 def own_port() -> None:
@@ -103,9 +105,8 @@ class KDRunner(_cli.Runner):
             ensure_built(config)
             config = join_submitted_ranks(config)
         super().__call__(config)
-        tell_end = getattr(self.trainer, "tell_end", None)
-        if config["mode"] == "train" and tell_end is not None:
-            tell_end()
+        if config["mode"] == "train" and isinstance(self.trainer, RestartableTrainer):
+            tell_end(self.trainer)
 
     def checkpoint(self, config: dict[str, Any]) -> DelayedSubmission:
         """What submitit is to run when the job starts again: this run, from where it has come."""

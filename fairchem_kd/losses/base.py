@@ -64,15 +64,18 @@ class Labels:
 
     losses: Sequence[tuple[str, Mapping[str, Any]]]  # (target, {"fn", "coefficient"}), as trained
     outputs: Mapping[str, Mapping[str, Any]]  # by target: level, train_on_free_atoms
+    taught: Mapping[str, str] | None = None  # the teacher's outputs: level by name; None: unknown
+    energy: str | None = "energy"  # the output whose atoms' shares both models offer by default
 
 
 @dataclass
 class LossInputs:
     """What the losses of one batch see.
 
-    Outputs are in the student's normalised units, the teacher's too: energy ``(B, 1)``, forces
-    ``(N, 3)``; so are the energies per atom, ``(N, 1)``. Structures on which the teacher is not to
-    be trusted do not count: a loss takes the rows that :meth:`atoms` and ``systems`` name.
+    Outputs are in the student's normalised units, the teacher's too: by name, ``(B, C)`` of
+    structures (energy: ``(B, 1)``) and ``(N, C)`` of atoms (forces: ``(N, 3)``); so is what atoms
+    give to an output, ``(N, 1)``. Structures on which the teacher is not to be trusted do not
+    count: a loss takes the rows that :meth:`atoms` and ``systems`` name.
     """
 
     batch: Any  # with natoms (B,) and fixed (N,)
@@ -80,8 +83,8 @@ class LossInputs:
     teacher: Mapping[Request, Tensor] = field(default_factory=dict)
     student_outputs: Mapping[str, Tensor] = field(default_factory=dict)
     teacher_outputs: Mapping[str, Tensor] = field(default_factory=dict)
-    student_atom_energy: Tensor | None = None
-    teacher_atom_energy: Tensor | None = None
+    student_atom_energies: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher_atom_energies: Mapping[str, Tensor] = field(default_factory=dict)
     systems: Tensor | None = None  # (B,), true where a system counts; None: all of them
 
     def atoms(self, *, free: bool = False) -> Tensor | None:
@@ -155,7 +158,7 @@ class Loss(nn.Module):
 
     @property
     def needs_outputs(self) -> tuple[str, ...]:
-        """Names of the outputs (``energy``, ``forces``) that it may compare, by its options."""
+        """Names of the outputs that it may compare, by its options."""
         return ()
 
     def compared_outputs(self, labels: Labels) -> tuple[str, ...]:
@@ -168,7 +171,23 @@ class Loss(nn.Module):
 
     @property
     def needs_atom_energy(self) -> bool:
+        """Whether it compares what atoms give to an output: :meth:`compared_atom_energies`."""
         return False
+
+    def compared_atom_energies(self, labels: Labels) -> tuple[str, ...]:
+        """Names of the outputs of structures of which it compares what atoms give to them.
+
+        Raises:
+            UserError: its options name one that is none, or none and several may be meant.
+        """
+        if not self.needs_atom_energy:
+            return ()
+        if labels.energy is None:
+            raise UserError(
+                f"{self.where}: student and teacher do not have one energy of atoms by the same "
+                "name; give both a head of that name."
+            )
+        return (labels.energy,)
 
     @property
     def needs_statistics(self) -> bool:

@@ -27,20 +27,21 @@ from torch import nn
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import stock_model_config
 from fairchem_kd.models.legacy import modern, modern_config, scale_file
+from fairchem_kd.stock.scales import scale_file_key
 
 
 def _unfitted(config: Mapping[str, Any], name: str, error: str) -> str:
     which = error.split(" is not fitted", 1)[0]
-    path = scale_file(config)
+    path, key = scale_file(config), scale_file_key(config["model"])
     if path is not None and not Path(path).exists():
         return (
             f"{name} has unfitted scale factors ({which}): it was trained with those of the file "
-            f"{path} (model.scale_file in its config), which is not here; put that file there, "
-            "relative to the current directory, or take a checkpoint that holds them."
+            f"{path} ({key} in its config), which is not here; put that file there, relative to "
+            "the current directory, or take a checkpoint that holds them."
         )
     return (
         f"{name} has unfitted scale factors, so it was not trained properly ({which}); fit them "
-        "(`fairchem-kd fit-scales`), set model.scale_file and train it again."
+        f"(`fairchem-kd fit-scales`), set {key} and train it again."
     )
 
 

@@ -1,7 +1,7 @@
 """A frozen model out of a fairchem checkpoint, and what it says about a batch.
 
     checkpoint -> architecture, weights (EMA where there are any), normalisers, references
-    batch -> Teacher.forward -> TeacherOutput(raw, features) -> Teacher.denormalized -> eV, eV/Å
+    batch -> Teacher.forward -> TeacherOutput(raw, features) -> Teacher.denormalized -> eV, eV/Å, ..
 
 Everything is read from the checkpoint; nothing of the architecture is repeated in a config.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from fairchem.core.modules.scaling.util import ensure_fitted
 from torch import Tensor, nn
 
 from fairchem_kd.errors import UserError, did_you_mean
-from fairchem_kd.features import Captured, FeatureExtractor, architecture_of
+from fairchem_kd.features import Captured, FeatureExtractor, architecture_of, energy_name_of
 from fairchem_kd.models.build import _unfitted, build_model, check_finite, read_units
 from fairchem_kd.models.elements import _known_elements
 from fairchem_kd.models.file import read_checkpoint
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 class TeacherOutput:
     """What one forward gave: detached, and still normalised as the teacher was trained."""
 
-    raw: dict[str, Tensor]  #: ``(B, 1)`` of a system, ``(N, 3)`` of an atom (forces), by output
+    #: by output, ``(B, C)`` of systems or ``(N, C)`` of atoms: C 1 of an energy, 3 of forces
+    raw: dict[str, Tensor]
     features: Captured | None  #: those requested; None where no extractor was given
 
 
@@ -74,7 +75,9 @@ class Teacher:
         self.config = dict(config or {})
         self.elements = None if elements is None else frozenset(elements)
         forces = getattr(model, "regress_forces", True)
-        self.outputs = {k: v for k, v in outputs.items() if forces or k != "forces"}
+        self.outputs = {k: v for k, v in given_outputs(outputs) if forces or k != "forces"}
+        #: the output that its ``atom_energy`` is of; None where it has none, or several may be
+        self.energy_name = energy_name_of(model)
         self._embedded = _embedded_elements(model)
         known = set(range(1, self._embedded + 1))
         if self.elements is not None:
@@ -130,7 +133,8 @@ class Teacher:
         for name in names:
             if name not in self.outputs:
                 raise UserError(
-                    f"{self.name} does not predict '{name}'{did_you_mean(name, self.outputs)}; "
+                    f"{self.name} does not predict '{name}'{did_you_mean(name, self.outputs)} (it "
+                    f"predicts {', '.join(self.outputs) or 'nothing'}); "
                     "take a teacher that does, or a loss that does not need it."
                 )
 
@@ -194,9 +198,13 @@ class Teacher:
         for name, config in self.outputs.items():
             value = out.get(name)
             if isinstance(value, Mapping):  # a hydra model: head, then property
-                value = value[config["property"]]
-            if value is None:  # for example, one that is put together from its irreps
-                continue
+                value = value.get(config.get("property"))
+            if value is None:
+                raise UserError(
+                    f"{self.name} says that it predicts '{name}', but its model gives "
+                    f"{_given(out)}: outputs.{name}.property in its config has to name what its "
+                    "head gives."
+                )
             rows = atoms if config.get("level", "system") == "atom" else systems
             raw[name] = value.detach().view(rows, -1)
         return raw
@@ -236,6 +244,28 @@ def _build(
         name=name,
         config=config.get("model"),
     )
+
+
+def given_outputs(
+    outputs: Mapping[str, Mapping[str, Any]],
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The outputs that a model gives itself: of one put together of its irreps, these."""
+    for name, config in outputs.items():
+        parts = config.get("decomposition")
+        if not parts:
+            yield name, config
+            continue
+        for part, own in parts.items():
+            yield part, {"level": config.get("level", "system"), **own}
+
+
+def _given(out: Mapping[str, Any]) -> str:
+    """What a model's forward gave, in words: ``energy, dipole.energy``."""
+    words = []
+    for name, value in out.items():
+        inner = list(value) if isinstance(value, Mapping) else []
+        words += [f"{name}.{key}" for key in inner] if inner else [str(name)]
+    return ", ".join(words) or "nothing"
 
 
 def _embedded_elements(model: nn.Module) -> int:

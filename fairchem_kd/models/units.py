@@ -1,4 +1,4 @@
-"""Between a model's normalised outputs and physical units: eV and eV/Å.
+"""Between a model's normalised outputs and physical units: those of the labels, eV and eV/Å.
 
 Teacher and student may have been trained with different normalisers and element references, so the
 teacher's outputs are made physical with the teacher's and normalised with the student's before
@@ -34,7 +34,7 @@ class Units:
         self.elementrefs = elementrefs
 
     def physical(self, name: str, values: Tensor, batch: Batch) -> Tensor:
-        """``values`` of the output ``name``, as the model gives them, in eV or eV/Å; same shape."""
+        """``values`` of the output ``name``, as the model gives them, in its unit; same shape."""
         if name in self.normalizers:
             values = self.normalizers[name].denorm(values)
         if name in self.elementrefs:
@@ -49,27 +49,31 @@ class Units:
             values = self.normalizers[name].norm(values)
         return values
 
-    def physical_atom_energies(self, values: Tensor, batch: Batch) -> Tensor:
-        """Per-atom energies (N, 1) whose sum over a system is its physical energy, in eV.
+    def physical_atom_energies(self, values: Tensor, batch: Batch, name: str = "energy") -> Tensor:
+        """Per-atom values (N, 1) whose sum over a system is its physical output ``name``.
 
         The normaliser's mean, which belongs to a system, is shared out evenly over its atoms; each
         atom carries the reference of its own element.
         """
-        scale, shift = self._atom_scale_and_shift(values, batch)
+        scale, shift = self._atom_scale_and_shift(values, batch, name)
         return values * scale + shift
 
-    def normalized_atom_energies(self, values: Tensor, batch: Batch) -> Tensor:
+    def normalized_atom_energies(
+        self, values: Tensor, batch: Batch, name: str = "energy"
+    ) -> Tensor:
         """The inverse of :meth:`physical_atom_energies`."""
-        scale, shift = self._atom_scale_and_shift(values, batch)
+        scale, shift = self._atom_scale_and_shift(values, batch, name)
         return (values - shift) / scale
 
-    def _atom_scale_and_shift(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _atom_scale_and_shift(
+        self, values: Tensor, batch: Batch, name: str
+    ) -> tuple[Tensor, Tensor]:
         scale, shift = values.new_ones(()), torch.zeros_like(values)
-        if (normalizer := self.normalizers.get("energy")) is not None:
+        if (normalizer := self.normalizers.get(name)) is not None:
             scale = normalizer.rmsd.to(values)
             share = 1.0 / batch.natoms.to(values)[batch.batch]
             shift = shift + normalizer.mean.to(values) * share[:, None]
-        if (references := self.elementrefs.get("energy")) is not None:
+        if (references := self.elementrefs.get(name)) is not None:
             per_element = references.element_references.to(values)
             shift = shift + per_element[batch.atomic_numbers.long()][:, None]
         return scale, shift

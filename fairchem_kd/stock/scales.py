@@ -8,7 +8,7 @@ fails to start in fairchem-core 1.10, asks questions on a terminal and writes in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 def scale_factors(model: nn.Module) -> dict[str, ScaleFactor]:
     """Every scale factor of a model, by its name there."""
     return {name: m for name, m in model.named_modules() if isinstance(m, ScaleFactor)}
+
+
+def scale_file_key(model: Mapping[str, Any]) -> str:
+    """The key that a config's ``model`` block has its scale factors read from."""
+    return "model.backbone.scale_file" if model.get("backbone") else "model.scale_file"
+
+
+def scale_file_of(model: Mapping[str, Any]) -> Any:
+    """What a config's ``model`` block has under that key; None where it names no file."""
+    return (model.get("backbone") or model).get("scale_file")
 
 
 def are_fitted(model: nn.Module) -> bool:
@@ -142,6 +152,8 @@ def trainer_for_scales(config: dict[str, Any], path: Path, *, seed: int, cpu: bo
     if not train or "src" not in train:
         raise UserError(f"{path} has no dataset.train.src, and scale factors are fitted on it.")
     model = {k: v for k, v in config["model"].items() if k != "scale_file"}
+    if isinstance(model.get("backbone"), dict):
+        model["backbone"] = {k: v for k, v in model["backbone"].items() if k != "scale_file"}
     return in_one_process(
         OCPTrainer,
         config,

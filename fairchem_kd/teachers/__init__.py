@@ -7,7 +7,7 @@ calculator) is one more file here with the same methods.
 
 from __future__ import annotations
 
-from fairchem_kd.teachers.base import ATOM_ENERGY, Taught, Teacher
+from fairchem_kd.teachers.base import Taught, Teacher
 from fairchem_kd.teachers.live import LiveTeacher
 
-__all__ = ["ATOM_ENERGY", "LiveTeacher", "Taught", "Teacher"]
+__all__ = ["LiveTeacher", "Taught", "Teacher"]

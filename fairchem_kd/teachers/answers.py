@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
     from fairchem_kd.features.address import Kind
 
-_ATOM_ENERGY = "atom_energy"
 #: How features are kept; outputs are always kept whole.
 PRECISIONS = {"fp32": "<f4", "fp16": "<f2", "bf16": "bf16"}
 
 
 def output_column(name: str) -> str:
     return f"output:{name}"
+
+
+def atom_energy_column(output: str) -> str:
+    """Of the energy the name without more, as in stores from before there were others."""
+    return "atom_energy" if output == "energy" else f"atom_energy:{output}"
 
 
 def feature_column(request: Request) -> str:
@@ -71,7 +75,7 @@ def columns_of(said: Taught, levels: Mapping[str, str], precision: str) -> list[
     """The columns of a store for answers like this one.
 
     Args:
-        said: outputs, features, and energies of atoms where they were asked for.
+        said: outputs, features, and what atoms give to outputs where it was asked for.
         levels: ``system`` or ``atom`` by output.
         precision: of the features, one of `PRECISIONS`.
     """
@@ -79,8 +83,8 @@ def columns_of(said: Taught, levels: Mapping[str, str], precision: str) -> list[
     for name, values in said.outputs.items():
         per: Literal["structure", "atom"] = "atom" if levels[name] == "atom" else "structure"
         columns.append(Column(output_column(name), per, tuple(values.shape[1:]), "<f8"))
-    if said.atom_energy is not None:
-        columns.append(Column(_ATOM_ENERGY, "atom", tuple(said.atom_energy.shape[1:]), "<f8"))
+    for name, values in said.atom_energies.items():
+        columns.append(Column(atom_energy_column(name), "atom", tuple(values.shape[1:]), "<f8"))
     for request, values in said.features.items():
         shape, dtype = tuple(values.shape[1:]), PRECISIONS[precision]
         columns.append(Column(feature_column(request), "atom", shape, dtype))
@@ -90,10 +94,8 @@ def columns_of(said: Taught, levels: Mapping[str, str], precision: str) -> list[
 def by_column(said: Taught) -> dict[str, Tensor]:
     """An answer's values by column."""
     values = {output_column(name): value for name, value in said.outputs.items()}
-    values |= {feature_column(request): value for request, value in said.features.items()}
-    if said.atom_energy is not None:
-        values[_ATOM_ENERGY] = said.atom_energy
-    return values
+    values |= {atom_energy_column(name): value for name, value in said.atom_energies.items()}
+    return values | {feature_column(request): value for request, value in said.features.items()}
 
 
 def by_structure(said: Taught, columns: Sequence[Column]) -> list[dict[str, np.ndarray]]:
@@ -137,7 +139,12 @@ def taught(
     prefix = output_column("")
     outputs = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
     features = {request: values[feature_column(request)] for request in requests}
-    return Taught(natoms, outputs, features, values.get(_ATOM_ENERGY), origin=origin)
+    atom_energies = {}
+    for name, value in values.items():
+        kind, _, output = name.partition(":")
+        if kind == "atom_energy":
+            atom_energies[output or "energy"] = value
+    return Taught(natoms, outputs, features, atom_energies, origin=origin)
 
 
 def _split(values: Tensor, natoms: Sequence[int]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
     from fairchem_kd.features import FeatureSpec
 
-#: The energies of atoms: a feature of the models that make their energy of them.
-ATOM_ENERGY = Request("atom_energy", "node")
-
 
 @dataclass(frozen=True)
 class Taught:
     """What a teacher says of the B structures, N atoms in all, of one batch; detached."""
 
     natoms: Tensor  #: ``(B,)``: the rows of atoms go by structure, in the batch's order
-    outputs: Mapping[str, Tensor]  #: float64: ``(B, 1)`` in eV, ``(N, 3)`` in eV/Å, by name
+    #: float64, by name, in the units of its labels: ``(B, C)`` of structures, ``(N, C)`` of atoms;
+    #: energies ``(B, 1)`` in eV, forces ``(N, 3)`` in eV/Å
+    outputs: Mapping[str, Tensor]
     features: Mapping[Request, Tensor]  #: ``(N, C)`` or ``(N, 3, C)``, by request
-    atom_energy: Tensor | None = None  #: ``(N, 1)`` in eV, float64, where it was requested
+    #: ``(N, 1)``, float64, what atoms give to an output of a structure, where it was requested
+    atom_energies: Mapping[str, Tensor] = field(default_factory=dict)
     trusted: Tensor | None = None  #: ``(B,)``, true where it can be relied on; None: everywhere
     origin: str = ""  #: who says so
 
@@ -52,7 +52,7 @@ class Taught:
             self.natoms[chosen],
             {name: rows(values) for name, values in self.outputs.items()},
             {request: values[atoms] for request, values in self.features.items()},
-            None if self.atom_energy is None else self.atom_energy[atoms],
+            {name: values[atoms] for name, values in self.atom_energies.items()},
             None if self.trusted is None else self.trusted[chosen],
             self.origin,
         )
@@ -66,9 +66,8 @@ class Taught:
         Args:
             outputs: those that are looked at, beside all features.
         """
-        values = [self.outputs[name] for name in outputs] + list(self.features.values())
-        if self.atom_energy is not None:
-            values.append(self.atom_energy)
+        values = [self.outputs[name] for name in outputs]
+        values += [*self.features.values(), *self.atom_energies.values()]
         if not self.natoms.is_cuda and all(bool(torch.isfinite(v).all()) for v in values):
             return self
         systems = len(self.natoms)
@@ -86,7 +85,7 @@ class Taught:
             self.natoms,
             {name: clean(value) for name, value in self.outputs.items()},
             {request: clean(value) for request, value in self.features.items()},
-            None if self.atom_energy is None else clean(self.atom_energy),
+            {name: clean(value) for name, value in self.atom_energies.items()},
             trusted,
             self.origin,
         )
@@ -98,6 +97,14 @@ class Teacher(Protocol):
     @property
     def identity(self) -> str:
         """A digest of what it says: two teachers with the same one say the same."""
+
+    @property
+    def levels(self) -> Mapping[str, str]:
+        """``system`` or ``atom``, by output that it gives."""
+
+    @property
+    def energy_name(self) -> str | None:
+        """The output that its ``atom_energy`` is of; None where it has none, or several."""
 
     def specs(self, requests: Sequence[Request]) -> Mapping[Request, FeatureSpec]:
         """What the features are.

@@ -16,12 +16,14 @@ from torch_geometric.data import Batch, Data
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.store import Column, Structure
-from fairchem_kd.teachers.answers import by_structure
+from fairchem_kd.teachers.answers import by_structure, output_column
 from fairchem_kd.teachers.stored import StoredTeacher
 
 #: How far an answer may be off whatever the teacher's own dependence on its batch: energies in eV
-#: per atom, all else relative to its root mean square.
+#: per atom, other outputs of structures in what the teacher's normaliser says they vary by, all
+#: else relative to its root mean square.
 TOLERANCE = 1e-3
+_ENERGY = output_column("energy")
 _SLACK = 10.0  # times the dependence that was measured when the store was made
 
 
@@ -52,17 +54,34 @@ def batch_of(structures: Sequence[Structure], device: torch.device | str = "cpu"
     return Batch.from_data_list(samples).to(device)
 
 
-def difference(column: Column, one: np.ndarray, other: np.ndarray, atoms: int) -> float:
-    """How far two values are apart (see `TOLERANCE`); infinite where one alone is not finite."""
+def difference(
+    column: Column, one: np.ndarray, other: np.ndarray, atoms: int, spread: float | None = None
+) -> float:
+    """How far two values are apart (see `TOLERANCE`); infinite where one alone is not finite.
+
+    Args:
+        column: of both.
+        one, other: values.
+        atoms: of the structure.
+        spread: of an output of structures, where that is known.
+    """
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         same = np.array_equal(np.isfinite(one), np.isfinite(other))
         return 0.0 if same else float("inf")
     worst = float(np.abs(one - other).max(initial=0.0))
-    if column.per == "structure":
+    if column.name == _ENERGY:
         return worst / max(atoms, 1)
+    if column.per == "structure" and spread:
+        return worst / spread
     scale = float(np.sqrt(np.mean(np.square(other, dtype=np.float64)))) if other.size else 0.0
     floor = 0.01 if column.name.startswith(("output:", "atom_energy")) else 1e-6
     return worst / max(scale, floor)
+
+
+def _spread(teacher: StoredTeacher, column: Column) -> float | None:
+    """By how much an output varies, as the teacher's normaliser says."""
+    normalizer = teacher.live.frozen.units.normalizers.get(column.name.partition(":")[2])
+    return None if normalizer is None else abs(float(normalizer.rmsd))
 
 
 def batch_dependence(
@@ -85,7 +104,8 @@ def batch_dependence(
             value = answers[system][column.name]
             kept = column.decode(column.encode(value))
             found[column.name] = max(
-                found[column.name], difference(column, kept, single[column.name], atoms)
+                found[column.name],
+                difference(column, kept, single[column.name], atoms, _spread(teacher, column)),
             )
     return found
 
@@ -117,7 +137,10 @@ def differences(
         now = by_structure(answer, columns)[0]
         compared += 1
         for column in columns:
-            value = difference(column, kept[column.name], now[column.name], len(structure.numbers))
+            value = difference(
+                column, kept[column.name], now[column.name], len(structure.numbers),
+                _spread(teacher, column),
+            )  # fmt: skip
             entry = f"record {row} of {shard.name} ({structure.key().hex()})"
             if column.name not in worst or value > worst[column.name].value:
                 worst[column.name] = Difference(column.name, value, entry)
@@ -135,7 +158,7 @@ def refuse_drift(
     for one in found:
         limit = max(TOLERANCE, _SLACK * dependence.get(one.column, 0.0))
         if one.value > limit:
-            unit = "eV per atom" if one.column == "output:energy" else "of its root mean square"
+            unit = "eV per atom" if one.column == _ENERGY else "of its spread"
             raise UserError(
                 f"The store {store} does not say what the teacher says: {one.column} of "
                 f"{one.entry} differs by {one.value:.3g} {unit}, where {limit:.3g} is usual. The "

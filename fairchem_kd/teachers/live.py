@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fairchem_kd.features import FeatureExtractor, FeatureSpec, Request
+from fairchem_kd.features import FeatureExtractor, FeatureSpec, Request, output_of
 from fairchem_kd.features.architecture import refuse_wrong_forces
-from fairchem_kd.teachers.base import ATOM_ENERGY, Taught
+from fairchem_kd.teachers.base import Taught
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -64,6 +64,10 @@ class LiveTeacher:
         outputs = self.frozen.outputs.items()
         return {name: config.get("level", "system") for name, config in outputs}
 
+    @property
+    def energy_name(self) -> str | None:
+        return self.frozen.energy_name
+
     def extractor(self, requests: Sequence[Request]) -> FeatureExtractor:
         """The taps for these features, made once."""
         key = tuple(requests)
@@ -84,10 +88,12 @@ class LiveTeacher:
         outputs = {
             name: units.physical(name, value.double(), batch) for name, value in said.raw.items()
         }
-        atom_energy = None
-        if ATOM_ENERGY in features:
-            atom_energy = units.physical_atom_energies(features[ATOM_ENERGY].double(), batch)
-        return Taught(batch.natoms, outputs, features, atom_energy, origin=self.frozen.name)
+        atom_energies = {}
+        for request, values in features.items():
+            name = output_of(request, self.energy_name)
+            if name is not None:
+                atom_energies[name] = units.physical_atom_energies(values.double(), batch, name)
+        return Taught(batch.natoms, outputs, features, atom_energies, origin=self.frozen.name)
 
 
 def _digest(state: Mapping[str, Any]) -> str:

@@ -63,6 +63,14 @@ class StoredTeacher:
     def identity(self) -> str:
         return self.live.identity
 
+    @property
+    def levels(self) -> Mapping[str, str]:
+        return self.live.levels
+
+    @property
+    def energy_name(self) -> str | None:
+        return self.live.energy_name
+
     def specs(self, requests: Sequence[Request]) -> Mapping[Request, FeatureSpec]:
         return self.live.specs(requests)
 

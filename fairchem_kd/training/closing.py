@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +27,9 @@ from fairchem_kd.training.progress import in_words
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
 
-    from fairchem_kd.training.restartable import RestartableTrainer
+    from fairchem_kd.training.restartable import Predict, RestartableTrainer
 
 MOST = 128  #: structures of a set that are looked at
-#: Of a structure's outputs, normalised as the student's, or of its own model.
-Predict = Callable[["Batch"], dict[str, Tensor]]
 _UNITS = {"energy": ("meV", 1e3), "forces": ("meV/Å", 1e3)}
 
 
@@ -62,6 +60,18 @@ class Judged:
         """Whether the student is as good as its teacher on every target of both."""
         theirs = self.teacher or {}
         return bool(theirs) and all(self.student[name] <= value for name, value in theirs.items())
+
+
+def tell_end(trainer: RestartableTrainer) -> None:
+    """Say what came out; on the first rank, after the training and outside of it."""
+    if trainer.records is None:
+        return
+    try:
+        lines = closing_lines(trainer, trainer.records.seconds)
+    except Exception as error:  # the student is there, whatever becomes of a look at it
+        lines = [f"The training has ended; its errors could not be measured here ({error})."]
+    for line in lines:
+        logging.info(line)
 
 
 def closing_lines(trainer: RestartableTrainer, seconds: float) -> list[str]:

@@ -127,7 +127,8 @@ def seen_by_rank(
     for name, dataset in datasets.items():
         if dataset is not None:
             count = len(dataset)  # type: ignore[arg-type]
-            contents = b"".join(_contents(dataset[i]) for i in {0, count // 2, count - 1} if count)
+            places = {0, count // 2, count - 1} if count else set()
+            contents = b"".join(_contents(dataset[i], config["outputs"]) for i in places)
             whole = dataset.dataset if isinstance(dataset, Subset) else dataset
             if whole.metadata_hasattr("natoms"):  # type: ignore[attr-defined]
                 contents += np.asarray(whole._metadata["natoms"]).tobytes()  # type: ignore[attr-defined]
@@ -144,9 +145,10 @@ def file_seen(path: str | Path) -> str:
     return f"{len(contents)} bytes (digest {_digest(contents)})"
 
 
-def _contents(sample: Any) -> bytes:
+def _contents(sample: Any, targets: Iterable[str]) -> bytes:
     """A structure and its labels, as far as it has them."""
-    values = [getattr(sample, name, None) for name in ("atomic_numbers", "pos", "energy", "forces")]
+    names = dict.fromkeys(("atomic_numbers", "pos", "energy", "forces", *targets))
+    values = [getattr(sample, name, None) for name in names]
     return b"".join(np.asarray(value).tobytes() for value in values if value is not None)
 
 

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,6 @@ from fairchem_kd.training.checks import (
     refuse_gradients,
     refuse_none_free,
 )
-from fairchem_kd.training.closing import Predict, closing_lines
 from fairchem_kd.training.first_samples import check_neighbours, check_samples
 from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to_go_on
 from fairchem_kd.training.owner import Owner
@@ -60,6 +59,9 @@ from fairchem_kd.training.resume import (
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
 
+
+#: Outputs of a batch's structures, in the student's normalised units.
+Predict = Callable[["Batch"], dict[str, torch.Tensor]]
 
 #: What a checkpoint's state holds of a subclass; the name is that of the first one there was.
 OWN_STATE = "distillation"
@@ -243,17 +245,6 @@ class RestartableTrainer(StockTrainer):
                 self.records.write("end", step=self.step, epoch=self.epoch)
             self.progress.close()
         self.restart.training = False
-
-    def tell_end(self) -> None:
-        """Say what came out; on the first rank, after the training and outside of it."""
-        if self.records is None:
-            return
-        try:
-            lines = closing_lines(self, self.records.seconds)
-        except Exception as error:  # the student is there, whatever becomes of a look at it
-            lines = [f"The training has ended; its errors could not be measured here ({error})."]
-        for line in lines:
-            logging.info(line)
 
     @contextmanager
     def _owned(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from fairchem.core.trainers import OCPTrainer
+from torch_geometric.data import Batch
 from trainings import config, inside, trainer, write_home, write_lmdb
 
 from fairchem_kd.analysis.compare.comparison import Comparison, Group, assign_roles, group_by_recipe
@@ -116,6 +117,33 @@ def test_errors_are_those_of_a_stock_trainer(home: Path, path: str, free_atoms: 
     assert systems["forces_cosine"].sum() / counted == pytest.approx(
         found.metrics["forces_cosine_similarity"], rel=1e-5
     )
+
+
+def test_batches_whose_atoms_are_all_fixed_count_for_energies(home: Path, tmp_path: Path) -> None:
+    """One structure in a batch, and of every other one no atom is free."""
+    write_lmdb(tmp_path / "some", 4, seed=30, fixed=lambda f, i: torch.ones_like(f) if i % 2 else f)
+    write_lmdb(tmp_path / "all", 2, seed=30, fixed=lambda f, _: torch.ones_like(f))
+    model = load_model(read_model("teacher.pt"))
+    with open_split(split_settings({}, str(tmp_path / "some"))) as split:
+        found = evaluate(model, split, batch_size=1, free_atoms=True)
+        energy, forces = [], []
+        for index in range(4):
+            sample = split.dataset[index]
+            batch = Batch.from_data_list([sample])
+            said = model.denormalized(model.forward(batch), batch)
+            energy.append(abs(float(said["energy"]) - float(sample.energy)))
+            forces += (said["forces"] - sample.forces)[sample.fixed == 0].abs().flatten().tolist()
+    assert found.metrics["energy_mae"] == pytest.approx(np.mean(energy), rel=1e-4)
+    assert found.metrics["forces_mae"] == pytest.approx(np.mean(forces), rel=1e-4)
+    assert (found.systems["counted_atoms"] == 0).sum() == 2
+    assert target_errors(found.systems, "forces_mae").mae == pytest.approx(
+        np.mean(forces), rel=1e-4
+    )
+    with (
+        open_split(split_settings({}, str(tmp_path / "all"))) as split,
+        pytest.raises(UserError, match=r"No atom of the split .* is free.*--atoms all"),
+    ):
+        evaluate(model, split, batch_size=1, free_atoms=True)
 
 
 def test_looser_thresholds_count_more() -> None:

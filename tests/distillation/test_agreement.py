@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from trainings import config, trainer, write_lmdb
+import yaml
+from trainings import assert_equal, config, trained, trainer, write_lmdb, write_yaml
 from trainings import data as data
 from trainings import teacher as teacher
 
+from fairchem_kd.commands.main import main
+from fairchem_kd.distillation import zero
 from fairchem_kd.distillation.agreement import Agreement, _without_zero, agreement, tell_agreement
 from fairchem_kd.errors import UserError
 
@@ -75,26 +78,153 @@ def test_a_training_says_how_its_teacher_does(
     assert "meV and forces" in line
 
 
-def test_labels_with_another_zero_end_a_training_before_its_first_step(
-    tmp_path: Path, teacher: Path
-) -> None:
+#: eV for each atom of an element, by which the labels of `moved` differ from the teacher.
+SHIFTS = {1: 5.0, 8: -430.25, 29: 61.5, 78: -1000.125}
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     """Labels that are the teacher's own energies, but for an energy of each element."""
-    data = tmp_path / "data"
-    write_lmdb(data / "train", 40, seed=0)
+    root = tmp_path_factory.mktemp("moved")
+    data = root / "data"
     write_lmdb(data / "val", 4, seed=50)
-    given: dict[str, Any] = config(tmp_path, data, teacher=teacher, losses={"vanilla": {}})
+    write_lmdb(data / "before", 40, seed=0)
+    given = config(root, data, teacher=teacher, losses={"vanilla": {}})
+    given["dataset"]["train"]["src"] = str(data / "before")
+    said: dict[int, float] = {}  # by the file's order, which a data set shuffles
     with trainer(given) as built:
         live = built.make_distillation()
-        said: dict[int, float] = {}  # by the file's order, which a data set shuffles
         for index in range(40):
             batch = built.collater([built.train_dataset[index]])
-            shift = float(5.0 * batch.atomic_numbers.sum())
-            energy = float(live.teach(batch, []).outputs["energy"])
-            said[int(batch.sid[0])] = energy + shift
-    shutil.rmtree(data / "train")
+            shift = sum(SHIFTS[int(z)] for z in batch.atomic_numbers.tolist())
+            said[int(batch.sid[0])] = float(live.teach(batch, []).outputs["energy"]) + shift
     write_lmdb(data / "train", 40, seed=0, energy=lambda _, index: said[index])
+    return data
+
+
+def moved_config(root: Path, moved: Path, teacher: Path, zero: str = "labels") -> dict[str, Any]:
+    """Of a training on them, with both losses that compare energies."""
+    named = {"checkpoint": str(teacher), "energy_zero": zero}
+    losses = {"vanilla": {"forces": 0}, "per_atom_energy": {}}
+    return config(
+        root, moved, losses=losses, distillation={"teacher": named}, batch_size=20, max_epochs=3
+    )
+
+
+def test_labels_with_another_zero_end_a_training_before_its_first_step(
+    tmp_path: Path, moved: Path, teacher: Path
+) -> None:
+    given = moved_config(tmp_path, moved, teacher, zero="teacher")
     with (
         trainer(given) as built,
-        pytest.raises(UserError, match="different zeros"),
+        pytest.raises(UserError, match=r"different zeros.*energy_zero: labels"),
     ):
         built.train(disable_eval_tqdm=True)
+
+
+def test_a_teachers_energies_are_moved_to_the_labels_zero(
+    tmp_path: Path, moved: Path, teacher: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(logging, "disable", lambda *_: None)
+    with (
+        caplog.at_level(logging.INFO),
+        trainer(moved_config(tmp_path, moved, teacher)) as built,
+    ):
+        built.set_up()
+        distillation = built.distillation
+        shifts = distillation.zero.shifts
+        for element, value in SHIFTS.items():
+            assert float(shifts[element]) == pytest.approx(value, abs=2e-3)
+        assert shifts[[6, 26]].isnan().all()
+        batch = next(iter(built.train_loader))
+        live = distillation.teacher.live
+        with torch.no_grad(), distillation.tap_student() as features:
+            out = built._forward(batch)
+        inputs = distillation._inputs(batch, out, features)
+        label = built.normalizers["energy"].norm(batch.energy)
+        torch.testing.assert_close(
+            inputs.teacher_outputs["energy"].view(-1), label, atol=2e-3, rtol=0
+        )
+        # what atoms give to the energy: each with its own element's shift, and the mean shared out
+        said = live.teach(batch, distillation.teacher_requests).atom_energies["energy"].view(-1)
+        for atom in (0, 12, len(said) - 1):
+            shift = SHIFTS[int(batch.atomic_numbers[atom])]
+            natoms = int(batch.natoms[batch.batch[atom]])
+            expected = (float(said[atom]) + shift - 10.0 / natoms) / 2.0
+            found = float(inputs.teacher_atom_energies["energy"][atom])
+            assert found == pytest.approx(expected, abs=2e-3)
+        with pytest.raises(UserError, match="The data holds C, which none of the labelled"):
+            distillation.zero.check_elements(torch.tensor([1, 6]))
+    told = [r.getMessage() for r in caplog.records]
+    (line,) = [t for t in told if "are shifted by" in t]
+    assert "O -430.2" in line
+    assert "fitted to 40 labels: off by" in line
+    (after,) = [t for t in told if "own labels" in t]
+    assert float(after.partition("energy ")[2].split()[0]) < 1.0  # meV
+
+
+def test_a_moved_zero_goes_on_bit_for_bit(tmp_path: Path, moved: Path, teacher: Path) -> None:
+    """Of a run that ends after a step and is resumed, whose fit would be another by then."""
+    whole = trained(moved_config(tmp_path / "whole", moved, teacher))
+    given = moved_config(tmp_path / "parts", moved, teacher)
+    given["optimizer"]["checkpoint_every"] = 1
+    with trainer(given) as built:
+        take, name = built.save, built.timestamp_id
+
+        def stop_after(*args: Any, **kwargs: Any) -> Any:
+            saved = take(*args, **kwargs)
+            if built.step == 3:
+                raise KeyboardInterrupt
+            return saved
+
+        built.save = stop_after
+        with pytest.raises(KeyboardInterrupt):
+            built.train(disable_eval_tqdm=True)
+    assert_equal(trained({**given, "timestamp_id": name}), whole)
+    other = moved_config(tmp_path / "parts", moved, teacher, zero="teacher")
+    with (
+        trainer(other, timestamp_id=name) as built,
+        pytest.raises(UserError, match=r"teacher.energy_zero: this run was started with another"),
+    ):
+        built.train(disable_eval_tqdm=True)
+
+
+def test_init_says_how_the_teacher_does_and_writes_the_zero(
+    tmp_path: Path,
+    moved: Path,
+    teacher: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for strategy, compares in (("vanilla", True), ("n2n", False)):
+        write_yaml(tmp_path / "painn.yml", config(tmp_path, moved), cls="ocp")
+        argv = ["init", "--student", "painn.yml", "--teacher", str(teacher)]
+        assert main([*argv, "--strategy", strategy]) == 0
+        shown = capsys.readouterr().out
+        (line,) = [t for t in shown.splitlines() if "own labels: energy" in t]
+        assert "meV off on average" in line
+        assert "the zeros of the teacher's energies and of the student's labels differ" in shown
+        block = yaml.safe_load((tmp_path / f"painn_{strategy}.yml").read_text())
+        named = block["task"]["distillation"]["teacher"]
+        assert named.get("energy_zero") == ("labels" if compares else None)
+        told = "energy_zero: labels is written" if compares else "this does no harm"
+        assert told in shown
+        if compares:  # of energies alone, after the shift: not 1000 eV and more
+            energy = float(shown.partition("vanilla.energy ")[2].split()[0])
+            assert energy < 500  # as it is with the shift of some thousand eV taken out
+
+
+def test_too_few_labels_tell_no_zero(tmp_path: Path, moved: Path, teacher: Path) -> None:
+    given = moved_config(tmp_path, moved, teacher)
+    given["dataset"]["train"]["train_split_settings"] = {"first_n": 8}
+    with trainer(given, is_debug=True) as built, pytest.raises(UserError, match="8 labelled struc"):
+        built.set_up()
+
+
+def test_elements_that_few_samples_have_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [SimpleNamespace(atomic_numbers=torch.tensor([1, 8 if i == 7 else 6]))
+               for i in range(90)]  # fmt: skip
+    monkeypatch.setattr(zero, "SAMPLES", 9)
+    assert sorted(zero._chosen(samples)) == [0, 7, 10, 20, 30, 40, 50, 60, 70, 80]

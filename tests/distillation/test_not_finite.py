@@ -90,10 +90,10 @@ def test_gradients_that_are_not_finite_are_not_taken(tmp_path: Path, data: Path)
 def test_an_answer_that_is_finite_comes_back_as_it_is() -> None:
     natoms = torch.tensor([2, 1])
     outputs = {"energy": torch.ones(2, 1), "other": torch.full((2, 1), float("nan"))}
-    said = Taught(natoms, outputs, {}, atom_energy=torch.ones(3, 1))
+    said = Taught(natoms, outputs, {}, atom_energies={"energy": torch.ones(3, 1)})
     assert said.sound(["energy"]) is said
-    spoiled = replace(said, atom_energy=torch.tensor([[1.0], [float("inf")], [1.0]]))
+    spoiled = replace(said, atom_energies={"energy": torch.tensor([[1.0], [float("inf")], [1.0]])})
     sound = spoiled.sound(["energy"])
     assert sound.trusted.tolist() == [False, True]
-    assert sound.atom_energy.tolist() == [[1.0], [0.0], [1.0]]
+    assert sound.atom_energies["energy"].tolist() == [[1.0], [0.0], [1.0]]
     assert spoiled.sound(["other"]).trusted.tolist() == [False, False]

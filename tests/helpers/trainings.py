@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
+from ase import Atoms
 from fairchem.core.common.utils import setup_imports
 from fairchem.core.trainers import OCPTrainer
 from models import fit_scales, model_config, structures, to_data
@@ -50,8 +51,18 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return write_teacher(tmp_path_factory.mktemp("teacher"), data)
 
 
-def write_lmdb(folder: Path, count: int, seed: int, **edit: Any) -> Path:
-    """``count`` rattled slabs of unequal size with EMT labels; ``edit`` spoils values by key."""
+def write_lmdb(
+    folder: Path,
+    count: int,
+    seed: int,
+    *,
+    more: Callable[[Atoms], dict[str, Any]] | None = None,
+    **edit: Any,
+) -> Path:
+    """``count`` rattled slabs of unequal size with EMT labels.
+
+    ``more`` gives further labels, and ``edit`` spoils values by key.
+    """
     folder.mkdir(parents=True)
     samples = []
     for index in range(count):
@@ -59,6 +70,8 @@ def write_lmdb(folder: Path, count: int, seed: int, **edit: Any) -> Path:
         data = to_data(atoms, index)
         data.energy = float(data.energy)
         data.pbc = torch.ones(1, 3, dtype=torch.bool)
+        for key, value in (more(atoms) if more is not None else {}).items():
+            data[key] = value
         for key, change in edit.items():
             data[key] = change(data[key], index)
         samples.append(data)

@@ -152,8 +152,10 @@ def test_per_atom_energy_equals_loops(fn):
     term = loss_class("per_atom_energy", WHERE).from_options({"fn": fn}, WHERE)
     assert term.needs_atom_energy
     inputs = LossInputs(batch())
-    inputs.student_atom_energy, inputs.teacher_atom_energy = random(8, 1), random(8, 1, seed=1)
-    pairs = zip(inputs.student_atom_energy, inputs.teacher_atom_energy, strict=True)
+    student, teacher = random(8, 1), random(8, 1, seed=1)
+    inputs.student_atom_energies = {"energy": student}
+    inputs.teacher_atom_energies = {"energy": teacher}
+    pairs = zip(student, teacher, strict=True)
     want = sum(compare(fn, s - t) for s, t in pairs) / 8
     assert value(term(inputs)) == pytest.approx(want, rel=1e-12)
 
@@ -161,7 +163,7 @@ def test_per_atom_energy_equals_loops(fn):
 def test_per_atom_energy_defaults_and_errors():
     term = loss_class("per_atom_energy", WHERE).from_options({}, WHERE)
     assert term.options.fn == "mae"
-    with pytest.raises(ValueError, match="needs the energies per atom of both"):
+    with pytest.raises(ValueError, match="needs the energy per atom of both"):
         term(LossInputs(batch()))
 
 

@@ -137,6 +137,25 @@ def test_the_file_is_what_fairchem_loads(
             assert float(factor.scale_factor) == pytest.approx(scales[name], rel=1e-6)
 
 
+def test_a_hydra_is_told_the_key_that_works(
+    tmp_path: Path, arguments: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "s.json"
+    arguments["model"] = model_config("painn_hydra")
+    path = write_yaml(tmp_path / "c.yml", arguments, "ocp")
+    with pytest.raises(UserError, match=r"names no model\.backbone\.scale_file"):
+        _run(path)
+    arguments["model"]["backbone"]["scale_file"] = str(out)  # not there yet
+    with caplog.at_level("INFO"):
+        assert _run(write_yaml(tmp_path / "c.yml", arguments, "ocp")) == 0
+    (line,) = [r.getMessage() for r in caplog.records if "scale factors to" in r.getMessage()]
+    assert f"{out}; set model.backbone.scale_file to use them" in line
+    ensure_fitted(build_model(arguments["model"], fitted=False))
+    arguments["model"] = model_config("painn_hydra", scale_file=str(out))
+    with pytest.raises(UserError, match=r"move it to model\.backbone\.scale_file"):
+        _run(write_yaml(tmp_path / "c.yml", arguments, "ocp"), "--out", str(out))
+
+
 def test_out_wins_over_the_config(tmp_path: Path, arguments: dict[str, Any]) -> None:
     arguments["model"] = model_config("painn", scale_file=str(tmp_path / "other.json"))
     path = write_yaml(tmp_path / "c.yml", arguments, "fairchem_kd.DistillationTrainer")

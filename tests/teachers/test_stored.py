@@ -127,7 +127,8 @@ def test_what_a_store_says_is_what_the_teacher_says(
                 assert said.outputs[name].dtype == torch.float64
             for request, values in live.features.items():
                 torch.testing.assert_close(said.features[request], values, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(said.atom_energy, live.atom_energy, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(said.atom_energies, live.atom_energies, rtol=1e-4, atol=1e-4)
+            assert list(said.atom_energies) == ["energy"]
 
 
 def test_a_store_that_was_cut_off_while_it_was_filled_goes_on(

@@ -14,11 +14,12 @@ from trainings import data as data
 from trainings import teacher as teacher
 
 from fairchem_kd import Teacher as FrozenModel
-from fairchem_kd.features import Request
+from fairchem_kd.features import Request, atom_energy
 from fairchem_kd.stock.structures import pick
-from fairchem_kd.teachers import ATOM_ENERGY, LiveTeacher, Taught
+from fairchem_kd.teachers import LiveTeacher, Taught
 
 NODE, EDGE = Request("node", "node"), Request("edge", "node")
+ATOM_ENERGY = atom_energy("energy")
 LOSSES: dict[str, Any] = {"n2n": {}, "e2n": {}, "vanilla": {}, "per_atom_energy": {}}
 
 
@@ -27,6 +28,7 @@ class Remembering:
 
     def __init__(self, live: LiveTeacher) -> None:
         self.identity = live.identity
+        self.levels, self.energy_name = live.levels, live.energy_name
         self.specs = live.specs
         self.require_outputs = live.require_outputs
         self.check_elements = live.check_elements
@@ -41,12 +43,11 @@ class Remembering:
 
     def teach(self, batch: Any, requests: Sequence[Request]) -> Taught:
         parts = [self._said[key][0].of([self._said[key][1]]) for key in self._keys(batch)]
-        energies = [part.atom_energy for part in parts if part.atom_energy is not None]
         return Taught(
             batch.natoms,
             {n: torch.cat([p.outputs[n] for p in parts]) for n in parts[0].outputs},
             {r: torch.cat([p.features[r] for p in parts]) for r in requests},
-            torch.cat(energies) if energies else None,
+            {n: torch.cat([p.atom_energies[n] for p in parts]) for n in parts[0].atom_energies},
         )
 
 
@@ -65,8 +66,8 @@ def test_a_live_teacher_speaks_in_physical_units(tmp_path: Path, data: Path, tea
         assert said.outputs[name].dtype == torch.float64
         expected = physical[name].double().view(shape)
         torch.testing.assert_close(said.outputs[name], expected, rtol=1e-5, atol=1e-5)
-    assert said.atom_energy is not None
-    sums = torch.zeros(3, 1, dtype=torch.float64).index_add(0, batch.batch, said.atom_energy)
+    (shares,) = said.atom_energies.values()
+    sums = torch.zeros(3, 1, dtype=torch.float64).index_add(0, batch.batch, shares)
     torch.testing.assert_close(sums, said.outputs["energy"], rtol=1e-5, atol=1e-4)
     assert not said.features[NODE].requires_grad
     assert said.origin == str(teacher)
@@ -86,7 +87,7 @@ def test_what_is_said_can_be_cut_by_structure(tmp_path: Path, data: Path, teache
         torch.testing.assert_close(some.outputs[name], values, rtol=1e-4, atol=1e-5)
     for request, values in again.features.items():
         torch.testing.assert_close(some.features[request], values, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(some.atom_energy, again.atom_energy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(some.atom_energies, again.atom_energies, rtol=1e-4, atol=1e-5)
 
 
 def test_distillation_needs_no_more_than_the_seam(

@@ -17,7 +17,7 @@ from trainings import teacher as teacher
 from fairchem_kd.features.wrappers import stock_model_config
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.frozen import Teacher
-from fairchem_kd.training.closing import Judged, closing_lines, judge
+from fairchem_kd.training.closing import Judged, closing_lines, judge, tell_end
 
 
 def by_hand(built: Any, model: torch.nn.Module, scales: Any) -> dict[str, float]:
@@ -86,7 +86,7 @@ def test_an_end_that_cannot_be_looked_at_is_no_failure(
         built._denorm_preds = None
         logging.disable(logging.NOTSET)
         with caplog.at_level(logging.INFO):
-            built.tell_end()
+            tell_end(built)
     assert "errors could not be measured here" in caplog.records[-1].getMessage()
 
 

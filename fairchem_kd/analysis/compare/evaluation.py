@@ -88,6 +88,11 @@ def evaluate(
     found = trainer.validate(split="val", disable_tqdm=None if progress else True)
     systems = {name: np.concatenate(parts) for name, parts in trainer.systems.items()}
     parity = {name: np.concatenate(parts) for name, parts in trainer.parity.items()}
+    if not systems.get("counted_atoms", np.ones(1)).any():
+        raise UserError(
+            f"No atom of the split {split.name} ({split.path}) is free, so that no force is "
+            "compared: give --atoms all, or name another split."
+        )
     metrics = {name: float(value["metric"]) for name, value in found.items() if name != "loss"}
     # Stock's own per-atom error divides by the free atoms alone, which is not what is meant by it.
     metrics["energy_mae_per_atom"] = float(
@@ -120,6 +125,8 @@ class _Noting(Evaluator):
 
 class _Evaluating(OCPTrainer):
     """A stock trainer that only validates: a model that is there already, on data that is open."""
+
+    output_targets: dict[str, Any]
 
     def __init__(self, model: Teacher, split: Split, batch_size: int, free_atoms: bool) -> None:
         self._given = model
@@ -184,7 +191,15 @@ class _Evaluating(OCPTrainer):
 
     def _compute_metrics(self, out: Any, batch: Batch, evaluator: Any, metrics: Any = None) -> Any:
         noting = _Noting(evaluator)
-        metrics = super()._compute_metrics(out, batch, noting, metrics)
+        outputs = self.output_targets
+        if self._free_atoms and "forces" in outputs and bool((batch.fixed != 0).all()):
+            # stock cannot count the forces of no atom; the energies count as ever
+            noting.target_metrics = {"energy": _ENERGY}
+            self.output_targets = {"energy": outputs["energy"]}
+        try:
+            metrics = super()._compute_metrics(out, batch, noting, metrics)
+        finally:
+            self.output_targets = outputs
         self._note(batch, noting.prediction, noting.target)
         return metrics
 
@@ -205,7 +220,8 @@ class _Evaluating(OCPTrainer):
             if self._free_atoms:
                 counted = target["natoms"].cpu().numpy()
             found["counted_atoms"] = counted
-            forces, labels = prediction["forces"].float(), target["forces"].float()
+            rows = slice(None) if counted.any() else slice(0)  # of none that is free
+            forces, labels = (x["forces"][rows].float() for x in (prediction, target))
             error = (forces - labels).abs()
             cosine = torch.cosine_similarity(forces, labels)
             magnitude = (forces.norm(dim=-1) - labels.norm(dim=-1)).abs()

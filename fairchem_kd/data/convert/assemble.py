@@ -25,6 +25,9 @@ from fairchem_kd.stock.periodicity import ROOM
 
 #: Marks a part that is complete, and holds what the checks compare.
 DONE = "done.json"
+#: Beside the splits, where energies are totals.
+REFERENCES = "element_references.npz"
+MOST_ELEMENTS = 118  # that stock's references are of
 SPLITS = ("train", "val", "test")
 
 #: Forces of one file over another's, where the units of one are Hartree/Bohr, kcal/mol/Å or so.
@@ -51,6 +54,8 @@ class Conversion:
     given_references: dict[int, float] | None = None
     max_skipped: float = 0.01
     allow_mixed: bool = False
+    #: write total energies, and the references to a file that stock takes off them
+    totals: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -60,6 +65,7 @@ class Conversion:
             "split": None if self.shares is None else list(self.shares),
             "seed": self.seed,
             "given_references": self.given_references,
+            **({"totals": True} if self.totals else {}),
             **self.reading.as_dict(),
         }
 
@@ -95,10 +101,14 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
         _check_given(done, references or {})
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
-    totals = {}
+    totals, unlike = {}, _unlike(done)
     for name, folders in tallies.items():
         taken_off = references if conversion.reading.references in ("fit", "file") else None
-        totals[name] = _write(out / name, name, folders, taken_off, everywhere=_unlike(done))
+        totals[name] = _write(
+            out / name, name, folders, taken_off, totals=conversion.totals, everywhere=unlike
+        )
+    if conversion.totals:
+        _write_references(out / REFERENCES, references or {})
     card = _card(totals, skipped, references, conversion)
     card["notes"] = [*_repeated(totals), *_implausible(card), *_constrained(done), *_alone(done)]
     card["notes"] += _made_periodic(done)
@@ -108,12 +118,21 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
     return card
 
 
+def _write_references(file: Path, references: dict[int, float]) -> None:
+    """What stock's ``element_references`` reads: eV by atomic number, in double precision."""
+    values = np.zeros(MOST_ELEMENTS + 1)
+    for z, value in references.items():
+        values[z] = value
+    np.savez(file, element_references=values)
+
+
 def _write(
     out: Path,
     name: str,
     folders: list[Path],
     references: dict[int, float] | None,
     *,
+    totals: bool,
     everywhere: bool,
 ) -> Tally:
     """The shards of one split in the order of the parts, and their ``metadata.npz``."""
@@ -126,8 +145,9 @@ def _write(
         if references is None and not everywhere:
             _link(folder / f"{name}.lmdb", dest)
         else:
-            shard = folder / f"{name}.lmdb"
-            tally.energy = rewrite(shard, dest, references, everywhere=everywhere)
+            tally.energy = rewrite(
+                folder / f"{name}.lmdb", dest, references, totals=totals, everywhere=everywhere
+            )
         total.merge(tally)
     columns = {key: np.array(getattr(total, key), np.int64) for key in ("natoms", "sid", "fid")}
     np.savez(out / "metadata.npz", **columns)
@@ -330,6 +350,11 @@ _DEFINITIONS = {
     "back for total energies",
     "none": "energy label = total energy",
 }
+_TOTALS = (
+    f"energy label = total energy; {REFERENCES} holds reference_energies, which "
+    "dataset.train.transforms.element_references takes off in training and adds to predictions; "
+    "statistics and normaliser are of what is left"
+)
 _METHODS = {
     "atomization": "least squares of total energy - atomization_energy, eV per atom",
     "fit": "least squares of the training set's total energies, eV per atom",
@@ -363,7 +388,9 @@ def _card(
             "use_pbc: true."
         ),
         "units": {"energy": "eV", "forces": "eV/Å", "positions": "Å", "cell": "Å"},
-        "energy_definition": _DEFINITIONS["fit" if kind == "file" else kind],
+        "energy_definition": _TOTALS
+        if conversion.totals
+        else _DEFINITIONS["fit" if kind == "file" else kind],
         "reference_energies": given,
         "reference_method": _METHODS.get(kind),
         "normalizer": normalizer,
