@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.commands.arguments import at_least, more_than
 from fairchem_kd.errors import UserError
+from fairchem_kd.machine import FP32, PRECISIONS
 
 if TYPE_CHECKING:
     from fairchem_kd.teachers import LiveTeacher
@@ -54,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=at_least(1), default=32, metavar="N",
         help="verify: entries that the teacher is asked about again (32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="in which the teacher computes (fp32, or what the config says)",
     )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
     parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
@@ -137,6 +142,7 @@ def _for_training(path: Path, args: argparse.Namespace, part: tuple[int, int] | 
         teacher=args.teacher,
         out=args.out,
         max_gb=args.max_gb,
+        precision=args.precision,
         trust=args.trust,
         cpu=args.cpu,
         part=part,
@@ -158,7 +164,7 @@ def _for_data(paths: list[Path], args: argparse.Namespace, part: tuple[int, int]
     if args.teacher is None:
         raise UserError("fairchem-kd teach DATA needs --teacher FILE, the teacher's checkpoint.")
     logging.getLogger().setLevel(logging.INFO)
-    live = _live(args.teacher, args)
+    live = _live(args.teacher, args, args.precision or FP32)
     requests = list(feature_tap(live.frozen.model, args.features).specs) if args.features else []
     config = TeacherConfig(str(args.teacher), store=args.out or AUTO, max_gb=args.max_gb or 20.0)
     with ExitStack() as stack:
@@ -168,14 +174,14 @@ def _for_data(paths: list[Path], args: argparse.Namespace, part: tuple[int, int]
     return _info(store)
 
 
-def _live(path: Path, args: argparse.Namespace) -> LiveTeacher:
+def _live(path: Path, args: argparse.Namespace, precision: str) -> LiveTeacher:
     from fairchem_kd.machine import choose_device
     from fairchem_kd.models.frozen import Teacher
     from fairchem_kd.teachers import LiveTeacher
 
     device = choose_device(cpu=args.cpu)
-    where = "--teacher"
-    return LiveTeacher(Teacher.from_checkpoint(path, trust=args.trust, device=device, where=where))
+    frozen = Teacher.from_checkpoint(path, trust=args.trust, device=device, where="--teacher")
+    return LiveTeacher(frozen, precision)
 
 
 def _card(store: Path) -> Any:
@@ -209,7 +215,7 @@ def _verify(store: Path, args: argparse.Namespace) -> int:
         raise UserError(
             f"The teacher {path} is not here, so that it cannot be asked; give it with --teacher."
         )
-    live = _live(path, args)
+    live = _live(path, args, card.precision)
     check_card(card, live, store, card.features)
     requests, columns = requests_in(store)
     teacher = StoredTeacher(live, store, requests, columns)
