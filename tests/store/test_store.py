@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -276,3 +277,23 @@ def test_an_entry_is_as_documented(tmp_path: Path) -> None:
     assert record.startswith(
         given.numbers.astype("u1").tobytes() + given.pos.astype("<f4").tobytes()
     )
+
+
+def test_an_open_store_takes_memory_for_its_index_alone(tmp_path: Path) -> None:
+    """About 100 bytes for a record, whatever it holds; reading keeps nothing."""
+    wide = [Column("feature:node:node", "atom", (512,), "<f4")]
+    writer, number = Writer(tmp_path, wide), 2000
+    values = {"feature:node:node": np.ones((1, 512), np.float32)}
+    writer.append([(structure(seed, 1), values) for seed in range(number)])
+    writer.close()
+    tracemalloc.start()
+    try:
+        reader = Reader(tmp_path)
+        opened, peak = tracemalloc.get_traced_memory()
+        assert opened < 120 * number
+        assert peak < 300 * number
+        for seed in range(0, number, 10):
+            assert reader.read(structure(seed, 1).key(), ["feature:node:node"]) is not None
+        assert tracemalloc.get_traced_memory()[0] < opened + 20_000
+    finally:
+        tracemalloc.stop()
