@@ -337,6 +337,26 @@ def test_features_in_half_precision(
         trained(arguments(tmp_path, data, teacher, own=named))
 
 
+def test_a_feature_that_the_store_lacks_is_asked_for(
+    tmp_path: Path, data: Path, teacher: Path, asked: list[int]
+) -> None:
+    """And then both are there, in records of their own."""
+    trained(arguments(tmp_path, data, teacher, losses={"n2n": {}}))
+    asked.clear()
+    stored = trained(arguments(tmp_path, data, teacher, losses={"v2v": {}}))
+    assert sum(asked) >= 11
+    live = arguments(tmp_path, data, teacher, losses={"v2v": {}}, own={"store": "off"})
+    assert_near(stored, trained(live))
+    assert len(Reader(store_in(tmp_path))) == 22
+    asked.clear()
+    both = {"n2n": {}, "v2v": {}}
+    stored = trained(arguments(tmp_path, data, teacher, losses=both))
+    assert sum(asked) <= 5
+    assert_near(
+        stored, trained(arguments(tmp_path, data, teacher, losses=both, own={"store": "off"}))
+    )
+
+
 def test_a_store_has_one_precision(
     tmp_path: Path, data: Path, teacher: Path, asked: list[int]
 ) -> None:
