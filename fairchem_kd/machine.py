@@ -1,4 +1,4 @@
-"""The machine: its cores, the device to run on, and denormal numbers, flushed to zero on CPUs.
+"""The machine: cores, device, precisions, and denormal numbers, flushed to zero on CPUs.
 
 The tails of a Gaussian radial basis are denormal numbers, on which the arithmetic of some
 processors is many times slower and that of others is not. The flag belongs to a thread and is
@@ -14,6 +14,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+FP32 = "fp32"
+#: How a teacher may compute: ``tf32`` lets NVIDIA's GPUs multiply matrices so, and is fp32 anywhere
+#: else; ``bf16`` is torch's autocast.
+PRECISIONS = (FP32, "tf32", "bf16")
 
 
 def available_cores() -> int:

@@ -45,6 +45,36 @@ def _bounded(
     return number
 
 
+def add_cluster_arguments(parser: argparse.ArgumentParser, jobs: str) -> argparse._ArgumentGroup:
+    """What an array of jobs asks of a scheduler; returns their group.
+
+    Args:
+        jobs: what ``--submit`` does.
+    """
+    cluster = parser.add_argument_group("on a cluster (without SLURM: submitit's local executor)")
+    cluster.add_argument("--submit", action="store_true", help=jobs)
+    cluster.add_argument(
+        "--array-parallelism",
+        type=at_least(1),
+        default=16,
+        metavar="N",
+        help="jobs that may run at a time (default: 16)",
+    )
+    cluster.add_argument("--slurm-partition", help="name of the partition")
+    cluster.add_argument("--slurm-account", help="name of the account")
+    cluster.add_argument("--slurm-qos", help="name of the quality of service")
+    cluster.add_argument(
+        "--slurm-mem", type=at_least(1), default=80, help="memory of a node, in GB (default: 80)"
+    )
+    cluster.add_argument(
+        "--slurm-timeout",
+        type=more_than(0.0),
+        default=72.0,
+        help="hours, after which a job is queued again (default: 72)",
+    )
+    return cluster
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that takes ``A --flag B`` for ``A B --flag``, and so do its subcommands' parsers.
 

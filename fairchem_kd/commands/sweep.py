@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fairchem_kd.commands.arguments import at_least
+from fairchem_kd.commands.arguments import add_cluster_arguments, at_least
 from fairchem_kd.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,28 +84,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     here.add_argument(
         "--threads", type=at_least(1), help="of each rank (default: the cores, shared out)"
     )
-    cluster = parser.add_argument_group("on a cluster (without SLURM: submitit's local executor)")
-    cluster.add_argument("--submit", action="store_true", help="submit the runs as one job array")
-    cluster.add_argument(
-        "--array-parallelism",
-        type=at_least(1),
-        default=16,
-        metavar="N",
-        help="jobs that may run at a time (default: 16)",
-    )
+    cluster = add_cluster_arguments(parser, "submit the runs as one job array")
     cluster.add_argument("--num-nodes", type=at_least(1), default=1, help="nodes of each run")
-    cluster.add_argument("--slurm-partition", help="name of the partition")
-    cluster.add_argument("--slurm-account", help="name of the account")
-    cluster.add_argument("--slurm-qos", help="name of the quality of service")
-    cluster.add_argument(
-        "--slurm-mem", type=at_least(1), default=80, help="memory of a node, in GB (default: 80)"
-    )
-    cluster.add_argument(
-        "--slurm-timeout",
-        type=float,
-        default=72.0,
-        help="hours, after which a job is queued again (default: 72)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

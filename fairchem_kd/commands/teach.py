@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairchem_kd.commands.arguments import at_least, more_than
+from fairchem_kd.commands.arguments import add_cluster_arguments, at_least, more_than
 from fairchem_kd.errors import UserError
+from fairchem_kd.machine import FP32, PRECISIONS
 
 if TYPE_CHECKING:
     from fairchem_kd.teachers import LiveTeacher
@@ -20,7 +21,8 @@ A training with a teacher fills its store by itself. This command does so ahead,
 
   fairchem-kd teach CONFIG.yml                 all that this training will ask of its teacher
   fairchem-kd teach CONFIG.yml --processes 8   the same, with 8 processes on this machine
-  fairchem-kd teach CONFIG.yml --part 3/20     the third of 20 parts, say of a SLURM array
+  fairchem-kd teach CONFIG.yml --submit --parts 20 --slurm-partition gpu    as a SLURM array
+  fairchem-kd teach CONFIG.yml --part 3/20     the third of 20 parts, for a script of your own
   fairchem-kd teach DATA... --teacher FILE     structures: data sets, or files that ASE reads
   fairchem-kd teach info STORE                 what a store holds
   fairchem-kd teach verify STORE               check all of it, and ask the teacher about a sample
@@ -55,8 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=at_least(1), default=32, metavar="N",
         help="verify: entries that the teacher is asked about again (32)",
     )  # fmt: skip
+    parser.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="in which the teacher computes (fp32, or what the config says)",
+    )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
     parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
+    cluster = add_cluster_arguments(parser, "submit the parts as one job array")
+    cluster.add_argument(
+        "--parts", type=at_least(1), default=16, metavar="N", help="jobs of the array (16)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,13 +81,16 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"fairchem-kd teach {first} takes one STORE, the folder of a store.")
         return _info(Path(more[0])) if first == "info" else _verify(Path(more[0]), args)
     part = _part(args.part)
+    if part is not None and (args.processes > 1 or args.submit):
+        raise UserError("--part goes with neither --processes nor --submit.")
+    if args.submit:
+        if args.processes > 1:
+            raise UserError("--processes and --submit: give one of the two; --parts says how many.")
+        return _submit(args)
+    is_config = _is_config(args)
     if args.processes > 1:
-        if part is not None:
-            raise UserError("--processes and --part: give one of the two.")
-        _in_processes(args.processes)
-    if Path(first).suffix in (".yml", ".yaml"):
-        if more or args.features:
-            raise UserError("A training's config says what is to be asked: give it alone.")
+        _in_processes(args)
+    if is_config:
         return _for_training(Path(first), args, part)
     return _for_data([Path(path) for path in args.what], args, part or (0, 1))
 
@@ -92,21 +105,88 @@ def _part(given: str | None) -> tuple[int, int] | None:
     return int(number) - 1, int(of)
 
 
-def _in_processes(number: int) -> None:
-    """The same command in so many processes, each with its part.
+def _words(args: argparse.Namespace) -> list[str]:
+    """The command that does the same in one process, to be given its part."""
+    words = ["teach", *args.what]
+    for name in ("teacher", "out", "max_gb", "precision"):
+        value = getattr(args, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--features", *args.features] if args.features else []
+    return words + [f"--{name}" for name in ("cpu", "trust") if getattr(args, name)]
+
+
+def _submit(args: argparse.Namespace) -> int:
+    """The parts as jobs of a scheduler; returns 1 where one failed, as far as that is known.
+
+    Raises:
+        UserError: what can be seen to be wrong before, or the scheduler refuses the jobs.
+    """
+    from fairchem_kd.commands.teach_jobs import Request, submit
+    from fairchem_kd.sweep.scheduler import has_slurm
+
+    slurm = _check_before(args)
+    request = Request(
+        parts=args.parts,
+        parallel=args.array_parallelism,
+        cpu=args.cpu or not (has_slurm() or _has_gpu()),
+        partition=args.slurm_partition,
+        account=args.slurm_account,
+        qos=args.slurm_qos,
+        memory=args.slurm_mem,
+        hours=args.slurm_timeout,
+    )
+    failed = submit(_words(args), request, slurm, lambda line: print(line, flush=True))
+    if failed:
+        print(f"{len(failed)} of {args.parts} parts failed; what the others kept is kept")
+    return 1 if failed else 0
+
+
+def _check_before(args: argparse.Namespace) -> dict[str, Any]:
+    """Refuse what no job could do; returns the config's ``slurm`` block, where there is one."""
+    from fairchem_kd.distillation.config import parse_distillation
+    from fairchem_kd.stock.configs import training_config
+
+    for path in [*map(Path, args.what), *([args.teacher] if args.teacher else [])]:
+        if not path.exists():
+            raise UserError(f"{path} does not exist.")
+    if not _is_config(args):
+        return {}
+    config = training_config(Path(args.what[0]))
+    parse_distillation(config.get("task"))
+    return config.get("slurm") or {}
+
+
+def _is_config(args: argparse.Namespace) -> bool:
+    """Whether a training's config is given, and not data.
+
+    Raises:
+        UserError: a config with more beside it, or data without a teacher.
+    """
+    first, *more = args.what
+    if Path(first).suffix not in (".yml", ".yaml"):
+        if args.teacher is None:
+            raise UserError("fairchem-kd teach DATA needs --teacher FILE, a checkpoint.")
+        return False
+    if more or args.features:
+        raise UserError("A training's config says what is to be asked: give it alone.")
+    return True
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _in_processes(args: argparse.Namespace) -> None:
+    """The same command in several processes, each with its part.
 
     Raises:
         UserError: one of them failed.
     """
-    words = [word for word in sys.argv[1:] if word != "teach"]
-    for index, word in enumerate(words):
-        if word == "--processes":
-            words[index : index + 2] = []
-            break
-        if word.startswith("--processes="):
-            words[index : index + 1] = []
-            break
-    command = [sys.executable, "-c", _CHILD, "teach", *words]
+    number = args.processes
+    command = [sys.executable, "-c", _CHILD, *_words(args)]
     children = [
         subprocess.Popen([*command, "--part", f"{part + 1}/{number}"]) for part in range(number)
     ]
@@ -137,6 +217,7 @@ def _for_training(path: Path, args: argparse.Namespace, part: tuple[int, int] | 
         teacher=args.teacher,
         out=args.out,
         max_gb=args.max_gb,
+        precision=args.precision,
         trust=args.trust,
         cpu=args.cpu,
         part=part,
@@ -155,10 +236,8 @@ def _for_data(paths: list[Path], args: argparse.Namespace, part: tuple[int, int]
     from fairchem_kd.distillation.teaching import teach_samples
     from fairchem_kd.teachers.place import AUTO
 
-    if args.teacher is None:
-        raise UserError("fairchem-kd teach DATA needs --teacher FILE, the teacher's checkpoint.")
     logging.getLogger().setLevel(logging.INFO)
-    live = _live(args.teacher, args)
+    live = _live(args.teacher, args, args.precision or FP32)
     requests = list(feature_tap(live.frozen.model, args.features).specs) if args.features else []
     config = TeacherConfig(str(args.teacher), store=args.out or AUTO, max_gb=args.max_gb or 20.0)
     with ExitStack() as stack:
@@ -168,14 +247,14 @@ def _for_data(paths: list[Path], args: argparse.Namespace, part: tuple[int, int]
     return _info(store)
 
 
-def _live(path: Path, args: argparse.Namespace) -> LiveTeacher:
+def _live(path: Path, args: argparse.Namespace, precision: str) -> LiveTeacher:
     from fairchem_kd.machine import choose_device
     from fairchem_kd.models.frozen import Teacher
     from fairchem_kd.teachers import LiveTeacher
 
     device = choose_device(cpu=args.cpu)
-    where = "--teacher"
-    return LiveTeacher(Teacher.from_checkpoint(path, trust=args.trust, device=device, where=where))
+    frozen = Teacher.from_checkpoint(path, trust=args.trust, device=device, where="--teacher")
+    return LiveTeacher(frozen, precision)
 
 
 def _card(store: Path) -> Any:
@@ -209,7 +288,7 @@ def _verify(store: Path, args: argparse.Namespace) -> int:
         raise UserError(
             f"The teacher {path} is not here, so that it cannot be asked; give it with --teacher."
         )
-    live = _live(path, args)
+    live = _live(path, args, card.precision)
     check_card(card, live, store, card.features)
     requests, columns = requests_in(store)
     teacher = StoredTeacher(live, store, requests, columns)

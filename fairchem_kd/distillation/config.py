@@ -16,18 +16,14 @@ from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
 from fairchem_kd.errors import UserError
 from fairchem_kd.losses import Loss, loss_class
 from fairchem_kd.losses.schedule import Schedule
+from fairchem_kd.machine import FP32, PRECISIONS
 from fairchem_kd.schema import is_null, option, parse
-from fairchem_kd.teachers.answers import PRECISIONS
+from fairchem_kd.teachers.answers import PRECISIONS as KEPT
 from fairchem_kd.teachers.place import AUTO
 
 WHERE = "task.distillation"
 #: What stands beside the terms' values in logs and records.
 RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted", "label_loss")
-
-# Announced, but not in this version: a config that asks for one is refused rather than ignored.
-_LATER = {
-    f"{WHERE}.teacher.precision": "reduced teacher precision",
-}
 
 
 @dataclass
@@ -41,6 +37,11 @@ class TeacherConfig:
     elements: list[str | int] | None = option(
         None, help="elements of its training data, where neither file nor card says"
     )
+    precision: str = option(
+        FP32,
+        choices=PRECISIONS,
+        help="how it computes: tf32 is of NVIDIA's GPUs (fp32 elsewhere), bf16 torch's autocast",
+    )
     store: str = option(
         AUTO, help="where its answers are kept and read: auto, off (ask at every step) or a folder"
     )
@@ -51,7 +52,7 @@ class TeacherConfig:
     )
     max_gb: float = option(20.0, gt=0, help="GB that the store may have; the rest is asked live")
     store_features: str = option(
-        "fp32", choices=tuple(PRECISIONS), help="how features are kept; outputs are kept whole"
+        "fp32", choices=tuple(KEPT), help="how features are kept; outputs are kept whole"
     )
 
     def __post_init__(self) -> None:
@@ -128,22 +129,7 @@ def parse_distillation(task: Mapping[str, Any] | None) -> DistillationConfig:
     for key in task:
         if key != "distillation" and difflib.get_close_matches(str(key), ["distillation"]):
             raise UserError(f"task has an unknown key '{key}' (did you mean 'distillation'?).")
-    given = task.get("distillation")
-    if isinstance(given, Mapping):
-        given = _without_later_parts(dict(given), WHERE)
-        if isinstance(given.get("teacher"), Mapping):
-            given["teacher"] = _without_later_parts(dict(given["teacher"]), f"{WHERE}.teacher")
-    return parse(DistillationConfig, given, WHERE)
-
-
-def _without_later_parts(block: dict[str, Any], where: str) -> dict[str, Any]:
-    for key, what in _LATER.items():
-        parent, _, name = key.rpartition(".")
-        if parent == where and name in block:
-            value = block.pop(name)
-            if value not in (None, "null", "fp32"):
-                raise UserError(f"{key} ({what}) is not part of this version; remove the key.")
-    return block
+    return parse(DistillationConfig, task.get("distillation"), WHERE)
 
 
 def _term(name: str, given: Any) -> Loss:

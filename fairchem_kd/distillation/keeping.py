@@ -138,7 +138,7 @@ def _find(
         return _Place(folder, why)
     made = StoredTeacher(live, folder, requests, columns)
     dependence = batch_dependence(made, first, _PROBED, device)
-    card = Card(live.digest, live.frozen.name, config.store_features, dependence)
+    card = Card(live.digest, live.frozen.name, config.store_features, dependence, live.precision)
     try:
         card.write(folder)
     except OSError as error:

@@ -42,8 +42,8 @@ class Projections:
         )
 
     def zero_grad(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
+        for parameter in self.parameters:  # as the optimiser's own, for less than a loss costs
+            parameter.grad = None
 
     def step(self, rate: float, scaler: torch.amp.GradScaler | None) -> None:
         """Step the projections: gradients averaged over ranks, unscaled, clipped by themselves.

@@ -86,7 +86,7 @@ def _fit(
         check_finite(batch, ())
         teacher.check_elements(batch.atomic_numbers)
         batch = batch.to(device)
-        taught = teacher.teach(batch, requests).sound(())
+        taught = teacher.teach(batch, requests, outputs=False).sound(())
         if taught.trusted is not None:  # what is not finite has no mean
             kept = taught.trusted.nonzero().flatten().tolist()
             if not kept:

@@ -32,6 +32,7 @@ def teach_for_training(
     teacher: Path | None = None,
     out: str | None = None,
     max_gb: float | None = None,
+    precision: str | None = None,
     trust: bool = False,
     cpu: bool = False,
     part: tuple[int, int] | None = None,
@@ -40,7 +41,7 @@ def teach_for_training(
 
     Args:
         path: the config.
-        teacher, out, max_gb, trust: in place of the config's.
+        teacher, out, max_gb, precision, trust: in place of the config's.
         cpu: run on the CPU even where there is a GPU.
         part: which of how many parts is done here.
 
@@ -59,6 +60,7 @@ def teach_for_training(
         "checkpoint": None if teacher is None else str(teacher),
         "store": out,
         "max_gb": max_gb,
+        "precision": precision,
         "trust_checkpoint": trust or None,
     }
     block["teacher"] |= {key: value for key, value in given.items() if value is not None}

@@ -238,7 +238,9 @@ class Distillation:
         return torch.as_tensor(count, dtype=torch.float64).to(self.device, non_blocking=True)
 
     def _inputs(self, batch: Batch, out: dict[str, Tensor], student: Captured) -> LossInputs:
-        taught = self.teacher.teach(batch, self.teacher_requests).sound(self._outputs)
+        needed = bool(self._outputs) or ("rattled" in batch and self.max_force is not None)
+        taught = self.teacher.teach(batch, self.teacher_requests, outputs=needed)
+        taught = taught.sound(self._outputs)
         if self.zero is not None:
             taught = self.zero.applied(taught, batch)
         if taught.trusted is not None:

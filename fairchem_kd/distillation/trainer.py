@@ -170,7 +170,8 @@ class DistillationTrainer(RestartableTrainer):
                     trust=config.teacher.trust_checkpoint,
                     elements=config.teacher.elements,
                     device=self.device,
-                )
+                ),
+                config.teacher.precision,
             )
             self.distillation = Distillation(
                 config,

@@ -44,6 +44,13 @@ def refuse_wrong_forces(model: nn.Module, what: str) -> None:
         )
 
 
+def needs_autograd(model: nn.Module) -> bool:
+    """Whether forces may be a gradient, so that a forward needs gradients inside."""
+    backbone: Any = backbone_of(model)
+    forces = getattr(backbone, "regress_forces", True)
+    return bool(forces) and not getattr(backbone, "direct_forces", False)
+
+
 class Handle(Protocol):
     """What undoes an attachment."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,10 @@ class _Source(NamedTuple):
 
     tap: str
     form: Kind
+
+
+class _Enough(Exception):
+    """Every feature that is wanted has been captured."""
 
 
 class Captured:
@@ -74,6 +78,7 @@ class FeatureExtractor:
         self._sources: dict[Request, list[_Source]] = {}
         self.specs: dict[Request, FeatureSpec] = {}
         self._forms: dict[str, set[Kind]] = {}  # what is wanted of each tap
+        self._seen_whole = False  # a forward in which every tap fired once and no more
         wanted = dict.fromkeys(Request(*r) for r in requests)
         if not wanted:
             return  # of a model of any architecture
@@ -96,11 +101,16 @@ class FeatureExtractor:
         return FeatureSpec(request.address, request.form, channels, description)
 
     @contextmanager
-    def capture(self, detach: bool = False) -> Iterator[Captured]:
+    def capture(self, detach: bool = False, *, stop: bool = False) -> Iterator[Captured]:
         """Capture during the one forward of the model inside this context.
 
         Edge features wanted as node or vector features are aggregated on the spot, so that their
         (E, C) values are not kept. ``detach`` cuts the features off the autograd graph.
+
+        With ``stop`` the context is left as soon as the last of the features is there, and the
+        rest of the forward is not run: nothing after that forward inside the context may be
+        counted on. The first such forward of an extractor is run whole, since only that shows
+        whether a feature fires more than once.
 
         Raises:
             RuntimeError: if a requested feature does not fire exactly once, or has another shape
@@ -111,14 +121,16 @@ class FeatureExtractor:
             captured._features = {}
             yield captured
             return
-        run = _Run(self._architecture, self._forms, detach, self.around)
-        with ExitStack() as stack:
+        stop = stop and self._seen_whole
+        run = _Run(self._architecture, self._forms, detach, self.around, stop)
+        with suppress(_Enough), ExitStack() as stack:
             run.attach(stack)
             yield captured
         captured._features = {
             request: run.feature(self.specs[request], sources)
             for request, sources in self._sources.items()
         }
+        self._seen_whole = True
 
 
 def _resolve(architecture: Architecture, request: Request) -> list[_Source]:
@@ -176,11 +188,13 @@ class _Run:
         forms: dict[str, set[Kind]],
         detach: bool,
         around: Callable[[], AbstractContextManager[Any]] | None,
+        stop: bool,
     ) -> None:
         self.architecture = architecture
         self.forms = forms
         self.detach = detach
         self.around = around
+        self.stop = stop
         self.num_atoms: int | None = None
         self.graph: Graph | None = None
         self.order: EdgeOrder | None = None  # of the graph's edges, for all taps
@@ -198,13 +212,13 @@ class _Run:
             stack.callback(self._attach(name, tap))
 
     def _attach(self, name: str, tap: Tap) -> Any:
-        around = self.around
-        if around is None:
-            return tap.attach(lambda values: self._receive(name, tap, values)).remove
+        around = self.around or nullcontext
 
         def receive(values: Any) -> None:
             with around():
                 self._receive(name, tap, values)
+            if self.stop and all(self.fired.values()):
+                raise _Enough
 
         return tap.attach(receive).remove
 

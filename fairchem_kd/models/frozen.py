@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 class TeacherOutput:
     """What one forward gave: detached, and still normalised as the teacher was trained."""
 
-    #: by output, ``(B, C)`` of systems or ``(N, C)`` of atoms: C 1 of an energy, 3 of forces
+    #: by output, ``(B, C)`` of systems or ``(N, C)`` of atoms: C 1 of an energy, 3 of forces; none
+    #: where none was asked for
     raw: dict[str, Tensor]
     features: Captured | None  #: those requested; None where no extractor was given
 
@@ -171,11 +172,21 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def forward(self, batch: Batch, extractor: FeatureExtractor | None = None) -> TeacherOutput:
+    def forward(
+        self,
+        batch: Batch,
+        extractor: FeatureExtractor | None = None,
+        *,
+        outputs: bool = True,
+    ) -> TeacherOutput:
         """Outputs and, with an extractor made for ``self.model``, features of one batch.
 
         The batch is left as it was. Forces that the teacher makes by autograd are made so here:
         fairchem's models switch gradients on for their own forward.
+
+        Args:
+            outputs: whether outputs are wanted too; without them the forward ends with the last
+                feature.
         """
         if self.model.training:
             self.model.eval()
@@ -184,12 +195,13 @@ class Teacher:
         try:
             if extractor is None:
                 return TeacherOutput(self._outputs(self.model(view), batch), None)
-            with extractor.capture(detach=True) as features:
+            out: Mapping[str, Any] = {}
+            with extractor.capture(detach=True, stop=not outputs) as features:
                 out = self.model(view)
         except Exception:
             refuse_isolated(batch, self.model)
             raise
-        return TeacherOutput(self._outputs(out, batch), features)
+        return TeacherOutput(self._outputs(out, batch) if outputs else {}, features)
 
     def _outputs(self, out: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
         """Shaped as the trainer shapes its own."""

@@ -27,6 +27,7 @@ import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,10 +64,14 @@ class Column:
 
     def size(self, atoms: int) -> int:
         """Its bytes in a record of so many atoms."""
-        rows = atoms if self.per == "atom" else 1
-        return rows * math.prod(self.shape) * self.stored.itemsize
+        return atoms * self._row if self.per == "atom" else self._row
 
-    @property
+    @cached_property
+    def _row(self) -> int:
+        """Its bytes for one atom, or for the structure."""
+        return math.prod(self.shape) * self.stored.itemsize
+
+    @cached_property
     def stored(self) -> np.dtype[Any]:
         return np.dtype("<u2" if self.dtype == "bf16" else self.dtype)
 

@@ -127,5 +127,8 @@ class Teacher(Protocol):
             UserError: naming the elements.
         """
 
-    def teach(self, batch: Batch, requests: Sequence[Request]) -> Taught:
-        """What it says of a batch, which stays as it was: all outputs, and these features."""
+    def teach(self, batch: Batch, requests: Sequence[Request], *, outputs: bool = True) -> Taught:
+        """What it says of a batch, which stays as it was: all outputs, and these features.
+
+        With ``outputs`` false outputs may be left out, where that is faster.
+        """

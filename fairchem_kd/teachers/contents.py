@@ -24,7 +24,7 @@ def contents(folder: Path) -> str:
     lines = [
         f"{folder}: {len(structures)} structures in {len(reader.shards)} shards, "
         f"{size_of(folder) / 1e6:.1f} MB",
-        f"  teacher {card.name} ({card.teacher[:16]})",
+        f"  teacher {card.name} ({card.teacher[:16]}), computed in {card.precision}",
     ]
     for name, column in sorted(columns.items()):
         rows = "N" if column.per == "atom" else ""

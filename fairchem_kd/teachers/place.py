@@ -14,6 +14,7 @@ from typing import Any
 from fairchem_kd._version import __version__
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_json
+from fairchem_kd.machine import FP32, PRECISIONS
 from fairchem_kd.store.format import CARD, FORMAT
 from fairchem_kd.teachers.live import LiveTeacher
 
@@ -52,6 +53,7 @@ class Card:
     features: str  #: the precision of features
     #: by column, how far a structure's answer depends on what shares its batch, or is rounded
     dependence: dict[str, float]
+    precision: str = FP32  #: in which the teacher computed
 
     @classmethod
     def read(cls, folder: Path) -> Card | None:
@@ -89,7 +91,11 @@ class Card:
             )
         try:
             dependence = {str(k): float(v) for k, v in told["dependence"].items()}
-            return cls(str(told["teacher"]), str(told["name"]), str(told["features"]), dependence)
+            told = {"precision": FP32, **told}
+            if told["precision"] not in PRECISIONS:
+                raise ValueError(told["precision"])
+            teacher, name, features = (str(told[key]) for key in ("teacher", "name", "features"))
+            return cls(teacher, name, features, dependence, told["precision"])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(
                 f"task.distillation.teacher.store: the card {path} is not what a store's is: "
@@ -109,6 +115,7 @@ class Card:
                 "format": FORMAT,
                 "teacher": self.teacher,
                 "name": self.name,
+                "precision": self.precision,
                 "features": self.features,
                 "dependence": dict(self.dependence),
                 "written_by": f"fairchem-kd {__version__}",
@@ -122,6 +129,12 @@ def check_card(card: Card, live: LiveTeacher, folder: Path, features: str) -> No
     Raises:
         UserError: it is one.
     """
+    if card.precision != live.precision:
+        raise UserError(
+            f"task.distillation.teacher.store: {folder} keeps what a teacher said that computed in "
+            f"{card.precision}, and task.distillation.teacher.precision is {live.precision}: give "
+            f"{card.precision}, or name another folder."
+        )
     if card.teacher != live.digest:
         raise UserError(
             f"task.distillation.teacher.store: {folder} keeps what another teacher said "

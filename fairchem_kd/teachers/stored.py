@@ -92,9 +92,9 @@ class StoredTeacher:
         """``collate``, which reads too: in a loader's workers, ahead of the step."""
         return _Reading(self, collate)
 
-    def teach(self, batch: Batch, requests: Sequence[Request]) -> Taught:
+    def teach(self, batch: Batch, requests: Sequence[Request], *, outputs: bool = True) -> Taught:
         if not set(requests) <= set(self.requests):
-            return self.live.teach(batch, requests)
+            return self.live.teach(batch, requests, outputs=outputs)
         said = batch.get(SAID)
         if said is None:
             said = self.said(batch.clone().to("cpu"))

@@ -65,7 +65,11 @@ def test_no_losses_is_plain_training_and_needs_no_teacher(given: object) -> None
         ({"losses": {"loss": {"kind": "n2n"}}}, "losses.loss: records have a value of that name"),
         ({"rattle": {"copies": -1}}, "task.distillation.rattle.copies must be at least 0, not -1"),
         ({"unlabelled": {"share": 0.5}}, "task.distillation.unlabelled.dataset is required"),
-        ({"teacher": {**TEACHER, "precision": "bf16"}}, "task.distillation.teacher.precision"),
+        (
+            {"teacher": {**TEACHER, "precision": "bf61"}},
+            "task.distillation.teacher.precision cannot be 'bf61' (did you mean 'bf16'?)",
+        ),
+        ({"teacher": {**TEACHER, "precison": "bf16"}}, "(did you mean 'precision'?)"),
         ({"losses": {"n2n": {"schedule": {"warmup": 1}}}}, "schedule has an unknown key 'warmup'"),
     ],
 )
@@ -88,9 +92,9 @@ def test_what_the_command_line_hands_over() -> None:
     assert parse({"teacher": {**TEACHER, "elements": [1, 29]}}).teacher.elements == [1, 29]
 
 
-def test_keys_of_later_parts_may_be_given_as_off() -> None:
+def test_parts_may_be_given_as_off() -> None:
     given = {"teacher": {**TEACHER, "precision": "fp32"}, "rattle": "null"}
-    assert parse(given).teacher.checkpoint == "teacher.pt"
+    assert parse(given).rattle is None
 
 
 def test_the_documentation_page_is_that_of_the_code() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import time
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -256,6 +259,39 @@ def test_many_writers_side_by_side(tmp_path: Path) -> None:
         assert_read(reader, seed)
 
 
+def write_for_ever(store: Path, begun: Any) -> None:
+    writer = Writer(store, COLUMNS)
+    for start in range(0, 10**6, 3):
+        writer.append(
+            [(structure(s, 1 + s % 5), answer(s, 1 + s % 5)) for s in range(start, start + 3)]
+        )
+        if start == 30:
+            begun.set()
+
+
+@pytest.mark.parametrize("after", [0.0, 0.003, 0.011])
+def test_a_writer_that_is_killed_leaves_whole_records(tmp_path: Path, after: float) -> None:
+    """SIGKILL, at whatever moment: what is there is right, and another writer goes on."""
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    child = context.Process(target=write_for_ever, args=(tmp_path, begun))
+    child.start()
+    assert begun.wait(60)
+    time.sleep(after)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    reader = Reader(tmp_path)
+    there = len(reader)
+    assert there >= 33
+    for seed in range(there):
+        assert_read(reader, seed)
+    write(tmp_path, range(there, there + 2))
+    reader.refresh()
+    assert reader.damaged == 0
+    assert_read(reader, there + 1)
+
+
 def test_an_entry_is_as_documented(tmp_path: Path) -> None:
     """Bytes by hand, for those who write the format elsewhere."""
     write(tmp_path, [3])
@@ -276,3 +312,23 @@ def test_an_entry_is_as_documented(tmp_path: Path) -> None:
     assert record.startswith(
         given.numbers.astype("u1").tobytes() + given.pos.astype("<f4").tobytes()
     )
+
+
+def test_an_open_store_takes_memory_for_its_index_alone(tmp_path: Path) -> None:
+    """About 100 bytes for a record, whatever it holds; reading keeps nothing."""
+    wide = [Column("feature:node:node", "atom", (512,), "<f4")]
+    writer, number = Writer(tmp_path, wide), 2000
+    values = {"feature:node:node": np.ones((1, 512), np.float32)}
+    writer.append([(structure(seed, 1), values) for seed in range(number)])
+    writer.close()
+    tracemalloc.start()
+    try:
+        reader = Reader(tmp_path)
+        opened, peak = tracemalloc.get_traced_memory()
+        assert opened < 120 * number
+        assert peak < 300 * number
+        for seed in range(0, number, 10):
+            assert reader.read(structure(seed, 1).key(), ["feature:node:node"]) is not None
+        assert tracemalloc.get_traced_memory()[0] < opened + 20_000
+    finally:
+        tracemalloc.stop()

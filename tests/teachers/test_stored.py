@@ -38,9 +38,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     teach = LiveTeacher.teach
 
-    def counting(self: LiveTeacher, batch: Any, requests: Any) -> Any:
+    def counting(self: LiveTeacher, batch: Any, requests: Any, **more: Any) -> Any:
         calls.append(len(batch.natoms))
-        return teach(self, batch, requests)
+        return teach(self, batch, requests, **more)
 
     monkeypatch.setattr(LiveTeacher, "teach", counting)
     return calls
@@ -215,8 +215,8 @@ def test_a_teacher_that_says_something_else_now_is_refused(
     trained(arguments(tmp_path, data, teacher))
     teach = LiveTeacher.teach
 
-    def drifted(self: LiveTeacher, batch: Any, requests: Any) -> Any:
-        said = teach(self, batch, requests)
+    def drifted(self: LiveTeacher, batch: Any, requests: Any, **more: Any) -> Any:
+        said = teach(self, batch, requests, **more)
         said.outputs["forces"].mul_(1.05)
         return said
 
@@ -336,6 +336,51 @@ def test_features_in_half_precision(
     named = {"store": str(store)}
     with refused(f"keeps features as {precision}"):
         trained(arguments(tmp_path, data, teacher, own=named))
+
+
+def test_a_feature_that_the_store_lacks_is_asked_for(
+    tmp_path: Path, data: Path, teacher: Path, asked: list[int]
+) -> None:
+    """And then both are there, in records of their own."""
+    trained(arguments(tmp_path, data, teacher, losses={"n2n": {}}))
+    asked.clear()
+    stored = trained(arguments(tmp_path, data, teacher, losses={"v2v": {}}))
+    assert sum(asked) >= 11
+    live = arguments(tmp_path, data, teacher, losses={"v2v": {}}, own={"store": "off"})
+    assert_near(stored, trained(live))
+    assert len(Reader(store_in(tmp_path))) == 22
+    asked.clear()
+    both = {"n2n": {}, "v2v": {}}
+    stored = trained(arguments(tmp_path, data, teacher, losses=both))
+    assert sum(asked) <= 5
+    assert_near(
+        stored, trained(arguments(tmp_path, data, teacher, losses=both, own={"store": "off"}))
+    )
+
+
+def test_a_store_has_one_precision(
+    tmp_path: Path, data: Path, teacher: Path, asked: list[int]
+) -> None:
+    """Stores of other precision are never mixed, neither by `auto` nor by name."""
+    given = arguments(tmp_path, data, teacher, own={"precision": "bf16"})
+    halves = trained(given)
+    store = store_in(tmp_path)
+    card = Card.read(store)
+    assert card is not None
+    assert card.precision == "bf16"
+    assert "computed in bf16" in contents(store)
+    asked.clear()
+    assert_equal(trained(given), halves)
+    assert sum(asked) <= 5
+    with refused("computed in bf16, and task.distillation.teacher.precision is fp32"):
+        trained(arguments(tmp_path, data, teacher, own={"store": str(store)}))
+    exact = trained(arguments(tmp_path, data, teacher))
+    assert len(list((tmp_path / FOLDER).iterdir())) == 2
+    assert any(not torch.equal(value, exact[name]) for name, value in halves.items())
+    card_file = store / "store.json"
+    card_file.write_text(card_file.read_text().replace('"bf16"', '"fp8"', 1))
+    with refused("is not what a store's is"):
+        trained(given)
 
 
 def test_debugging_runs_and_plain_trainings_keep_nothing(
