@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.reading import read_json
 from fairchem_kd.schema import is_null, read_value
 
 #: Blocks of a config, ours and stock's.
@@ -301,7 +301,7 @@ def _scales(given: Any, where: str) -> None:
         if path.suffix != ".json":
             return
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
+            given = read_json(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{where}: {path} cannot be read as JSON ({error}).") from None
     for name, value in _mapping(given, where).items():

@@ -429,7 +429,7 @@ class RestartableTrainer(StockTrainer):
         )
         self.step, self.epoch = 0, 0
         self.best_val_metric = None
-        self.primary_metric = None  # noqa: B010: stock begins its search anew
+        self.primary_metric = None  # stock begins its search anew
         self.restart.state = None
         self.restart.scheduled_step = self.restart.saved_step = 0
         self.load_optimizer()
