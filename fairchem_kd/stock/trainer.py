@@ -54,6 +54,28 @@ class StockTrainer(OCPTrainer):
         """A run folder of this run's own; stock's clock has a granularity of 128 s."""
         return fresh_timestamp(self._run_dir, device, suffix, claim=not self.is_debug)
 
+    def load_datasets(self) -> None:
+        try:
+            super().load_datasets()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a reader makes of a file that is not for it
+            named = [
+                f"dataset.{split} ({settings.get('src')})"
+                for split, settings in self._data_settings().items()
+            ]
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{' or '.join(named)} cannot be opened ({type(error).__name__}: {reason}): name "
+                "other files, or mend the options of the data set."
+            ) from error
+
+    def _data_settings(self) -> dict[str, Mapping[str, Any]]:
+        """The splits that the config has."""
+        keys = {"train": "dataset", "val": "val_dataset", "test": "test_dataset"}
+        found = {split: self.config.get(key) or {} for split, key in keys.items()}
+        return {split: settings for split, settings in found.items() if settings.get("src")}
+
     def load_model(self) -> None:
         try:
             super().load_model()

@@ -36,18 +36,28 @@ def check_samples(
     count = len(dataset)
     targets = list(targets)
     for index in _chosen(count):
-        try:
-            sample = dataset[index]
-        except UserError:
-            raise
-        except Exception as error:  # whatever the reader makes of bytes that are no sample
-            raise UserError(
-                f"{where}: sample {index} cannot be read ({type(error).__name__}: {error}); mend "
-                "or remove it."
-            ) from error
+        sample = read_sample(dataset, index, where)
         problem = _problem(sample, outputs, targets, named)
         if problem:
             raise UserError(f"{where}: sample {index}{_name(sample)} {problem}.")
+
+
+def read_sample(dataset: Any, index: int, where: str) -> Any:
+    """One sample of a data set.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return dataset[index]
+    except UserError:
+        raise
+    except Exception as error:  # whatever the reader makes of bytes that are no sample
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{where}: sample {index} cannot be read ({type(error).__name__}: {reason}); mend or "
+            "remove it."
+        ) from error
 
 
 def _chosen(count: int) -> Sequence[int]:

@@ -36,7 +36,7 @@ from fairchem_kd.training.checks import (
     refuse_gradients,
     refuse_none_free,
 )
-from fairchem_kd.training.first_samples import check_samples
+from fairchem_kd.training.first_samples import check_samples, read_sample
 from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to_go_on
 from fairchem_kd.training.owner import Owner
 from fairchem_kd.training.ranks import check_same_on_ranks, refused_by_all, seen_by_rank
@@ -161,7 +161,8 @@ class RestartableTrainer(StockTrainer):
                     continue
                 labels = {"train": targets, "val": list(self.output_targets), "test": []}[split]
                 if labels:
-                    check_labels(loader.dataset[0], targets, f"dataset.{split}")
+                    first = read_sample(loader.dataset, 0, f"dataset.{split}")
+                    check_labels(first, targets, f"dataset.{split}")
                 check_samples(
                     loader.dataset,
                     f"dataset.{split}",
