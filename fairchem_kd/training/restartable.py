@@ -54,6 +54,7 @@ from fairchem_kd.training.resume import (
     read_student,
     remove_leftovers,
 )
+from fairchem_kd.training.room import check_room, size_of_checkpoint
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -171,6 +172,13 @@ class RestartableTrainer(StockTrainer):
                     named=split == "test",
                 )
 
+    def check_room(self) -> None:
+        """Make sure that a checkpoint can be written, and that there is room for several."""
+        with refused_by_all():
+            if distutils.is_master() and not self.is_debug:
+                size = size_of_checkpoint(self.model, averaged=self.ema is not None)
+                check_room(self.config["cmd"]["checkpoint_dir"], size)
+
     def check_ranks(self) -> None:
         """Make sure that all ranks go on from the same, with the same data and config."""
         if distutils.get_world_size() == 1:
@@ -214,6 +222,7 @@ class RestartableTrainer(StockTrainer):
                 self._start_anew()
             self.check_ranks()
             self.check_labels()
+            self.check_room()
             self.prepare()
             self.warn_of_no_evaluation()
             if distutils.is_master() and not self.is_debug:
@@ -239,10 +248,11 @@ class RestartableTrainer(StockTrainer):
     def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         check_finite(batch, tuple(self.output_targets))
         self._none_free = none_free(batch)
-        if self.restart.evaluating and self.interruption.asked() is Ask.LEAVE:
-            self.interruption.leave()  # this step has been saved; its evaluation will be run again
-        if self.restart.evaluating and self.interruption.stopped:
-            self._stop()
+        if self.restart.evaluating:
+            if self.interruption.asked() is Ask.LEAVE:
+                self.interruption.leave()  # this step has been saved; it will be evaluated again
+            if self.interruption.stopped:
+                self._stop()
         if self.model.training and self.restart.random_state is not None:
             # as it was at this step of the interrupted run
             set_random_state(self.restart.random_state)
@@ -268,13 +278,14 @@ class RestartableTrainer(StockTrainer):
         return self.step % self.config["cmd"]["print_every"] == 0
 
     def _backward(self, loss: torch.Tensor) -> None:
+        # Here, where the host has just read the loss: ranks that agree wait for nothing else.
+        asked = self.interruption.asked()
         refuse_divergence(self.metrics, self.step)
         super()._backward(loss)
         if self.records is not None and self._is_printed:
             metrics = {name: metric["metric"] for name, metric in self.metrics.items()}
             rate = self.scheduler.get_lr()
             self.records.write("train", step=self.step, epoch=self.epoch, lr=rate, metrics=metrics)
-        asked = self.interruption.asked()
         if asked is not Ask.NOTHING:
             self.save()
         if asked is Ask.LEAVE:
