@@ -27,6 +27,7 @@ from fairchem_kd.features import stock_model_config
 from fairchem_kd.models.legacy import modern, modern_config, scale_file
 from fairchem_kd.reading import read_json
 from fairchem_kd.stock.configs import load_config
+from fairchem_kd.stock.search import look_before_searching
 
 
 def _unfitted(config: Mapping[str, Any], name: str, error: str) -> str:
@@ -63,6 +64,7 @@ def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
     checkpoint = modern(checkpoint, name)
     config = model_config(checkpoint["config"])
     setup_imports()
+    look_before_searching()
     try:
         model_class = registry.get_model_class(config["name"])
     except RuntimeError as error:

@@ -22,6 +22,7 @@ from fairchem_kd.machine import flush_denormals, flush_worker
 from fairchem_kd.stock.datasets import with_own_databases
 from fairchem_kd.stock.neighbours import refuse_isolated
 from fairchem_kd.stock.samples import use_our_collater
+from fairchem_kd.stock.search import look_before_searching
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -44,6 +45,7 @@ class StockTrainer(OCPTrainer):
     def __init__(self, *, flush_denormal: bool = False, **stock: Any) -> None:
         check_run_names(stock)
         use_our_collater()
+        look_before_searching()
         self._run_dir = stock.get("run_dir") or os.getcwd()
         self._flush_denormal = flush_denormal
         if flush_denormal and (stock.get("cpu", False) or not torch.cuda.is_available()):

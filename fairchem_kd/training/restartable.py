@@ -36,7 +36,7 @@ from fairchem_kd.training.checks import (
     refuse_gradients,
     refuse_none_free,
 )
-from fairchem_kd.training.first_samples import check_samples, read_sample
+from fairchem_kd.training.first_samples import Search, check_samples, read_sample
 from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to_go_on
 from fairchem_kd.training.owner import Owner
 from fairchem_kd.training.ranks import check_same_on_ranks, refused_by_all, seen_by_rank
@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 
 #: What a checkpoint's state holds of a subclass; the name is that of the first one there was.
 OWN_STATE = "distillation"
+#: Under which models keep the lengths within which they look for neighbours.
+_CUTOFFS = ("cutoff", "cutoff_aint")
 
 
 @dataclass
@@ -170,7 +172,23 @@ class RestartableTrainer(StockTrainer):
                     self.output_targets,
                     labels,
                     named=split == "test",
+                    search=self._search(split),
                 )
+
+    def _search(self, split: str) -> Search | None:
+        """How the model looks for neighbours in batches of a split; None where it does not say."""
+        model = getattr(self._unwrapped_model, "backbone", self._unwrapped_model)
+        if not (getattr(model, "use_pbc", True) and getattr(model, "otf_graph", True)):
+            return None
+        cutoffs = [getattr(model, name, None) for name in _CUTOFFS]
+        known = [float(one) for one in cutoffs if isinstance(one, int | float)]
+        if not known:
+            return None
+        optim = self.config["optim"]
+        size = optim["batch_size"]
+        if split != "train":
+            size = optim.get("eval_batch_size", size)
+        return Search(max(known), int(size), self.device)
 
     def check_room(self) -> None:
         """Make sure that a checkpoint can be written, and that there is room for several."""
