@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from fairchem_kd.reading import Unreadable, opened
 
+_ZIP = (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error)
 MAX_ARRAY = 1 << 32  # bytes of one array
 
 
@@ -51,7 +54,7 @@ class _Archive(zipfile.ZipFile):
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         super().__exit__(kind, error, traceback)
-        damages = (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError)
+        damages = (OSError, ValueError, EOFError, RuntimeError, OverflowError, *_ZIP)
         if isinstance(error, damages) and not isinstance(error, Unreadable):
             raise Unreadable(f"it is damaged: {error}") from error
 
@@ -61,7 +64,7 @@ def _archive(path: str | os.PathLike[str]) -> _Archive:
         pass
     try:
         return _Archive(path)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError, OverflowError, *_ZIP) as error:  # seeks to nowhere as well
         raise Unreadable(f"it is no archive of numpy's: {error}") from error
 
 
