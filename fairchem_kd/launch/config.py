@@ -56,7 +56,8 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
     try:
         config = build_config(args, [_as_literal(word) for word in overrides])
     except (OSError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
-        raise UserError(f"the config {path} cannot be used: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"the config {path} cannot be used: {reason}") from error
     try:
         refuse_renamed_keys(config, f"the config {path}")
     except UserError as error:

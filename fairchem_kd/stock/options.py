@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.reading import read_json
 from fairchem_kd.schema import is_null, read_value
+from fairchem_kd.stock.named_files import check_loadable, check_units
 
 #: Blocks of a config, ours and stock's.
 BLOCKS = (
@@ -299,7 +300,7 @@ def _scales(given: Any, where: str) -> None:
                 "`fairchem-kd fit-scales`."
             )
         if path.suffix != ".json":
-            return
+            return check_loadable(given, where)
         try:
             given = read_json(path)
         except (OSError, ValueError) as error:
@@ -332,6 +333,8 @@ def _dataset(settings: Any, where: str, *, train: bool) -> None:
         _name(settings["format"], "dataset", f"{where}.format")
     transforms = settings.get("transforms") or {}
     normalizer = transforms.get("normalizer")
+    for kind in ("normalizer", "element_references"):
+        check_units(transforms.get(kind), f"{where}.transforms.{kind}")
     if normalizer is not None:
         _normalizer(_mapping(normalizer, f"{where}.transforms.normalizer"), where)
 
