@@ -27,7 +27,7 @@ test: $(VENV)/.done ## run every test
 FUZZ ?= 20000
 fuzz: $(VENV)/.done ## try FUZZ=20000 mutated checkpoints, configs and data files (FUZZ_SEED=1 for others)
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -k whatever_stands \
-		tests/models tests/stock tests/data
+		tests/models tests/stock tests/data tests/store tests/sweep tests/test_reading.py
 
 train: $(VENV)/.done ## distil a GemNet-OC teacher into a small PaiNN, on real data
 	$(RUN)/fairchem main --mode train --config-yml yaml_configs/kd/e2n.yml

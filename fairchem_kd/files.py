@@ -15,12 +15,17 @@ import torch
 
 
 def write_whole(
-    path: str | Path, write: Callable[[BinaryIO], Any], *, previous: str | Path | None = None
+    path: str | Path,
+    write: Callable[[BinaryIO], Any],
+    *,
+    previous: str | Path | None = None,
+    before: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Let ``write`` fill ``path`` so that a crash leaves the old file or the new one, never half.
 
     The file is written aside in the same folder, flushed to disk and renamed over ``path``; what
-    was there before is kept as ``previous`` where that is given.
+    was there before is kept as ``previous`` where that is given. ``before`` is called with the file
+    aside once that is whole, and may still refuse it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +36,8 @@ def write_whole(
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o666 & ~_umask())
+        if before is not None:
+            before(Path(aside))
         if previous is not None:
             _keep(path, Path(previous))
         os.replace(aside, path)

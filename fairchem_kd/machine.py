@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -70,3 +71,34 @@ def choose_device(*, cpu: bool = False) -> torch.device:
         return torch.device("cuda")
     flush_denormals()
     return torch.device("cpu")
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Bytes that can still be had on a device; None where nobody says."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    found = [_available(), _left_to_group("memory.max", "memory.current")]
+    return min((one for one in found if one is not None), default=None)
+
+
+def _available() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _left_to_group(limit: str, used: str) -> int | None:
+    """What a container or a job of a scheduler may still take, where it has a limit."""
+    try:
+        folder = Path("/sys/fs/cgroup")
+        most, taken = ((folder / name).read_text("utf-8") for name in (limit, used))
+        return max(0, int(most) - int(taken))
+    except (OSError, ValueError):  # none, or "max"
+        return None

@@ -29,7 +29,17 @@ ROOMS = (
     "stock",
 )
 #: What every room stands on.
-GROUND = ("_version", "errors", "files", "machine", "random_state", "schema", "text")
+GROUND = (
+    "_version",
+    "errors",
+    "files",
+    "machine",
+    "npz",
+    "random_state",
+    "reading",
+    "schema",
+    "text",
+)
 #: The public face of the package: its names are looked up when they are used.
 FACE = ("", "__main__", "moved")
 #: Where fairchem-core itself is imported.

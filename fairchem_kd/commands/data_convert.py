@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import re
 import time
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.commands.arguments import at_least
 from fairchem_kd.errors import UserError
+from fairchem_kd.reading import read_json
 
 if TYPE_CHECKING:
     from fairchem_kd.data.convert.assemble import Conversion
@@ -191,9 +192,11 @@ def read_references(file: Path) -> dict[int, float]:
     from ase.data import chemical_symbols
 
     try:
-        given = json.loads(file.read_text("utf-8"))
-        return {chemical_symbols.index(symbol): float(value) for symbol, value in given.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        given = {chemical_symbols.index(name): float(one) for name, one in read_json(file).items()}
+        if not all(map(math.isfinite, given.values())):
+            raise ValueError("an energy in it is not finite")
+        return given
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"--references {file}: it has to be auto, fit, none, or a JSON file like "
             f'{{"H": -13.6, "O": -432.1}} in eV ({error}).'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
@@ -34,11 +33,13 @@ def run(args: argparse.Namespace) -> int:
     dest, card = args.dest, args.dest.with_suffix(".json")
     if dest.suffix != ".pt":
         raise UserError(f"DEST has to end in .pt, and {dest} does not.")
-    if not args.force and (dest.exists() or card.exists()):
+    from fairchem_kd.models.card import DIGEST, digest_of, is_left_over
+
+    if not args.force and (dest.exists() or (card.exists() and not is_left_over(card, dest))):
         raise UserError(f"{dest} or its card {card.name} exists; give --force to overwrite them.")
     from ase.data import chemical_symbols
 
-    from fairchem_kd.files import write_text
+    from fairchem_kd.files import plain, write_json
     from fairchem_kd.models.build import build_model, check_finite
     from fairchem_kd.models.elements import as_atomic_numbers
     from fairchem_kd.models.export import (
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
             "a card.json that has them."
         )
     else:
-        numbers = sorted(set(as_atomic_numbers(elements, "--elements")))
+        where = "--elements" if args.elements else "elements of the data's card"
+        numbers = sorted(set(as_atomic_numbers(elements, where)))
         elements = [chemical_symbols[z] for z in numbers]
 
     model = build_model(checkpoint, str(args.checkpoint))
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     contents = {
         "format": CARD_FORMAT,
         "checkpoint": dest.name,
+        DIGEST: "",
         "model": exported["config"]["model"]["name"],
         "parameters": sum(p.numel() for p in model.parameters()),
         "elements": elements,
@@ -89,11 +92,15 @@ def run(args: argparse.Namespace) -> int:
         "versions": _versions(),
         "config": {k: v for k, v in exported["config"].items() if k not in ("cmd", "slurm")},
     }
-    write_checkpoint(exported, dest)
-    if args.data is not None and not args.no_metrics:
-        contents["metrics"] = evaluate(dest, args.data)
-    text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
-    write_text(card, text)
+
+    def complete(file: Path) -> None:
+        """Write the card of the file, which only then gets its place."""
+        if args.data is not None and not args.no_metrics:
+            contents["metrics"] = evaluate(file, args.data)
+        contents[DIGEST] = digest_of(file)
+        write_json(card, plain(contents))
+
+    write_checkpoint(exported, dest, before=complete)
     for split, values in contents["metrics"].items():
         shown = ", ".join(f"{name} {1000 * value:.1f}" for name, value in values.items())
         print(f"{split}: {shown} (meV, meV/Å)")

@@ -81,7 +81,10 @@ def _load_config(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise UserError(f"The config {path} (--config-yml) does not exist.")
-    return training_config(path)
+    try:
+        return training_config(path)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"The config {path} (--config-yml) cannot be used: {error}") from error
 
 
 def _write(scales: dict[str, float], path: Path) -> None:

@@ -145,8 +145,6 @@ def read_training_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is not for training, or distils already.
     """
-    import yaml
-
     from fairchem_kd.data.build import ensure_built
     from fairchem_kd.models.legacy import modern_training_config
     from fairchem_kd.stock.configs import load_config
@@ -154,10 +152,8 @@ def read_training_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--student {path} does not exist; give the config of a plain training.")
     try:
-        if not isinstance(yaml.safe_load(path.read_text("utf-8")), dict):
-            raise ValueError("it is not a mapping of keys")
-        config, _, conflicts = load_config(str(path))
-    except (yaml.YAMLError, ValueError, OSError, AttributeError, UnicodeDecodeError) as error:
+        config, _, conflicts = load_config(path)
+    except (ValueError, OSError, AttributeError) as error:
         raise UserError(f"--student {path} cannot be read as a config: {error}") from error
     if conflicts:
         raise UserError(f"--student {path}: its includes give a key twice: {', '.join(conflicts)}.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fairchem_kd.commands.compare import add_comparison_arguments, comparison_options
 from fairchem_kd.errors import UserError
+from fairchem_kd.reading import read_json
 
 if TYPE_CHECKING:
     from fairchem_kd.analysis.compare.comparison import Comparison
@@ -231,7 +232,7 @@ def _cards(comparison: Comparison) -> Section:
     paths += [file.path.with_suffix(".json") for file in files]
     for path in dict.fromkeys(paths):
         try:
-            card = json.loads(path.read_text("utf-8"))
+            card = read_json(path)
         except (OSError, ValueError):  # not all data have one
             continue
         section.add_folded(str(path), json.dumps(card, indent=2, ensure_ascii=False))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import ase.db
 import lmdb
-import numpy as np
 
 from fairchem_kd.data.create import check_options, create
-from fairchem_kd.data.lmdb_file import check_lmdb
+from fairchem_kd.data.lmdb_file import check_lmdb, is_lmdb
+from fairchem_kd.data.metadata import METADATA, check_metadata
 from fairchem_kd.data.recipes.registry import parse_options
 from fairchem_kd.data.splits import QUARTERS
+from fairchem_kd.data.xyz_file import SUFFIXES, check_xyz
 from fairchem_kd.errors import UserError, did_you_mean
 
 #: fairchem's names of the format that the recipes write.
@@ -144,10 +149,17 @@ def check_dataset(split: Mapping[str, Any], key: str) -> None:
             )
         for file in files:
             check_lmdb(file, f"{key}.src")
-        if not any(_frames(file, f"{key}.src") for file in files):
+        counts = [_samples(file, f"{key}.src") for file in files]
+        if not any(count is None or count for count in counts):
             raise UserError(
                 f"{key}.src: {path.absolute()} is empty (0 frames); name a split that has some."
             )
+        if split.get("metadata_path") is None:
+            folder = path.parent if path.is_file() else path
+            total = None if None in counts or "total_shards" in split else sum(filter(None, counts))
+            check_metadata(folder / METADATA, f"{key}.src", total)
+    if split.get("metadata_path") is not None:
+        check_metadata(Path(split["metadata_path"]), f"{key}.metadata_path", None)
 
 
 def _check_ase(split: Mapping[str, Any], key: str) -> None:
@@ -158,6 +170,19 @@ def _check_ase(split: Mapping[str, Any], key: str) -> None:
         plain = not (split["format"] == "ase_db" and re.search(r"[*?\[]|://", str(path)))
         if plain and not Path(path).exists():
             raise UserError(f"{key}.src: {Path(path).absolute()} does not exist; fix the path.")
+        folder = Path(path)
+        folder = folder.parent if folder.is_file() else folder
+        if plain and split.get("metadata_path") is None:
+            check_metadata(folder / METADATA, f"{key}.src", None)
+        if plain and split["format"] == "ase_db":
+            _check_database(Path(path), f"{key}.src")
+        elif plain and Path(path).is_file():
+            raise UserError(
+                f"{key}.src: {Path(path).absolute()} is a file, and format {split['format']} takes "
+                "a folder of files (with pattern): name its folder, or another format."
+            )
+        elif plain:
+            _check_files(Path(path), split, key)
     if split["format"] == "ase_db" and any(f.suffix == ".aselmdb" for f in _lmdb_files(split)):
         try:
             import ase_db_backends  # noqa: F401
@@ -168,29 +193,98 @@ def _check_ase(split: Mapping[str, Any], key: str) -> None:
             ) from error
 
 
-def _frames(file: Path, where: str) -> int:
-    """How many samples an LMDB file holds."""
-    metadata = file.parent / "metadata.npz"
-    if metadata.is_file() and len(list(file.parent.glob("*.lmdb"))) == 1:
+def _check_database(path: Path, where: str) -> None:
+    """Refuse a ``.db`` that is no SQLite, or a damaged one."""
+    files = sorted(path.glob("*.db")) if path.is_dir() else [path]
+    for file in files:
+        if file.suffix != ".db":
+            continue
+        if is_lmdb(file):
+            raise UserError(
+                f"{where}: {file.absolute()} is an LMDB, and a .db of ASE's is SQLite: set format: "
+                "lmdb, or call it .aselmdb if it is ASE's in LMDB."
+            )
         try:
-            with np.load(metadata) as fields:
-                return len(fields["natoms"])
-        except (OSError, ValueError, KeyError):
-            pass  # not ours: ask the file itself
+            found = ase.db.connect(str(file)).count()
+        except Exception as error:  # sqlite3's, or what ASE makes of rows that are none
+            raise UserError(
+                f"{where}: {file.absolute()} cannot be read as ASE's database "
+                f"({type(error).__name__}: {error}); copy it again, or name another file."
+            ) from error
+        if not found and not path.is_dir():
+            raise UserError(
+                f"{where}: {file.absolute()} is empty (0 frames); name one that has some."
+            )
+
+
+def _check_files(folder: Path, split: Mapping[str, Any], key: str) -> None:
+    """Refuse a folder without a file that the pattern matches, and files that lie of their size."""
+    pattern = split.get("pattern", "*")
+    files = [path for path in islice(folder.glob(str(pattern)), _MOST_FILES) if path.is_file()]
+    if not files and split.get("index_file") is None:
+        raise UserError(
+            f"{key}.pattern: no file in {folder.absolute()} matches {pattern!r}; mend the pattern, "
+            "or name another folder."
+        )
+    for file in files:
+        if file.suffix in SUFFIXES:
+            try:
+                check_xyz(file)
+            except UserError as error:
+                raise UserError(f"{key}.src: {error}") from None
+
+
+_MOST_FILES = 10_000  # that are looked at before fairchem reads them
+
+
+def _samples(file: Path, where: str) -> int | None:
+    """How many samples an LMDB file holds; None where this process has it open already.
+
+    Raises:
+        UserError: it cannot be read, or says that it has more than there are.
+    """
     try:
         environment = lmdb.open(
             str(file), subdir=False, readonly=True, lock=False, readahead=False, max_readers=1
         )
     except lmdb.Error as error:
         if "already open" in str(error):  # by a data set of this process, which read it
-            return 1
+            return None
         raise UserError(
             f"{where}: {file.absolute()} cannot be read as LMDB ({error}); it may be truncated."
         ) from error
     try:
         with environment.begin() as transaction:
             length = transaction.get(b"length")
-            entries = environment.stat()["entries"]
-        return int(entries) - (length is not None)
+        entries = int(environment.stat()["entries"])
+    except lmdb.Error as error:
+        raise UserError(
+            f"{where}: {file.absolute()} is damaged ({error}); copy or build it again."
+        ) from error
     finally:
         environment.close()
+    if length is None:
+        return entries
+    claimed = _number(length)
+    if claimed is not None and not 0 <= claimed < entries:
+        raise UserError(
+            f"{where}: {file.absolute()} says that it has {claimed:,} samples (its key 'length') "
+            f"and has {entries - 1:,}; copy or build it again."
+        )
+    return entries - 1 if claimed is None else claimed
+
+
+class _Number(pickle.Unpickler):
+    """Unpickles plain numbers alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _number(pickled: bytes) -> int | None:
+    """The whole number that a pickle is of; None where it is of another type, as numpy's."""
+    try:
+        value = _Number(io.BytesIO(pickled)).load()
+    except Exception:  # whatever a pickle that is none makes of it
+        return None
+    return value if type(value) is int else None

@@ -12,6 +12,7 @@ from ase.data import chemical_symbols
 
 from fairchem_kd.data.frames import Array
 from fairchem_kd.data.splits import Split
+from fairchem_kd.reading import read_json
 
 CARD = "card.json"
 FORMAT = 1
@@ -93,7 +94,6 @@ def write_card(root: Path, card: dict[str, Any]) -> None:
 def read_card(root: Path) -> dict[str, Any] | None:
     """The card of a data set, or None where there is none that can be read."""
     try:
-        card = json.loads((root / CARD).read_text("utf-8"))
+        return read_json(root / CARD)
     except (OSError, ValueError):
         return None
-    return card if isinstance(card, dict) else None

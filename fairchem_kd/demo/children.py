@@ -26,6 +26,7 @@ from fairchem_kd.demo.plan import Training
 from fairchem_kd.demo.progress import Progress
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_text
+from fairchem_kd.reading import parse_json, read_json
 from fairchem_kd.training.records import RECORDS, read_records
 
 DONE, LOG, CONFIG = "done.json", "log.txt", "config.yml"
@@ -171,10 +172,10 @@ def read_done(training: Training, out: Path) -> Finished | None:
     """The result of a training that ended well before; None where there is none."""
     folder = out / training.folder
     try:
-        content = json.loads((folder / DONE).read_text("utf-8"))
+        content = read_json(folder / DONE)
         checkpoint = folder / content["checkpoint"]
         seconds = float(content["seconds"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return Finished(training, seconds, checkpoint) if checkpoint.is_file() else None
 
@@ -211,9 +212,9 @@ def _step(folder: Path) -> tuple[int, float]:
             lines = file.read().splitlines()
         for line in reversed(lines):
             try:
-                record = json.loads(line)
+                record = parse_json(line.decode())
                 return int(record["step"]), float(record["seconds"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue  # cut off, at either end
     return 0, 0.0
 

@@ -8,12 +8,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fairchem.core.common.flags import flags
-from fairchem.core.common.utils import build_config
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.models.legacy import refuse_renamed_keys
+from fairchem_kd.stock.configs import build_config, read_yaml
 from fairchem_kd.stock.options import check_overrides
 from fairchem_kd.stock.trainer import check_run_names
 
@@ -62,8 +61,9 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
             )
     try:
         config = build_config(args, [_as_literal(word) for word in overrides])
-    except (ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"the config {path} cannot be used: {error}") from error
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"the config {path} cannot be used: {reason}") from error
     try:
         refuse_renamed_keys(config, f"the config {path}")
     except UserError as error:
@@ -75,7 +75,7 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
     if missing:
         raise UserError(f"the config {path} has no {' and no '.join(missing)} block.")
     if is_ours(config):
-        check_overrides(overrides, yaml.safe_load(path.read_text(encoding="utf-8")))
+        check_overrides(overrides, read_yaml(path))
     return config
 
 

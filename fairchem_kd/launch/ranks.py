@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ from fairchem.core import _cli
 from fairchem.core.common.utils import setup_logging
 from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.errors import UserError
+from fairchem_kd.launch.interrupt import ranks_stop_themselves
 from fairchem_kd.machine import flush_denormals
 from fairchem_kd.stock.noise import plain_logs
 from fairchem_kd.stock.plugin import register
@@ -27,6 +30,7 @@ from fairchem_kd.stock.predictions import keep_all_predictions
 from fairchem_kd.stock.relaxation import make_relaxable
 from fairchem_kd.stock.samples import use_our_collater
 from fairchem_kd.training.closing import tell_end
+from fairchem_kd.training.interruption import Stopped
 from fairchem_kd.training.restartable import RestartableTrainer
 
 
@@ -82,8 +86,10 @@ def join_submitted_ranks(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "submit": False, "world_size": job.num_tasks}
 
 
-#: Set in launched ranks: the file to which the first one to meet a UserError writes its sentence.
-_SENTENCE = "FAIRCHEM_KD_USER_ERROR_FILE"
+#: Set in launched ranks: the file to which the first one to meet a UserError writes its sentence,
+#: and the one to which those that Ctrl-C has stopped write how to go on.
+_SENTENCE, _STOPPED = "FAIRCHEM_KD_USER_ERROR_FILE", "FAIRCHEM_KD_STOPPED_FILE"
+INTERRUPTED = 130  # the exit code of a rank that Ctrl-C has ended before it could save
 
 
 class KDRunner(_cli.Runner):
@@ -133,19 +139,38 @@ def run_launched_rank(config: dict[str, Any]) -> None:
     try:
         KDRunner()(config)
     except UserError as error:
-        path = Path(os.environ[_SENTENCE])
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(str(error))
-        part.replace(path)
+        _tell(_SENTENCE, str(error))
         sys.exit(2)
+    except Stopped as stop:
+        _tell(_STOPPED, str(stop))  # and end well: a rank that fails has the others killed
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _tell(file: str, text: str) -> None:
+    """Write for the launching process, whole; of several ranks one is heard."""
+    path = Path(os.environ[file])
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(text, "utf-8")
+    part.replace(path)
 
 
 @contextmanager
 def sentence_of_ranks() -> Iterator[None]:
-    """Raise a launched rank's UserError here, in place of all that elastic launch has to say."""
-    with tempfile.TemporaryDirectory(prefix="fairchem_kd_") as folder:
-        sentence = Path(folder) / "sentence"
-        os.environ[_SENTENCE] = str(sentence)
+    """Raise a launched rank's UserError here, in place of all that elastic launch has to say.
+
+    Ctrl-C in the block leaves the ranks to save and to end by themselves.
+
+    Raises:
+        Stopped: they have, after Ctrl-C.
+        KeyboardInterrupt: by a second one, or before there was a step to save.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="fairchem_kd_") as folder,
+        ranks_stop_themselves() as interrupted,
+    ):
+        sentence, stopped = Path(folder) / "sentence", Path(folder) / "stopped"
+        os.environ |= {_SENTENCE: str(sentence), _STOPPED: str(stopped)}
         # They report exit codes and where an exception came from; by then the rank has spoken.
         loggers = [
             logging.getLogger(f"torch.distributed.elastic.{name}")
@@ -153,7 +178,7 @@ def sentence_of_ranks() -> Iterator[None]:
         ]
 
         def unspoken(record: logging.LogRecord) -> bool:
-            return not sentence.exists()
+            return not (sentence.exists() or interrupted())
 
         for logger in loggers:
             logger.addFilter(unspoken)
@@ -162,8 +187,16 @@ def sentence_of_ranks() -> Iterator[None]:
         except ChildFailedError:
             if sentence.exists():
                 raise UserError(sentence.read_text("utf-8")) from None
+            if interrupted():
+                raise KeyboardInterrupt from None
+            raise
+        except SignalException as error:
+            if error.sigval is signal.SIGINT:
+                raise KeyboardInterrupt from None
             raise
         finally:
-            del os.environ[_SENTENCE]
+            del os.environ[_SENTENCE], os.environ[_STOPPED]
             for logger in loggers:
                 logger.removeFilter(unspoken)
+        if stopped.exists():
+            raise Stopped(stopped.read_text("utf-8"))

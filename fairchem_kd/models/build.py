@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
 import warnings
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from fairchem.core.common.registry import registry
-from fairchem.core.common.utils import load_config, load_state_dict, setup_imports
+from fairchem.core.common.utils import load_state_dict, setup_imports
 from fairchem.core.modules.normalization.element_references import (
     LinearReferences,
     create_element_references,
@@ -27,7 +25,10 @@ from torch import nn
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import stock_model_config
 from fairchem_kd.models.legacy import modern, modern_config, scale_file
+from fairchem_kd.reading import read_json
+from fairchem_kd.stock.configs import load_config
 from fairchem_kd.stock.scales import scale_file_key
+from fairchem_kd.stock.search import look_before_searching
 
 
 def _unfitted(config: Mapping[str, Any], name: str, error: str) -> str:
@@ -64,6 +65,7 @@ def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
     checkpoint = modern(checkpoint, name)
     config = model_config(checkpoint["config"])
     setup_imports()
+    look_before_searching()
     try:
         model_class = registry.get_model_class(config["name"])
     except RuntimeError as error:
@@ -204,7 +206,7 @@ def _scales_on_disk(model: nn.Module, config: Mapping[str, Any]) -> dict[str, An
         return {}
     try:
         if path.endswith(".json"):
-            return json.loads(Path(path).read_text("utf-8"))
+            return read_json(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"its scale_file {path} cannot be read: {error}") from error
@@ -235,10 +237,8 @@ def read_model_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"{path}: no such config; give a checkpoint or a YAML config")
         try:
-            if not isinstance(yaml.safe_load(path.read_text("utf-8")), dict):
-                raise ValueError("it is not a mapping of keys")
-            config, _, conflicts = load_config(str(path))
-        except (yaml.YAMLError, ValueError, OSError, AttributeError) as error:
+            config, _, conflicts = load_config(path)
+        except (ValueError, OSError, AttributeError) as error:
             raise UserError(f"{path}: this config cannot be read: {error}") from error
         if conflicts:
             raise UserError(f"{path}: its includes give a key twice: {', '.join(conflicts)}")

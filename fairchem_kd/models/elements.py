@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ase.data import atomic_numbers as _numbers
 from ase.data import chemical_symbols as _symbols
 
 from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.reading import read_json
 
 
 def _known_elements(path: Path, given: Iterable[str | int] | None) -> frozenset[int] | None:
@@ -20,11 +20,7 @@ def _known_elements(path: Path, given: Iterable[str | int] | None) -> frozenset[
     card = path.with_suffix(".json")
     if not card.is_file():
         return None
-    try:
-        content = json.loads(card.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"The card {card} of the teacher is no readable JSON: {error}.") from error
-    named = content.get("elements") if isinstance(content, dict) else None
+    named = _in_card(card)
     return None if named is None else frozenset(as_atomic_numbers(named, f"elements of {card}"))
 
 
@@ -39,22 +35,32 @@ def as_atomic_numbers(elements: Iterable[str | int], where: str) -> list[int]:
     numbers = []
     for element in elements:
         text = str(element).strip()
-        number = int(text) if text.isdigit() else _numbers.get(text, 0)
+        number = int(text) if text.isdecimal() and len(text) < 4 else _numbers.get(text, 0)
         if not 0 < number < len(_symbols):
-            known = did_you_mean(text, _symbols[1:]) if len(text) > 1 else ""
+            known = did_you_mean(text, _symbols[1:]) if 1 < len(text) < 20 else ""
             hint = known if "did you mean" in known else ""
-            raise UserError(f"{where} has '{text}', which is no chemical element{hint}.")
+            raise UserError(f"{where} has '{text[:60]}', which is no chemical element{hint}.")
         numbers.append(number)
     return numbers
 
 
-def read_elements(path: Path) -> list[Any] | None:
+def read_elements(path: Path) -> list[str] | None:
     """The elements that the card beside a checkpoint names; None without a card."""
     card = path.with_suffix(".json")
     if path.suffix in (".yml", ".yaml") or not card.is_file():
         return None
+    named = _in_card(card)
+    if named is None:
+        return None
+    return [_symbols[number] for number in as_atomic_numbers(named, f"elements of {card}")]
+
+
+def _in_card(card: Path) -> Any:
+    """The elements as they stand in a checkpoint's card; None where it has none."""
     try:
-        content = json.loads(card.read_text("utf-8"))
+        return read_json(card).get("elements")
     except (OSError, ValueError) as error:
-        raise UserError(f"{card}: this card is not readable JSON: {error}") from error
-    return content.get("elements") if isinstance(content, dict) else None
+        raise UserError(
+            f"The card {card} of the checkpoint cannot be read: {error}; take another copy of it, "
+            "or remove it."
+        ) from error

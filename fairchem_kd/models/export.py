@@ -7,7 +7,6 @@ No optimiser state, no EMA beside the weights, no absolute path, no SLURM accoun
 from __future__ import annotations
 
 import copy
-import json
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,7 @@ from fairchem_kd._version import __version__
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import stock_model_config
 from fairchem_kd.models.file import read_checkpoint
+from fairchem_kd.reading import read_json
 from fairchem_kd.stock.trainer import in_one_process
 
 CARD_FORMAT = 1
@@ -158,9 +158,12 @@ def _data_card(folder: Path | None, config: Mapping[str, Any]) -> dict[str, Any]
     if not card.is_file():
         return None
     try:
-        return json.loads(card.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"The data card {card} is no readable JSON: {error}.") from error
+        return read_json(card)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The data card {card} cannot be read: {error}; take another copy of it, or name "
+            "another folder with --data."
+        ) from error
 
 
 def _about(data: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ import torch
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_whole
 from fairchem_kd.models import gate
+from fairchem_kd.models.card import check_digest
 
 #: The keys without which nothing can be done with a fairchem 1.x checkpoint.
 REQUIRED_KEYS = ("state_dict", "config")
@@ -53,7 +54,7 @@ def read_checkpoint(
 
     Raises:
         UserError: the file is missing, truncated, no checkpoint, one of fairchem 2, or one that
-            needs ``trust``.
+            needs ``trust``, or not the one that the card beside it is of.
     """
     path = Path(path)
     if not path.exists():
@@ -64,6 +65,7 @@ def read_checkpoint(
     if not path.is_file():
         raise UserError(f"The checkpoint {path} is not a file; give the .pt file inside it.")
     _check_container(path)
+    check_digest(path)
     try:
         if trust:
             contents = torch.load(path, map_location="cpu", weights_only=False)
@@ -95,7 +97,11 @@ def read_checkpoint(
 
 
 def write_checkpoint(
-    state: Mapping[str, Any], path: str | Path, *, previous: str | Path | None = None
+    state: Mapping[str, Any],
+    path: str | Path,
+    *,
+    previous: str | Path | None = None,
+    before: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write ``state`` to ``path``, whole or not at all (see :func:`write_whole`)."""
 
@@ -108,7 +114,7 @@ def write_checkpoint(
                 raise error.__context__ from None
             raise
 
-    return write_whole(path, save, previous=previous)
+    return write_whole(path, save, previous=previous, before=before)
 
 
 def _check_container(path: Path) -> None:

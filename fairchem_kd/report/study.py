@@ -8,7 +8,6 @@ that another part wrote.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_json, write_whole
+from fairchem_kd.reading import Unreadable, read_json
 from fairchem_kd.report.files import write_plots, write_tables
 from fairchem_kd.report.tables import Table
 
@@ -105,13 +105,13 @@ def read_tables(folder: Path, name: str) -> list[Table]:
     file = folder / f"{name}.json"
     again = f"name a folder that `fairchem-kd {name} --out` wrote"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except OSError as error:
         raise UserError(
             f"--{name} {folder}: there is no {file.name} in it ({error.strerror}); {again}."
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}); {again}.") from error
+    except Unreadable as error:
+        raise UserError(f"{file} cannot be read ({error}); {again}.") from error
     try:
         return [Table.from_dict(one) for one in values[TABLES]]
     except (KeyError, TypeError, ValueError) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fairchem_kd.errors import UserError, did_you_mean
+from fairchem_kd.reading import read_json
 from fairchem_kd.schema import is_null, read_value
+from fairchem_kd.stock.named_files import check_loadable, check_units
 
 #: Blocks of a config, ours and stock's.
 BLOCKS = (
@@ -299,9 +300,9 @@ def _scales(given: Any, where: str) -> None:
                 "`fairchem-kd fit-scales`."
             )
         if path.suffix != ".json":
-            return
+            return check_loadable(given, where)
         try:
-            given = json.loads(path.read_text(encoding="utf-8"))
+            given = read_json(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{where}: {path} cannot be read as JSON ({error}).") from None
     for name, value in _mapping(given, where).items():
@@ -332,6 +333,8 @@ def _dataset(settings: Any, where: str, *, train: bool) -> None:
         _name(settings["format"], "dataset", f"{where}.format")
     transforms = settings.get("transforms") or {}
     normalizer = transforms.get("normalizer")
+    for kind in ("normalizer", "element_references"):
+        check_units(transforms.get(kind), f"{where}.transforms.{kind}")
     if normalizer is not None:
         _normalizer(_mapping(normalizer, f"{where}.transforms.normalizer"), where)
 

@@ -41,6 +41,7 @@ def register() -> None:
     check_fairchem_core()
     importlib.import_module(MODELS)
     importlib.import_module("fairchem_kd.stock.graphs").use_our_radius_graph()
+    importlib.import_module("fairchem_kd.stock.search").look_before_searching()
     from fairchem.core.common.registry import registry
 
     for short, (module, name) in TRAINERS.items():

@@ -23,6 +23,7 @@ from fairchem_kd.stock.constraints import use_our_rule
 from fairchem_kd.stock.datasets import with_own_databases
 from fairchem_kd.stock.neighbours import refuse_isolated
 from fairchem_kd.stock.samples import use_our_collater
+from fairchem_kd.stock.search import look_before_searching
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -46,6 +47,7 @@ class StockTrainer(OCPTrainer):
         check_run_names(stock)
         use_our_collater()
         use_our_rule()
+        look_before_searching()
         self._run_dir = stock.get("run_dir") or os.getcwd()
         self._flush_denormal = flush_denormal
         if flush_denormal and (stock.get("cpu", False) or not torch.cuda.is_available()):
@@ -55,6 +57,28 @@ class StockTrainer(OCPTrainer):
     def _get_timestamp(self, device: torch.device, suffix: str | None) -> str:
         """A run folder of this run's own; stock's clock has a granularity of 128 s."""
         return fresh_timestamp(self._run_dir, device, suffix, claim=not self.is_debug)
+
+    def load_datasets(self) -> None:
+        try:
+            super().load_datasets()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a reader makes of a file that is not for it
+            named = [
+                f"dataset.{split} ({settings.get('src')})"
+                for split, settings in self._data_settings().items()
+            ]
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{' or '.join(named)} cannot be opened ({type(error).__name__}: {reason}): name "
+                "other files, or mend the options of the data set."
+            ) from error
+
+    def _data_settings(self) -> dict[str, Mapping[str, Any]]:
+        """The splits that the config has."""
+        keys = {"train": "dataset", "val": "val_dataset", "test": "test_dataset"}
+        found = {split: self.config.get(key) or {} for split, key in keys.items()}
+        return {split: settings for split, settings in found.items() if settings.get("src")}
 
     def load_model(self) -> None:
         try:

@@ -7,8 +7,9 @@ process with SIGBUS, where a short read is a record that is not there.
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fairchem_kd.store.format import CHECKED, ENTRY, FORMAT, SHARDS, Array, Column, Structure
+from fairchem_kd.reading import read_json
+from fairchem_kd.store.format import (
+    CHECKED,
+    ENTRY,
+    FORMAT,
+    SHARDS,
+    STRUCTURE,
+    Array,
+    Column,
+    Structure,
+)
 
 
 class Shard:
@@ -30,17 +41,13 @@ class Shard:
     """
 
     def __init__(self, header: Path) -> None:
-        told = json.loads(header.read_text())
-        if not isinstance(told, dict) or told.get("format") != FORMAT:
+        told = read_json(header)
+        if told.get("format") != FORMAT:
             raise ValueError("another format")
-        self.columns = [
-            Column(str(c["name"]), c["per"], tuple(c["shape"]), str(c["dtype"]))
-            for c in told["columns"]
-        ]
-        for column in self.columns:
-            if column.per not in ("structure", "atom") or column.stored.kind not in "fiu":
-                raise ValueError(f"a column of another kind: {column}")
+        self.columns = [_column(one) for one in told["columns"]]
         self.names = frozenset(column.name for column in self.columns)
+        if (*self.columns[: len(STRUCTURE)],) != STRUCTURE or len(self.names) < len(self.columns):
+            raise ValueError("other columns than a structure's, or one of them twice")
         self.name = header.stem
         self._index_path = header.with_suffix(".index")
         self._data_path = header.with_suffix(".data")
@@ -69,10 +76,13 @@ class Shard:
         if zlib.crc32(entry.tobytes()[:CHECKED]) != entry["entry_crc"]:
             return None
         size = sum(column.size(int(entry["atoms"])) for column in self.columns)
+        offset = int(entry["offset"])
         try:
             if self._file < 0:
-                self._file = os.open(self._data_path, os.O_RDONLY)
-            contents = os.pread(self._file, size, int(entry["offset"]))
+                self._file = os.open(self._data_path, os.O_RDONLY | os.O_NONBLOCK)
+            if offset + size > os.fstat(self._file).st_size:
+                return None  # cut off; an entry may claim any number of atoms
+            contents = os.pread(self._file, size, offset)
         except (OSError, OverflowError):
             return None
         if len(contents) != size or zlib.crc32(contents) != entry["data_crc"]:
@@ -99,6 +109,29 @@ class Shard:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": -1}  # another process opens it for itself
+
+
+def _column(told: Any) -> Column:
+    """A column of a header.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none.
+    """
+    column = Column(told["name"], told["per"], tuple(told["shape"]), told["dtype"])
+    whole = (
+        isinstance(column.name, str)
+        and column.per in ("structure", "atom")
+        and isinstance(column.dtype, str)
+        and _DTYPE.fullmatch(column.dtype)
+        and all(type(extent) is int and 0 < extent <= _WIDEST for extent in column.shape)
+    )
+    if not whole or math.prod(column.shape) > _WIDEST:
+        raise ValueError(f"a column of another kind: {column}")
+    return column
+
+
+_DTYPE = re.compile(r"bf16|[<|][iu]1|<[iu][248]|<f[248]")
+_WIDEST = 1 << 24  # values of a column, of one atom or structure
 
 
 @dataclass
@@ -161,7 +194,7 @@ class Reader:
             if path.stem not in self._shards and path.stem not in self._strange:
                 try:
                     self._shards[path.stem] = Shard(path)
-                except (OSError, ValueError, KeyError, TypeError):
+                except (OSError, ValueError, KeyError, TypeError, AttributeError):
                     self._strange.add(path.stem)
                     continue
             if path.stem in self._shards:

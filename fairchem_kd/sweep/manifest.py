@@ -24,10 +24,12 @@ import yaml
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.files import write_text
+from fairchem_kd.reading import read_json
+from fairchem_kd.stock.configs import read_yaml
+from fairchem_kd.sweep.manifest_contents import FLAGS, FORMAT, check_contents
 from fairchem_kd.sweep.spec import Point, Sweep, read_sweep
 
 MANIFEST = "manifest.json"
-FORMAT = 1
 #: What the launching command sets in a config; none of it makes a run another run.
 LAUNCH_KEYS = (
     "cpu",
@@ -43,8 +45,6 @@ LAUNCH_KEYS = (
     "timestamp_id",
     "world_size",
 )
-#: What the command line gives and what does make another run: each with its flag.
-_FLAGS = {"seed": "--seed", "checkpoint": "--checkpoint", "amp": "--amp"}
 
 
 @dataclass(frozen=True)
@@ -181,13 +181,13 @@ def _run_of(point: Point, config: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     except (TypeError, ValueError):
         raise UserError(f"seed must be a whole number, not {config['seed']!r}.") from None
     arguments = []
-    for key, flag in _FLAGS.items():
+    for key, flag in FLAGS.items():
         value = seed if key == "seed" else config.get(key)
         if value is True:
             arguments.append(flag)
         elif value is not None and value is not False:
             arguments += [flag, str(value)]
-    explicit = {k: _as_yaml(v) for k, v in config.items() if k not in {*LAUNCH_KEYS, *_FLAGS}}
+    explicit = {k: _as_yaml(v) for k, v in config.items() if k not in {*LAUNCH_KEYS, *FLAGS}}
     name = run_name(explicit, arguments)
     values = {key: _as_yaml(value) for key, value in point.values.items() if key != "seed"}
     return Run(name, values, seed, point.label, arguments), explicit
@@ -278,12 +278,13 @@ def check_config(manifest: Manifest, run: Run) -> dict[str, Any]:
     path = manifest.config_path(run)
     mend = "remove it and expand the sweep again; changes belong into the sweep's YAML"
     try:
-        config = yaml.safe_load(path.read_text("utf-8"))
+        config = read_yaml(path)
+        named = run_name(config, run.arguments) if isinstance(config, dict) else ""
     except FileNotFoundError:
         raise UserError(f"{path} is missing; expand the sweep again to have it written.") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: values that JSON has not
         raise UserError(f"{path} cannot be read ({error}); {mend}.") from error
-    if not isinstance(config, dict) or run_name(config, run.arguments) != run.name:
+    if named != run.name:
         raise UserError(f"{path} is not the config that its name stands for: {mend}.")
     return config
 
@@ -313,7 +314,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        contents = json.loads(path.read_text("utf-8"))
+        contents = read_json(path)
     except FileNotFoundError:
         raise UserError(
             f"{folder} is no sweep's folder: it has no {MANIFEST}; "
@@ -321,10 +322,15 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}; {_MEND}.") from error
-    if not isinstance(contents, dict) or contents.get("digest") != _digest(contents):
+    if contents.get("digest") != _digest(contents):
         raise UserError(f"{path} was edited by hand; {_MEND}.")
-    if contents["format"] > FORMAT:
+    found = contents.get("format")
+    if type(found) is int and found > FORMAT:
         raise UserError(f"{path} was written by a newer fairchem-kd; upgrade fairchem-kd.")
+    try:
+        check_contents(contents)
+    except ValueError as error:
+        raise UserError(f"{path} is not what fairchem-kd sweep writes: {error}; {_MEND}.") from None
     runs = [Run(**run) for run in contents["runs"]]
     return Manifest(folder.absolute(), contents["sweep"], contents["directory"], runs)
 

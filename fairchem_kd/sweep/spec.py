@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fairchem_kd.errors import UserError
 from fairchem_kd.schema import is_null, option, parse
 from fairchem_kd.sweep.sampling import MOST_POINTS, SAMPLERS, RandomSearch, distribution, draw
@@ -125,7 +123,7 @@ def _read(path: Path, given_with: str) -> Any:
         by = f", given with {given_with}," if given_with else ""
         what = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise UserError(f"the file {path}{by} {what}.") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fairchem_kd.files import write_text
+from fairchem_kd.reading import read_json
 from fairchem_kd.sweep.log import last_words
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config
 from fairchem_kd.sweep.scheduler import LOCAL, Jobs, known_jobs
@@ -51,10 +52,18 @@ def write_state(manifest: Manifest, run: Run, state: str, **more: Any) -> None:
 def read_state(manifest: Manifest, run: Run) -> dict[str, Any]:
     """What was noted last; empty where nothing was."""
     try:
-        contents = json.loads(state_path(manifest, run).read_text("utf-8"))
+        contents = read_json(state_path(manifest, run))
     except (FileNotFoundError, ValueError):
         return {}
-    return contents if isinstance(contents, dict) else {}
+    texts = (contents.get(key) for key in ("reason", "job", "host", "started"))
+    pid = contents.get("pid", 1)
+    whole = (
+        contents.get("state") in STATES
+        and all(one is None or isinstance(one, str) for one in texts)
+        and type(pid) is int
+        and 0 < pid < 1 << 31
+    )
+    return contents if whole else {}
 
 
 def this_process() -> dict[str, Any]:

@@ -110,6 +110,19 @@ def by_structure(said: Taught, columns: Sequence[Column]) -> list[dict[str, np.n
     return cut
 
 
+def fits(record: Mapping[str, np.ndarray], natoms: int, columns: Sequence[Column]) -> bool:
+    """Whether the values of a record are those of a structure of so many atoms, in these columns.
+
+    A shard's header and index say how a record is to be read, and may have been written for
+    another model, or for another structure.
+    """
+    return all(
+        record[column.name].shape
+        == ((natoms, *column.shape) if column.per == "atom" else column.shape)
+        for column in columns
+    )
+
+
 def joined(
     records: Sequence[dict[str, np.ndarray] | None],
     natoms: Sequence[int],

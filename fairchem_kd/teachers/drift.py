@@ -16,7 +16,7 @@ from torch_geometric.data import Batch, Data
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.store import Column, Structure
-from fairchem_kd.teachers.answers import by_structure, output_column
+from fairchem_kd.teachers.answers import by_structure, fits, output_column
 from fairchem_kd.teachers.stored import StoredTeacher
 
 #: How far an answer may be off whatever the teacher's own dependence on its batch: energies in eV
@@ -132,6 +132,9 @@ def differences(
         columns = [column for column in teacher.columns if column.name in shard.names]
         kept = teacher.reader.read(structure.key(), [column.name for column in columns])
         if kept is None or not columns:
+            continue
+        if not fits(kept, len(structure.numbers), columns):
+            teacher.reader.damaged += 1
             continue
         answer = teacher.live.teach(batch_of([structure], device), teacher.requests)
         now = by_structure(answer, columns)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -15,6 +14,7 @@ from fairchem_kd._version import __version__
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_json
 from fairchem_kd.machine import FP32, PRECISIONS
+from fairchem_kd.reading import read_json, read_json_lines
 from fairchem_kd.store.format import CARD, FORMAT
 from fairchem_kd.teachers.live import LiveTeacher
 
@@ -64,7 +64,7 @@ class Card:
         """
         path = folder / CARD
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            told = read_json(path)
         except FileNotFoundError:
             # hidden files are of another process that is making the store right now
             if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
@@ -84,9 +84,9 @@ class Card:
                 f"task.distillation.teacher.store: the card {path} cannot be read ({error}): "
                 "remove the folder, and what the teacher says will be kept anew."
             ) from None
-        if isinstance(told, dict) and told.get("format", FORMAT) != FORMAT:
+        if told.get("format", FORMAT) != FORMAT:
             raise UserError(
-                f"task.distillation.teacher.store: {folder} has format {told['format']}, and "
+                f"task.distillation.teacher.store: {folder} has format {told['format']!r:.40}, and "
                 f"this fairchem-kd reads {FORMAT}: name another folder, or remove this one."
             )
         try:
@@ -182,15 +182,6 @@ def size_of(folder: Path) -> int:
 def marks(folder: Path) -> list[Mapping[str, Any]]:
     """What has been filled in whole (see `filling`), as far as it can be read."""
     try:
-        lines = (folder / "filled.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        return list(read_json_lines(folder / "filled.jsonl"))
+    except (OSError, ValueError):
         return []
-    found: list[Mapping[str, Any]] = []
-    for line in lines:
-        try:
-            mark = json.loads(line)
-        except ValueError:  # cut off
-            continue
-        if isinstance(mark, dict):
-            found.append(mark)
-    return found

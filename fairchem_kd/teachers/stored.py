@@ -16,6 +16,7 @@ from fairchem_kd.store import STRUCTURE, Column, Reader
 from fairchem_kd.teachers.answers import (
     by_column,
     columns_of,
+    fits,
     joined,
     requests_of,
     structures_of,
@@ -84,9 +85,14 @@ class StoredTeacher:
 
     def said(self, batch: Batch) -> dict[str, Any]:
         """What the store holds of a batch in host memory: values by column, and `MISSING`."""
-        records = [self.reader.read(one.key(), self.names) for one in structures_of(batch)]
+        natoms = batch.natoms.tolist()
+        read = [self.reader.read(one.key(), self.names) for one in structures_of(batch)]
+        records = [
+            record if record is not None and fits(record, number, self.columns) else None
+            for record, number in zip(read, natoms, strict=True)
+        ]
         missing = [system for system, record in enumerate(records) if record is None]
-        return joined(records, batch.natoms.tolist(), self.columns) | {MISSING: missing}
+        return joined(records, natoms, self.columns) | {MISSING: missing}
 
     def reading(self, collate: Callable[[list[Any]], Batch]) -> Callable[[list[Any]], Batch]:
         """``collate``, which reads too: in a loader's workers, ahead of the step."""

@@ -8,6 +8,7 @@ metrics and predictions will ask of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,23 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.neighbours import cutoff_of, sample_without_neighbours
 from fairchem_kd.stock.samples import collate
+from fairchem_kd.stock.search import MEND, distances_of, too_much
 
 MOST = 256  # samples of a set that are looked at
 
 
+@dataclass(frozen=True)
+class Search:
+    """How a model looks for neighbours."""
+
+    cutoff: float  #: Å
+    batch_size: int
+    device: torch.device
+
+
 def check_samples(
     dataset: Any, where: str, outputs: Mapping[str, Mapping[str, Any]], targets: Iterable[str],
-    *, named: bool,
+    *, named: bool, search: Search | None = None,
 ) -> None:  # fmt: skip
     """Refuse a data set of which a sample does not fit.
 
@@ -32,25 +43,52 @@ def check_samples(
         outputs: the trainer's ``output_targets``.
         targets: the labels that each sample has to have.
         named: whether each has to have a ``sid``, for predictions.
+        search: how neighbours are looked for in batches of it.
 
     Raises:
         UserError: naming the set, the sample's number and the key.
     """
     count = len(dataset)
     targets = list(targets)
+    found = []
     for index in _chosen(count):
-        try:
-            sample = dataset[index]
-        except UserError:
-            raise
-        except Exception as error:  # whatever the reader makes of bytes that are no sample
-            raise UserError(
-                f"{where}: sample {index} cannot be read ({type(error).__name__}: {error}); mend "
-                "or remove it."
-            ) from error
+        sample = read_sample(dataset, index, where)
         problem = _problem(sample, outputs, targets, named)
         if problem:
             raise UserError(f"{where}: sample {index}{_name(sample)} {problem}.")
+        if search is not None:
+            found.append((distances_of(sample, search.cutoff), index, _name(sample)))
+    if search is not None and found:
+        _check_search(found, where, search)
+
+
+def _check_search(found: list[tuple[float, int, str]], where: str, search: Search) -> None:
+    """Refuse samples whose neighbours cannot be looked for: one alone, or a usual batch."""
+    largest, index, name = max(found)
+    usual = search.batch_size * sum(count for count, _, _ in found) / len(found)
+    what = f"{where}: the neighbours within {search.cutoff:g} Å of"
+    if problem := too_much(largest, search.device):
+        raise UserError(f"{what} sample {index}{name} take {problem}: {MEND}.")
+    if problem := too_much(usual, search.device):
+        raise UserError(f"{what} a batch of {search.batch_size} samples take {problem}: {MEND}.")
+
+
+def read_sample(dataset: Any, index: int, where: str) -> Any:
+    """One sample of a data set.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return dataset[index]
+    except UserError:
+        raise
+    except Exception as error:  # whatever the reader makes of bytes that are no sample
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{where}: sample {index} cannot be read ({type(error).__name__}: {reason}); mend or "
+            "remove it."
+        ) from error
 
 
 def check_neighbours(

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from fairchem.core.common import distutils
 from submitit.core.job_environment import JobEnvironment, SignalHandler
 
-from fairchem_kd.training.ranks import world_size
+from fairchem_kd.training.ranks import rank, world_size
 
 
 class Ask(enum.IntEnum):
@@ -34,7 +34,8 @@ class Ask(enum.IntEnum):
 
     NOTHING = 0
     SAVE = 1  # a kill may follow
-    LEAVE = 2  # save, be requeued, and exit
+    STOP = 2  # save, say how to go on, and end: Ctrl-C
+    LEAVE = 3  # save, be requeued, and exit
 
 
 class Stopped(KeyboardInterrupt):
@@ -42,7 +43,10 @@ class Stopped(KeyboardInterrupt):
 
 
 _INTERRUPT = signal.default_int_handler
-_AGAIN = 0.5  # seconds after which a second Ctrl-C is one: launchers send the first one twice
+AGAIN = 0.5  # seconds after which a second Ctrl-C is one: launchers send the first one twice
+
+
+_SAID = "\nstopping at the end of this step, with a checkpoint; Ctrl-C again: at once\n"
 
 
 def how_to_go_on(run: str) -> str:
@@ -79,6 +83,9 @@ class Interruption:
         self.polled = False
         self._stopped_at: float | None = None
         self._own_interrupt: Any = None
+        self._interrupts = False  # whether every rank holds Ctrl-C back
+        #: Whether Ctrl-C has asked to save and to stop; said by `asked`, to all ranks alike.
+        self.stopped = False
 
     @property
     def held(self) -> bool:
@@ -90,8 +97,13 @@ class Interruption:
             for number in (self._signal, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._note)
         main = threading.current_thread() is threading.main_thread()
-        if main and world_size() == 1 and signal.getsignal(signal.SIGINT) is _INTERRUPT:
+        if main and signal.getsignal(signal.SIGINT) is _INTERRUPT:
             self._own_interrupt = signal.signal(signal.SIGINT, self._interrupted)
+        self._interrupts = self._own_interrupt is not None
+        if world_size() > 1:
+            held = torch.tensor(int(self._interrupts), device=self.device)
+            dist.all_reduce(held, op=dist.ReduceOp.MIN)
+            self._interrupts = bool(held)
         return self
 
     def __exit__(
@@ -114,17 +126,14 @@ class Interruption:
         if os.getpid() != self._process:
             return  # a loader's worker, which the training will end
         now = time.monotonic()
-        if not self.polled or (self._stopped_at is not None and now - self._stopped_at > _AGAIN):
+        waits = self.polled and self._interrupts
+        if not waits or (self._stopped_at is not None and now - self._stopped_at > AGAIN):
             raise KeyboardInterrupt
         if self._stopped_at is None:
             self._stopped_at = now
-            said = "\nstopping at the end of this step, with a checkpoint; Ctrl-C again: at once\n"
-            os.write(2, said.encode())
-
-    @property
-    def stopped(self) -> bool:
-        """Whether Ctrl-C has asked to save and to stop."""
-        return self._stopped_at is not None
+            self._noted.append(Ask.STOP)
+            if rank() == 0:
+                os.write(2, _SAID.encode())
 
     def _note(self, number: int, frame: Any) -> None:
         # Data-loader workers are forked with this handler, and some schedulers signal them as well.
@@ -142,7 +151,7 @@ class Interruption:
         A collective where signals are held and there are several ranks: a rank may have had its
         signal one step before another.
         """
-        if not self.held:
+        if not self.held and not self._interrupts:
             return Ask.NOTHING
         asked = Ask.NOTHING
         while self._noted:  # popped one by one: a signal may come at any moment
@@ -151,6 +160,7 @@ class Interruption:
             urgency = torch.tensor(int(asked), device=self.device)
             dist.all_reduce(urgency, op=dist.ReduceOp.MAX)
             asked = Ask(int(urgency))
+        self.stopped = self.stopped or asked is Ask.STOP
         return asked
 
     def leave(self) -> NoReturn:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.reading import read_json
 
 OWNER = "owner.json"
 BEAT = 10.0  # seconds between two touches
@@ -125,10 +126,13 @@ def _gone(other: dict[str, Any]) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = read_json(path)
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    pid, host = told.get("pid"), told.get("host")
+    if type(pid) is not int or not 0 < pid < 1 << 31 or not isinstance(host, str):
+        return {}
+    return told
 
 
 def _who(other: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import plain
+from fairchem_kd.reading import read_json_lines
 
 RECORDS = "records.jsonl"
 
@@ -60,25 +62,30 @@ def read_records(folder: str | os.PathLike[str], kind: str | None = None) -> lis
 
     Lines that are none, of a crash or of another program, are passed over.
     """
-    records = []
-    text = (Path(folder) / RECORDS).read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # cut off by a crash, or no record at all
-            continue
-        if _is_record(record) and (kind is None or record["kind"] == kind):
-            records.append(record)
-    return records
+    return [
+        record
+        for record in read_json_lines(Path(folder) / RECORDS)
+        if _is_record(record) and (kind is None or record["kind"] == kind)
+    ]
 
 
-def _is_record(value: Any) -> bool:
-    """Whether a line is what :meth:`Records.write` writes."""
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+def _is_record(value: dict[str, Any]) -> bool:
+    """Whether a line is what :meth:`Records.write` writes of a training."""
+    kind, metrics, step = value.get("kind"), value.get("metrics", {}), value.get("step", 0)
+    if not isinstance(kind, str) or not isinstance(metrics, dict) or not _is_number(step):
         return False
-    seconds, metrics = value.get("seconds"), value.get("metrics", {})
+    needed = {"config": ("config",), "val": ("step", "metrics")}
     return (
-        isinstance(seconds, int | float)
-        and not isinstance(seconds, bool)
-        and isinstance(metrics, dict)
+        all(key in value for key in needed.get(kind, ()))
+        and _is_number(value.get("seconds"))
+        and isinstance(step, int)
+        and step >= 0
+        and _is_number(value.get("epoch", 0.0))
+        and isinstance(value.get("config", {}), dict)
+        and all(name.isprintable() for name in metrics)
+        and all(one is None or _is_number(one) for one in metrics.values())
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

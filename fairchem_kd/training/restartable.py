@@ -36,7 +36,12 @@ from fairchem_kd.training.checks import (
     refuse_gradients,
     refuse_none_free,
 )
-from fairchem_kd.training.first_samples import check_neighbours, check_samples
+from fairchem_kd.training.first_samples import (
+    Search,
+    check_neighbours,
+    check_samples,
+    read_sample,
+)
 from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to_go_on
 from fairchem_kd.training.owner import Owner
 from fairchem_kd.training.progress import Progress
@@ -55,6 +60,7 @@ from fairchem_kd.training.resume import (
     read_student,
     remove_leftovers,
 )
+from fairchem_kd.training.room import check_room, size_of_checkpoint
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -65,6 +71,8 @@ Predict = Callable[["Batch"], dict[str, torch.Tensor]]
 
 #: What a checkpoint's state holds of a subclass; the name is that of the first one there was.
 OWN_STATE = "distillation"
+#: Under which models keep the lengths within which they look for neighbours.
+_CUTOFFS = ("cutoff", "cutoff_aint")
 
 
 @dataclass
@@ -175,17 +183,41 @@ class RestartableTrainer(StockTrainer):
                     continue
                 labels = {"train": targets, "val": list(self.output_targets), "test": []}[split]
                 if labels:
-                    check_labels(loader.dataset[0], targets, f"dataset.{split}")
+                    first = read_sample(loader.dataset, 0, f"dataset.{split}")
+                    check_labels(first, targets, f"dataset.{split}")
                 check_samples(
                     loader.dataset,
                     f"dataset.{split}",
                     self.output_targets,
                     labels,
                     named=split == "test",
+                    search=self._search(split),
                 )
                 check_neighbours(
                     loader.dataset, f"dataset.{split}", self._unwrapped_model, self.device
                 )
+
+    def _search(self, split: str) -> Search | None:
+        """How the model looks for neighbours in batches of a split; None where it does not say."""
+        model = getattr(self._unwrapped_model, "backbone", self._unwrapped_model)
+        if not (getattr(model, "use_pbc", True) and getattr(model, "otf_graph", True)):
+            return None
+        cutoffs = [getattr(model, name, None) for name in _CUTOFFS]
+        known = [float(one) for one in cutoffs if isinstance(one, int | float)]
+        if not known:
+            return None
+        optim = self.config["optim"]
+        size = optim["batch_size"]
+        if split != "train":
+            size = optim.get("eval_batch_size", size)
+        return Search(max(known), int(size), self.device)
+
+    def check_room(self) -> None:
+        """Make sure that a checkpoint can be written, and that there is room for several."""
+        with refused_by_all():
+            if distutils.is_master() and not self.is_debug:
+                size = size_of_checkpoint(self.model, averaged=self.ema is not None)
+                check_room(self.config["cmd"]["checkpoint_dir"], size)
 
     def check_ranks(self) -> None:
         """Make sure that all ranks go on from the same, with the same data and config."""
@@ -230,6 +262,7 @@ class RestartableTrainer(StockTrainer):
                 self._start_anew()
             self.check_ranks()
             self.check_labels()
+            self.check_room()
             self.prepare()
             self.warn_of_no_evaluation()
             if distutils.is_master() and not self.is_debug:
@@ -258,10 +291,11 @@ class RestartableTrainer(StockTrainer):
     def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         check_finite(batch, tuple(self.output_targets))
         self._none_free = none_free(batch)
-        if self.restart.evaluating and self.interruption.asked() is Ask.LEAVE:
-            self.interruption.leave()  # this step has been saved; its evaluation will be run again
-        if self.restart.evaluating and self.interruption.stopped:
-            self._stop()
+        if self.restart.evaluating:
+            if self.interruption.asked() is Ask.LEAVE:
+                self.interruption.leave()  # this step has been saved; it will be evaluated again
+            if self.interruption.stopped:
+                self._stop()
         if self.model.training and self.restart.random_state is not None:
             # as it was at this step of the interrupted run
             set_random_state(self.restart.random_state)
@@ -287,6 +321,8 @@ class RestartableTrainer(StockTrainer):
         return self.step % self.config["cmd"]["print_every"] == 0
 
     def _backward(self, loss: torch.Tensor) -> None:
+        # Here, where the host has just read the loss: ranks that agree wait for nothing else.
+        asked = self.interruption.asked()
         refuse_divergence(self.metrics, self.step)
         super()._backward(loss)
         if self.progress is not None:
@@ -295,7 +331,6 @@ class RestartableTrainer(StockTrainer):
             metrics = {name: metric["metric"] for name, metric in self.metrics.items()}
             rate = self.scheduler.get_lr()
             self.records.write("train", step=self.step, epoch=self.epoch, lr=rate, metrics=metrics)
-        asked = self.interruption.asked()
         if asked is not Ask.NOTHING:
             self.save()
         if asked is Ask.LEAVE:
@@ -451,7 +486,7 @@ class RestartableTrainer(StockTrainer):
         )
         self.step, self.epoch = 0, 0
         self.best_val_metric = None
-        self.primary_metric = None  # noqa: B010: stock begins its search anew
+        self.primary_metric = None  # stock begins its search anew
         self.restart.state = None
         self.restart.scheduled_step = self.restart.saved_step = 0
         self.load_optimizer()

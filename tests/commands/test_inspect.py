@@ -136,4 +136,4 @@ def test_a_broken_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     path = save_checkpoint(tmp_path / "a.pt", "schnet")
     path.with_suffix(".json").write_text("{")
     assert main(["inspect", str(path)]) == 2
-    assert "a.json: this card is not readable JSON" in capsys.readouterr().err
+    assert "a.json of the checkpoint cannot be read" in capsys.readouterr().err

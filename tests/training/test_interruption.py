@@ -133,19 +133,47 @@ def test_several_nodes_need_a_scheduler(place: Path) -> None:
 
 def test_ctrl_c_saves_and_says_how_to_go_on(place: Path, uninterrupted: Any) -> None:
     ranks, reference = uninterrupted
-    if ranks > 1:
-        pytest.skip("several ranks stop at once")
-    folder = reference.with_name("interrupted")
-    run = start(place, folder.name, 1)
+    folder = reference.with_name(f"interrupted{ranks}")
+    run = start(place, folder.name, ranks)
     wait_until(lambda: len(steps(folder)) >= 2, "two steps")
     os.kill(run.pid, signal.SIGINT)
-    assert run.wait() == 130
+    assert run.wait() == 130, run.log.read_text()
     said = run.log.read_text()
-    assert "stopped after step" in said
+    assert said.count("stopping at the end of this step") == 1
+    assert said.count("stopped after step") == 1
+    assert "Traceback" not in said
     assert f"--timestamp-id {folder.name}" in said.strip().splitlines()[-1]
     assert (folder / "checkpoint.pt").exists()
     taken = steps(folder)
     assert f"stopped after step {taken[-1]} of {LAST_STEP}" in said
-    start(place, folder.name, 1).finish()
+    start(place, folder.name, ranks).finish()
     assert steps(folder) == list(range(1, LAST_STEP + 1))  # no step was taken twice
     assert_same_end(folder, reference)
+
+
+def test_one_rank_that_is_interrupted_stops_all_after_the_same_step(place: Path) -> None:
+    folder = place / "checkpoints/alone"
+    run = start(place, folder.name, 2)
+    wait_until(lambda: len(steps(folder)) >= 2, "two steps")
+    workers = [pid for pid in children(run.pid) if "spawn_main" in cmdline(pid)]
+    os.kill(workers[-1], signal.SIGINT)
+    assert run.wait() == 130, run.log.read_text()
+    said = run.log.read_text()
+    assert f"stopped after step {steps(folder)[-1]} of {LAST_STEP}" in said
+    assert "Traceback" not in said
+
+
+def test_a_second_ctrl_c_does_not_wait(place: Path) -> None:
+    folder = place / "checkpoints/twice"
+    run = start(place, folder.name, 2)
+    wait_until(lambda: len(steps(folder)) >= 2, "two steps")
+    workers = [pid for pid in children(run.pid) if "spawn_main" in cmdline(pid)]
+    os.kill(workers[0], signal.SIGSTOP)  # no step ends any more
+    os.kill(run.pid, signal.SIGINT)
+    time.sleep(1.0)
+    assert run.running
+    os.kill(run.pid, signal.SIGINT)
+    os.kill(workers[0], signal.SIGKILL)
+    assert run.wait() == 130, run.log.read_text()
+    assert "stopped at once" in run.log.read_text()
+    assert not [pid for pid in workers if "spawn_main" in cmdline(pid)]

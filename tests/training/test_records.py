@@ -29,7 +29,7 @@ def test_a_resumed_run_goes_on_after_a_line_that_a_crash_cut_off(tmp_path: Path)
     Records(tmp_path).write("train", step=1)
     with (tmp_path / RECORDS).open("a") as file:
         file.write('{"kind": "train", "st')
-    Records(tmp_path).write("val", step=2)
+    Records(tmp_path).write("val", step=2, metrics={})
     assert [r["step"] for r in read_records(tmp_path)] == [1, 2]
     assert [r["step"] for r in read_records(tmp_path, "val")] == [2]
     assert json.loads((tmp_path / RECORDS).read_text().splitlines()[-1])["step"] == 2

@@ -12,6 +12,7 @@ from fairchem_kd.models.file import weights_only_everywhere
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.noise import quiet
 from fairchem_kd.stock.samples import use_our_collater
+from fairchem_kd.stock.search import look_before_searching
 
 if TYPE_CHECKING:
     import ase
@@ -40,6 +41,7 @@ def make_calculator(file: ModelFile, *, cpu: bool = True) -> Calculator:
             "trust both."
         )
     use_our_collater()
+    look_before_searching()
     reading = nullcontext() if file.trust else weights_only_everywhere()
     # Given the config, stock does not take the file's: in a SLURM job it would unpickle a file in
     # the folder that `slurm` names, and outside of debug mode make folders.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fairchem_kd.reading import read_json
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
@@ -24,8 +25,7 @@ def method_of(settings: Mapping[str, Any]) -> str | None:
     recipe = build.get("recipe") if isinstance(build, Mapping) else build
     if recipe is None and isinstance(settings.get("src"), str):
         try:
-            card = json.loads((Path(settings["src"]).parent / "card.json").read_text("utf-8"))
-            recipe = card["options"]["recipe"]
+            recipe = read_json(Path(settings["src"]).parent / "card.json")["options"]["recipe"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
     return _OF_RECIPES.get(str(recipe))

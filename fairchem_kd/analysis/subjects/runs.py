@@ -7,6 +7,7 @@ executing code (see :mod:`fairchem_kd.models.file`).
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from fairchem_kd.analysis.subjects.named_data import outside, unpickled
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import modern_config
+from fairchem_kd.reading import read_json
 from fairchem_kd.schema import is_null
 from fairchem_kd.text import on_one_line
 from fairchem_kd.training.records import RECORDS, read_records
@@ -119,7 +121,10 @@ class ModelFile:
     def training_seconds(self) -> float | None:
         """Wall time of the training loop, evaluations included, by its records; None without."""
         if self.path.name not in OF_A_RUN:
-            return self.card.get("training_seconds")
+            told = self.card.get("training_seconds")
+            if isinstance(told, bool) or not isinstance(told, int | float):
+                return None
+            return float(told) if 0 <= told < math.inf else None
         total = last = 0.0
         for record in self.records():
             seconds = float(record["seconds"])
@@ -132,10 +137,9 @@ class ModelFile:
     def card(self) -> dict[str, Any]:
         """The card beside an exported checkpoint; empty where there is none that can be read."""
         try:
-            card = json.loads(self.path.with_suffix(".json").read_text("utf-8"))
+            return read_json(self.path.with_suffix(".json"))
         except (OSError, ValueError):
             return {}
-        return card if isinstance(card, dict) else {}
 
 
 def _distillation(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fairchem_kd.analysis.subjects.splits import splits_of_run
-from fairchem_kd.data.build import LMDB_FORMATS, check_dataset, ensure_built
+from fairchem_kd.data.build import check_dataset, ensure_built
 from fairchem_kd.data.convert.sources import find_files
+from fairchem_kd.data.xyz_file import SUFFIXES, check_xyz
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.datasets import close_dataset, collate, open_in_order
 from fairchem_kd.stock.periodicity import axes, room, tags_of
@@ -110,8 +111,7 @@ def _open_dataset(settings: Mapping[str, Any]) -> Any:
     path = settings["src"]
     if settings.get("build") is not None:
         ensure_built({"dataset": {"test": dict(settings)}})
-    if settings.get("format", "lmdb") in LMDB_FORMATS:
-        check_dataset(settings, "the structures")
+    check_dataset(settings, "the structures")
     try:
         dataset = open_in_order(settings, "test")
     except Exception as error:  # whatever a dataset makes of a path that is not for it
@@ -144,6 +144,8 @@ def _ase(files: Sequence[Path], limit: int | None) -> Iterator[Data]:
 def _read(file: Path) -> Iterator[ase.Atoms]:
     from ase.io import iread
 
+    if file.suffix in SUFFIXES:
+        check_xyz(file)
     try:
         yield from iread(file, index=":")
     except Exception as error:  # each of ASE's many readers fails in its own way

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -20,6 +19,7 @@ from fairchem_kd.data.convert.labels import Reading
 from fairchem_kd.data.convert.shards import Tally, rewrite
 from fairchem_kd.data.convert.sources import Part
 from fairchem_kd.errors import UserError
+from fairchem_kd.reading import read_json
 from fairchem_kd.stock.neighbours import SHORTEST_CUTOFF
 from fairchem_kd.stock.periodicity import ROOM
 
@@ -81,7 +81,7 @@ def assemble(work: Path, parts: list[Part], conversion: Conversion) -> dict[str,
     Raises:
         UserError: no frames, too many that cannot be used, or some that do not belong together.
     """
-    done = [json.loads((part_folder(work, n) / DONE).read_text("utf-8")) for n in range(len(parts))]
+    done = [read_json(part_folder(work, n) / DONE) for n in range(len(parts))]
     held = {name for part in done for name in part["splits"]}
     names = [*(name for name in SPLITS if name in held), *sorted(held - set(SPLITS))]
     skipped: dict[str, Counter[str]] = {name: Counter() for name in names}

@@ -43,6 +43,7 @@ from fairchem_kd.data.workers import Progress, worker_pool
 from fairchem_kd.data.writer import to_data
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_text
+from fairchem_kd.reading import read_json
 
 #: Of the hidden folder; another one is begun anew.
 _LAYOUT = 3
@@ -179,7 +180,7 @@ def _prepare(work: Path, conversion: Conversion) -> None:
             f"{work} is in the way and was not made by a conversion; move it away, or name another "
             "folder for the data set."
         )
-    if work.exists() and (not mark.is_file() or mark.read_text("utf-8") != wanted):
+    if work.exists() and (not mark.is_file() or mark.read_text("utf-8", "replace") != wanted):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     write_text(mark, wanted)
@@ -194,7 +195,7 @@ def _identity(part: Part) -> list[Any]:
 
 def _is_done(folder: Path, part: Part) -> bool:
     try:
-        return json.loads((folder / DONE).read_text("utf-8"))["part"] == _identity(part)
+        return read_json(folder / DONE)["part"] == _identity(part)
     except (OSError, ValueError, KeyError):
         return False
 

@@ -29,6 +29,7 @@ from ase import Atoms
 from ase.io.trajectory import Trajectory
 
 from fairchem_kd.data.lmdb_file import is_lmdb
+from fairchem_kd.data.xyz_file import atoms_of, frames_of, too_few
 from fairchem_kd.errors import UserError
 
 XYZ = (".xyz", ".extxyz")
@@ -219,32 +220,8 @@ def parts_of(file: Path, number: int, split: str) -> list[Part]:
 
 def _xyz_offsets(file: Path) -> list[tuple[int, int]]:
     """Number and offset of every `FRAMES_PER_PART`-th frame."""
-    starts: list[tuple[int, int]] = []
-    with open(file, "rb") as lines:
-        frame = 0
-        while True:
-            offset = lines.tell()
-            head = lines.readline()
-            if not head:
-                return starts
-            if not head.strip():  # between frames, or after the last
-                continue
-            if frame % FRAMES_PER_PART == 0:
-                starts.append((frame, offset))
-            for _ in range(_count(head, file, frame) + 1):
-                lines.readline()
-            frame += 1
-
-
-def _count(head: str | bytes, file: Path, frame: int) -> int:
-    try:
-        return int(head)
-    except ValueError:
-        shown = head.decode(errors="replace") if isinstance(head, bytes) else head
-        raise UserError(
-            f"{file} is not extended xyz: frame {frame} begins with {shown.strip()[:40]!r} instead "
-            "of a number of atoms; mend the file, or leave it out."
-        ) from None
+    starts = enumerate(frames_of(file))
+    return [(frame, offset) for frame, offset in starts if frame % FRAMES_PER_PART == 0]
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
@@ -299,12 +276,13 @@ def _xyz_blocks(text: TextIO, part: Part) -> Iterator[str]:
             break
         if not head.strip():  # between frames, or after the last
             continue
-        count = _count(head, part.file, frame)
-        body = [text.readline() for _ in range(count + 1)]
-        if not (body[-1].strip() if count else body[-1]):  # without atoms, the comment may be blank
-            raise UserError(
-                f"{part.file} is truncated in frame {frame}; copy or download it again."
-            )
+        count = atoms_of(head, part.file, frame)
+        body: list[str] = []
+        while len(body) <= count and (line := text.readline()):
+            body.append(line)
+        # without atoms, the comment may be blank
+        if len(body) <= count or (count and not body[-1].strip()):
+            raise too_few(part.file, frame, count)
         if not body[-1].endswith("\n"):
             body[-1] += "\n"
         lines += [head, *body]
