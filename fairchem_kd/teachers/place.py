@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from fairchem_kd.files import write_json
 from fairchem_kd.reading import read_json, read_json_lines
 from fairchem_kd.store.format import CARD, FORMAT
 from fairchem_kd.teachers.live import LiveTeacher
+from fairchem_kd.text import on_one_line
 
 #: The environment variable that names the folder of all stores.
 VARIABLE = "FAIRCHEM_KD_STORE"
@@ -89,7 +91,12 @@ class Card:
             )
         try:
             dependence = {str(k): float(v) for k, v in told["dependence"].items()}
-            return cls(str(told["teacher"]), str(told["name"]), str(told["features"]), dependence)
+            if not all(map(math.isfinite, dependence.values())):
+                raise ValueError("not finite")
+            teacher, name, features = (
+                on_one_line(told[key])[:200] for key in ("teacher", "name", "features")
+            )
+            return cls(teacher, name, features, dependence)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(
                 f"task.distillation.teacher.store: the card {path} is not what a store's is: "
