@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from fairchem_kd.machine import FP32, PRECISIONS
 from fairchem_kd.reading import read_json, read_json_lines
 from fairchem_kd.store.format import CARD, FORMAT
 from fairchem_kd.teachers.live import LiveTeacher
+from fairchem_kd.text import on_one_line
 
 #: The environment variable that names the folder of all stores.
 VARIABLE = "FAIRCHEM_KD_STORE"
@@ -94,7 +96,11 @@ class Card:
             told = {"precision": FP32, **told}
             if told["precision"] not in PRECISIONS:
                 raise ValueError(told["precision"])
-            teacher, name, features = (str(told[key]) for key in ("teacher", "name", "features"))
+            if not all(map(math.isfinite, dependence.values())):
+                raise ValueError("not finite")
+            teacher, name, features = (
+                on_one_line(told[key])[:200] for key in ("teacher", "name", "features")
+            )
             return cls(teacher, name, features, dependence, told["precision"])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(
