@@ -174,6 +174,7 @@ def _fill(
         )
     missing = [source for source in often if not filling.is_marked(source)]
     if not missing:
+        teacher.reader.refresh()  # another run may have ended since the reader looked
         return
     number = sum(source.structures for source in missing)
     _say(

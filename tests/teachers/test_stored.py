@@ -18,6 +18,7 @@ from trainings import ALL_LOSSES, assert_equal, config, trainer, weights, write_
 from trainings import data as data
 from trainings import teacher as teacher
 
+from fairchem_kd.distillation import keeping
 from fairchem_kd.errors import UserError
 from fairchem_kd.store import Reader, Writer
 from fairchem_kd.teachers import LiveTeacher, filling
@@ -356,6 +357,28 @@ def test_a_feature_that_the_store_lacks_is_asked_for(
     assert_near(
         stored, trained(arguments(tmp_path, data, teacher, losses=both, own={"store": "off"}))
     )
+
+
+def test_what_another_run_keeps_meanwhile_is_read(
+    tmp_path: Path, data: Path, teacher: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends its filling after this one has looked, and before this one asks whether to fill."""
+    given = arguments(tmp_path, data, teacher)
+    expected = trained(given)
+    store = store_in(tmp_path)
+    for name in ("shards", "filled.jsonl"):
+        (store / name).rename(tmp_path / name)
+    verify = keeping._verify
+
+    def ended(*args: Any) -> None:
+        for name in ("shards", "filled.jsonl"):
+            (tmp_path / name).rename(store / name)
+        verify(*args)
+
+    monkeypatch.setattr(keeping, "_verify", ended)
+    asked.clear()
+    assert_equal(trained(given), expected)
+    assert sum(asked) <= 5
 
 
 def test_a_store_has_one_precision(
