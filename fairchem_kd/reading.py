@@ -37,7 +37,8 @@ def read_text(path: str | os.PathLike[str], limit: int) -> str:
         Unreadable: it is too large, no regular file, or no text.
     """
     with opened(path) as file:
-        contents = file.read(limit + 1)
+        # no more than there is: what is asked for is set aside before it is read
+        contents = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if len(contents) > limit:
         raise Unreadable(f"it has more than {limit:,} bytes")
     try:

@@ -259,7 +259,7 @@ def test_nothing_that_is_strange_is_taken_for_a_store(
         ("{", "cannot be read"),
         ('{"format": 7}', "has format 7, and this fairchem-kd reads 1"),
         ('{"format": 1}', "is not what a store's is"),
-        ("[1]", "is not what a store's is"),
+        ("[1]", "cannot be read"),
     ):
         (strange / "store.json").write_text(card)
         with refused(message):
