@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import pickle
 import subprocess
@@ -204,7 +205,7 @@ def train(root: Path, name: str, contents: dict[str, Any], seed: int) -> tuple[P
         root, "fairchem", "main", "--mode", "train", "--config-yml", path.name, "--cpu",
         "--seed", str(seed), "--identifier", identifier, "--run-dir", str(root),
     )  # fmt: skip
-    (folder,) = (root / "checkpoints").glob(f"*-{identifier}")
+    (folder,) = (root / "checkpoints").glob(f"*[0-9]-{identifier}")  # after a timestamp
     return folder / "best_checkpoint.pt", seconds
 
 
@@ -234,7 +235,10 @@ def test_error(checkpoint: Path, root: Path) -> float:
 
 
 def measure(root: Path, teacher_steps: int, steps: int) -> list[Row]:
-    norm = make_data(root)
+    known = root / "normalizer.json"
+    if not known.is_file():  # of an earlier go in this folder
+        known.write_text(json.dumps(make_data(root)))
+    norm = json.loads(known.read_text())
     print(f"labels: mean {norm['mean']:.1f}, spread {norm['rmsd']:.1f} eV", flush=True)
     big = with_scales(root, "teacher", config("train", norm, 64, 3, teacher_steps))
     small = with_scales(root, "student", config("labelled", norm, 32, 2, steps))
@@ -242,16 +246,21 @@ def measure(root: Path, teacher_steps: int, steps: int) -> list[Row]:
     longer["model"] = small["model"]
     rows = []
 
-    def done(name: str, contents: dict[str, Any], seed: int, labels: int, structures: int) -> Path:
-        best, seconds = train(root, name, contents, seed)
-        error = test_error(best, root)
-        rows.append(Row(name.replace("_", " "), seed, labels, structures, error, seconds))
-        print(f"{name} {seed}: {error:.2f} eV, {seconds:.0f} s", flush=True)
-        return best
+    def done(name: str, contents: dict[str, Any], seed: int, labels: int, structures: int) -> None:
+        told = root / f"{name}-{seed}.json"
+        if not told.is_file():
+            best, seconds = train(root, name, contents, seed)
+            if name == "teacher":
+                (root / "teacher.pt").write_bytes(best.read_bytes())
+            row = Row(
+                name.replace("_", " "), seed, labels, structures, test_error(best, root), seconds
+            )
+            told.write_text(json.dumps(asdict(row)))
+        rows.append(Row(**json.loads(told.read_text())))
+        print(f"{name} {seed}: {rows[-1].mae:.2f} eV, {rows[-1].seconds:.0f} s", flush=True)
 
     everything = SIZES["labelled"] + SIZES["unlabelled"]
-    best = done("teacher", big, 0, everything, teacher_steps * BATCH)
-    (root / "teacher.pt").write_bytes(best.read_bytes())
+    done("teacher", big, 0, everything, teacher_steps * BATCH)
     for seed in SEEDS:
         done("without_teacher", longer, seed, SIZES["labelled"], 2 * steps * BATCH)
         done("with_teacher", distilled(small), seed, SIZES["labelled"], 2 * steps * BATCH)
@@ -279,9 +288,9 @@ def table(rows: list[Row], asked: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, help="an empty folder to work in (default: a new one)")
+    parser.add_argument("--work", type=Path, help="folder to work in, or go on in (default: new)")
     parser.add_argument("--teacher-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=800, help="of the distilled students")
+    parser.add_argument("--steps", type=int, default=300, help="of the distilled students")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     args = parser.parse_args()
     asked = (
