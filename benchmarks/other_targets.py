@@ -279,8 +279,8 @@ def table(rows: list[Row], asked: str) -> str:
     lines = [
         f"`{asked}`; the virial of strained slabs (EMT), {SIZES['test']} structures to test.",
         "",
-        "| run | labels | structures seen | test MAE, eV | seeds | seconds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| run | labels | structures seen | test MAE, eV | seeds |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name in dict.fromkeys(row.run for row in rows):
         own = [row for row in rows if row.run == name]
@@ -288,7 +288,7 @@ def table(rows: list[Row], asked: str) -> str:
         spread = f" ± {stdev(errors):.2f}" if len(errors) > 1 else ""
         lines.append(
             f"| {name} | {own[0].labels} | {own[0].structures} | {mean(errors):.2f}{spread} | "
-            f"{len(own)} | {mean(row.seconds for row in own):.0f} |"
+            f"{len(own)} |"
         )
     return "\n".join(lines) + "\n"
 
