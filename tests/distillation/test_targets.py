@@ -391,3 +391,19 @@ def test_what_the_teacher_lacks_is_said_or_refused(
         pytest.raises(UserError, match=r"targets.charge: the teacher does not predict 'charge'"),
     ):
         built.make_distillation()
+
+
+def test_a_run_from_before_there_were_more_targets_goes_on(
+    tmp_path: Path, data: Path, teacher: Path
+) -> None:
+    losses = {"vanilla": {}, "per_atom_energy": {}}
+    with trainer(distilling(tmp_path, data, teacher, losses)) as built:
+        built.make_distillation()
+        state = copy.deepcopy(built.distillation.state_dict())
+        del state["identity"]["losses"]["vanilla"]["targets"]
+        del state["identity"]["losses"]["per_atom_energy"]["target"]
+        del state["identity"]["teacher.energy_zero"]
+        built.distillation.load_state_dict(state)
+        state["identity"]["losses"]["vanilla"]["targets"] = ["energy"]
+        with pytest.raises(UserError, match=r"losses: this run was started with another"):
+            built.distillation.load_state_dict(state)
