@@ -7,97 +7,30 @@ loaded; what is merely not known stays as it is, unless it is a near miss of a k
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.reading import read_json
 from fairchem_kd.schema import is_null, read_value
 from fairchem_kd.stock.named_files import check_loadable, check_units
+from fairchem_kd.stock.option_table import (
+    BLOCKS,
+    DATASET,
+    OPTIM,
+    coerce,
+    mapping,
+    refuse_near_misses,
+)
 
-#: Blocks of a config, ours and stock's.
-BLOCKS = (
-    *("trainer", "task", "model", "dataset", "optim", "outputs", "loss_functions"),
-    *("evaluation_metrics", "logger", "slurm", "includes", "amp", "identifier", "seed", "mode"),
-    *("hide_eval_progressbar", "checkpoint"),
-    *("run_dir", "timestamp_id", "cpu", "is_debug", "gpus", "print_every", "local_rank", "name"),
-    *("flush_denormal", "val_dataset", "test_dataset", "relax_dataset", "noddp", "gp_gpus"),
-)  # fmt: skip
-
-
-class Option(NamedTuple):
-    """What a key may hold."""
-
-    kind: Any
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-
-_WHOLE, _COUNT = Option(int, ge=0), Option(int, ge=1)
-OPTIM = {
-    "batch_size": _COUNT,
-    "eval_batch_size": _COUNT,
-    "num_workers": _WHOLE,
-    "max_epochs": _COUNT,
-    "lr_initial": Option(float, gt=0),
-    "optimizer": Option(str),
-    "optimizer_params": Option(dict[str, Any]),
-    "scheduler": Option(str),
-    "scheduler_params": Option(dict[str, Any]),
-    "clip_grad_norm": Option(float | None, gt=0),
-    "ema_decay": Option(float | None, ge=0, lt=1),
-    "eval_every": _COUNT,
-    "checkpoint_every": Option(int, ge=-1),
-    "weight_decay": Option(float, ge=0),
-    "warmup_steps": Option(int),
-    "warmup_factor": Option(float, ge=0),
-    "lr_gamma": Option(float, gt=0),
-    "lr_milestones": Option(list[float]),
-    "T_max": Option(int, ge=1),
-    "eta_min": Option(float, ge=0),
-    "factor": Option(float, gt=0),
-    "patience": _WHOLE,
-    "min_lr": Option(float, ge=0),
-    "threshold": Option(float, ge=0),
-    "cooldown": _WHOLE,
-    "mode": Option(str),
-    "gamma": Option(float, gt=0),
-    "step_size": _COUNT,
-    "milestones": Option(list[int]),
-    "load_balancing": Option(str | bool | None),
-    "load_balancing_on_error": Option(str | None),
-    "energy_coefficient": Option(float, ge=0),
-    "force_coefficient": Option(float, ge=0),
-    "loss_energy": Option(str),
-    "loss_force": Option(str),
-    "load_datasets_and_model_then_exit": Option(bool),
-}
 #: What ``scheduler`` may be beside the names of torch.optim.lr_scheduler.
 _NO_SCHEDULER = "Null"
 _LAMBDA = ("warmup_steps", "warmup_factor", "lr_milestones", "lr_gamma")
-DATASET = {
-    "src": Option(Any),
-    "format": Option(str),
-    "first_n": Option(int | None, ge=1),
-    "sample_n": Option(int | None, ge=1),
-    "max_atoms": Option(int | None, ge=1),
-    "no_shuffle": Option(bool | None),
-    "seed": Option(int),
-    "transforms": Option(dict[str, Any] | None),
-    "key_mapping": Option(dict[str, Any] | None),
-    "use_train_settings": Option(bool),
-    "a2g_args": Option(dict[str, Any] | None),
-    "build": Option(Any),
-    "metadata_path": Option(str | None),
-}
 _NORMALIZER = ("mean", "rmsd", "stdev", "file", "fit", "batch_size", "shuffle", "num_batches")
 _POSITIVE = ("cutoff", "max_radius", "max_neighbors")
 _LOGGERS = ("tensorboard", "wandb")
@@ -147,35 +80,8 @@ def check_overrides(overrides: Sequence[str], own: Iterable[str]) -> None:
             raise UserError(f"the argument {word!r} needs a key and a value: --KEY=VALUE.")
 
 
-def _known(block: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Refuse the near miss of a key, which stock would pass over without a word."""
-    known = list(known)
-    for key in block:
-        if str(key) in known:
-            continue
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
-        if near:
-            raise UserError(f"{where} has an unknown key '{key}' (did you mean '{near[0]}'?).")
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where} must be a mapping of keys, not {value!r:.60}.")
-    return value
-
-
-def _coerce(block: dict[str, Any], table: Mapping[str, Option], where: str) -> None:
-    for key, rule in table.items():
-        if key not in block:
-            continue
-        meta = {"ge": rule.ge, "gt": rule.gt, "le": rule.le}
-        value = block[key] = read_value(rule.kind, block[key], f"{where}.{key}", meta)
-        if rule.lt is not None and value is not None and value >= rule.lt:
-            raise UserError(f"{where}.{key} must be below {rule.lt:g}, not {value:g}.")
-
-
 def _optim(config: dict[str, Any]) -> None:
-    optim = _mapping(config.get("optim"), "optim")
+    optim = mapping(config.get("optim"), "optim")
     import torch
     from torch.optim import lr_scheduler
 
@@ -184,7 +90,7 @@ def _optim(config: dict[str, Any]) -> None:
     own: set[str] = set()
     if isinstance(given, str) and given in schedulers:
         own = set(inspect.signature(getattr(lr_scheduler, given)).parameters)
-    _known(optim, {*OPTIM, *own}, "optim")
+    refuse_near_misses(optim, {*OPTIM, *own}, "optim")
     for key in ("max_epochs", "lr_initial"):
         if key not in optim:
             raise UserError(f"optim.{key} is required but not given.")
@@ -197,7 +103,7 @@ def _optim(config: dict[str, Any]) -> None:
             del optim[key]  # stock's default
     if "scheduler" in optim and is_null(optim["scheduler"]):
         optim["scheduler"] = _NO_SCHEDULER
-    _coerce(optim, OPTIM, "optim")
+    coerce(optim, OPTIM, "optim")
     _numbers(optim.get("optimizer_params") or {}, "optim.optimizer_params")
     optimizers = _names(torch.optim, torch.optim.Optimizer)
     if optim.get("optimizer", "AdamW") not in optimizers:
@@ -236,7 +142,7 @@ def _names(module: Any, base: type) -> list[str]:
 
 def _numbers(block: dict[str, Any], where: str) -> None:
     """Read text that spells a number as one (YAML takes 1e-3 for text), and refuse NaN."""
-    for key, value in _mapping(block, where).items():
+    for key, value in mapping(block, where).items():
         if isinstance(value, str):
             try:
                 value = float(value)
@@ -269,7 +175,7 @@ def _name(value: Any, kind: str, where: str) -> None:
 
 
 def _model(config: dict[str, Any]) -> None:
-    model = _mapping(config.get("model"), "model")
+    model = mapping(config.get("model"), "model")
     if is_null(model.get("name")):
         raise UserError(f"model.name is required{did_you_mean('', _registered('model'))}.")
     _name(model["name"], "model", "model.name")
@@ -305,7 +211,7 @@ def _scales(given: Any, where: str) -> None:
             given = read_json(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{where}: {path} cannot be read as JSON ({error}).") from None
-    for name, value in _mapping(given, where).items():
+    for name, value in mapping(given, where).items():
         if name == "comment":
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -317,10 +223,10 @@ def _scales(given: Any, where: str) -> None:
 
 
 def _dataset(settings: Any, where: str, *, train: bool) -> None:
-    settings = _mapping(settings, where)
+    settings = mapping(settings, where)
     if not settings:
         return
-    _known(settings, DATASET, where)
+    refuse_near_misses(settings, DATASET, where)
     src = settings.get("src")
     if is_null(src):
         raise UserError(f"{where}.src is required: where the data are.")
@@ -328,7 +234,7 @@ def _dataset(settings: Any, where: str, *, train: bool) -> None:
         isinstance(src, list | tuple) and src and all(isinstance(one, str) for one in src)
     ):
         raise UserError(f"{where}.src must be a path or a list of paths, not {src!r:.60}.")
-    _coerce(settings, DATASET, where)
+    coerce(settings, DATASET, where)
     if "format" in settings:
         _name(settings["format"], "dataset", f"{where}.format")
     transforms = settings.get("transforms") or {}
@@ -336,7 +242,7 @@ def _dataset(settings: Any, where: str, *, train: bool) -> None:
     for kind in ("normalizer", "element_references"):
         check_units(transforms.get(kind), f"{where}.transforms.{kind}")
     if normalizer is not None:
-        _normalizer(_mapping(normalizer, f"{where}.transforms.normalizer"), where)
+        _normalizer(mapping(normalizer, f"{where}.transforms.normalizer"), where)
 
 
 def _normalizer(normalizer: dict[str, Any], where: str) -> None:
@@ -345,13 +251,13 @@ def _normalizer(normalizer: dict[str, Any], where: str) -> None:
         return
     for target, values in normalizer.items():
         here = f"{where}.{target}"
-        values = _mapping(values, here)
+        values = mapping(values, here)
         if "file" in values:
             continue
         for old in ("std", "rms"):
             if old in values:
                 raise UserError(f"{here} has an unknown key '{old}' (did you mean 'rmsd'?).")
-        _known(values, _NORMALIZER, here)
+        refuse_near_misses(values, _NORMALIZER, here)
         if "mean" not in values or not {"rmsd", "stdev"} & set(values):
             raise UserError(f"{here} needs mean and rmsd; it has {', '.join(values) or 'nothing'}.")
         for key in ("mean", "rmsd", "stdev"):
@@ -367,8 +273,8 @@ def _outputs(config: Mapping[str, Any]) -> None:
             "outputs is missing, what the model predicts: give for example outputs: {energy: "
             "{level: system}, forces: {level: atom}}."
         )
-    for name, output in _mapping(outputs, "outputs").items():
-        level = _mapping(output, f"outputs.{name}").get("level", "system")
+    for name, output in mapping(outputs, "outputs").items():
+        level = mapping(output, f"outputs.{name}").get("level", "system")
         if level not in ("system", "atom"):
             hint = did_you_mean(str(level), ["system", "atom"])
             raise UserError(f"outputs.{name}.level cannot be {level!r}{hint}.")
@@ -394,13 +300,13 @@ def _losses(config: Mapping[str, Any]) -> None:
         raise UserError("loss_functions must be a list: - energy: {fn: mae, coefficient: 1}.")
     targets = _targets(config)
     for number, entry in enumerate(losses):
-        for target, options in _mapping(entry, f"loss_functions[{number}]").items():
+        for target, options in mapping(entry, f"loss_functions[{number}]").items():
             where = f"loss_functions[{number}].{target}"
             if target not in targets:
                 hint = did_you_mean(str(target), targets)
                 raise UserError(f"{where}: outputs has no '{target}'{hint}.")
-            options = _mapping(options, where)
-            _known(options, ("fn", "coefficient", "reduction"), where)
+            options = mapping(options, where)
+            refuse_near_misses(options, ("fn", "coefficient", "reduction"), where)
             _name(options.get("fn", "mae"), "loss", f"{where}.fn")
             if is_null(options.get("coefficient")):
                 raise UserError(f"{where}.coefficient is required but not given.")
@@ -414,13 +320,13 @@ def _metrics(config: dict[str, Any]) -> None:
     block = config.get("evaluation_metrics")
     if is_null(block):
         return
-    block = _mapping(block, "evaluation_metrics")
-    _known(block, ("metrics", "primary_metric"), "evaluation_metrics")
+    block = mapping(block, "evaluation_metrics")
+    refuse_near_misses(block, ("metrics", "primary_metric"), "evaluation_metrics")
     metrics = block.get("metrics")
     if is_null(metrics):
         return
     known, targets, found = sorted(known_metrics()), [*_targets(config), "misc"], []
-    for target, names in _mapping(metrics, "evaluation_metrics.metrics").items():
+    for target, names in mapping(metrics, "evaluation_metrics.metrics").items():
         where = f"evaluation_metrics.metrics.{target}"
         if target not in targets:
             raise UserError(f"{where}: outputs has no '{target}'{did_you_mean(target, targets)}.")

@@ -21,31 +21,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fairchem.core.common import distutils
 from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
-from fairchem.core.trainers import base_trainer
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.architecture import refuse_wrong_forces
-from fairchem_kd.models.file import write_checkpoint
 from fairchem_kd.random_state import random_state, set_random_state
 from fairchem_kd.stock.trainer import StockTrainer
+from fairchem_kd.training.before import check_ranks, check_space, check_split
 from fairchem_kd.training.checks import (
     check_finite,
-    check_labels,
     none_free,
     refuse_divergence,
     refuse_gradients,
     refuse_none_free,
 )
-from fairchem_kd.training.first_samples import (
-    Search,
-    check_neighbours,
-    check_samples,
-    read_sample,
-)
 from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to_go_on
 from fairchem_kd.training.owner import Owner
 from fairchem_kd.training.progress import Progress
-from fairchem_kd.training.ranks import check_same_on_ranks, refused_by_all, seen_by_rank
+from fairchem_kd.training.ranks import refused_by_all
 from fairchem_kd.training.records import Records
 from fairchem_kd.training.resume import (
     STATE_FORMAT,
@@ -54,13 +46,12 @@ from fairchem_kd.training.resume import (
     check_same_run,
     check_same_steps,
     has_checkpoint,
-    previous_of,
     random_state_for,
     random_states,
     read_student,
     remove_leftovers,
 )
-from fairchem_kd.training.room import check_room, size_of_checkpoint
+from fairchem_kd.training.writing import checkpoints_written_with
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -71,8 +62,6 @@ Predict = Callable[["Batch"], dict[str, torch.Tensor]]
 
 #: What a checkpoint's state holds of a subclass; the name is that of the first one there was.
 OWN_STATE = "distillation"
-#: Under which models keep the lengths within which they look for neighbours.
-_CUTOFFS = ("cutoff", "cutoff_aint")
 
 
 @dataclass
@@ -175,59 +164,13 @@ class RestartableTrainer(StockTrainer):
 
     def check_labels(self) -> None:
         """Refuse data that losses, metrics and predictions cannot take; stock would fail later."""
-        targets = [name for name, _ in self.loss_functions]
-        loaders = {"train": self.train_loader, "val": self.val_loader, "test": self.test_loader}
         with refused_by_all():
-            for split, loader in loaders.items():
-                if loader is None or len(loader.dataset) == 0:
-                    continue
-                labels = {"train": targets, "val": list(self.output_targets), "test": []}[split]
-                if labels:
-                    first = read_sample(loader.dataset, 0, f"dataset.{split}")
-                    check_labels(first, targets, f"dataset.{split}")
-                check_samples(
-                    loader.dataset,
-                    f"dataset.{split}",
-                    self.output_targets,
-                    labels,
-                    named=split == "test",
-                    search=self._search(split),
-                )
-                check_neighbours(
-                    loader.dataset, f"dataset.{split}", self._unwrapped_model, self.device
-                )
-
-    def _search(self, split: str) -> Search | None:
-        """How the model looks for neighbours in batches of a split; None where it does not say."""
-        model = getattr(self._unwrapped_model, "backbone", self._unwrapped_model)
-        if not (getattr(model, "use_pbc", True) and getattr(model, "otf_graph", True)):
-            return None
-        cutoffs = [getattr(model, name, None) for name in _CUTOFFS]
-        known = [float(one) for one in cutoffs if isinstance(one, int | float)]
-        if not known:
-            return None
-        optim = self.config["optim"]
-        size = optim["batch_size"]
-        if split != "train":
-            size = optim.get("eval_batch_size", size)
-        return Search(max(known), int(size), self.device)
-
-    def check_room(self) -> None:
-        """Make sure that a checkpoint can be written, and that there is room for several."""
-        with refused_by_all():
-            if distutils.is_master() and not self.is_debug:
-                size = size_of_checkpoint(self.model, averaged=self.ema is not None)
-                check_room(self.config["cmd"]["checkpoint_dir"], size)
+            for split in ("train", "val", "test"):
+                check_split(self, split)
 
     def check_ranks(self) -> None:
         """Make sure that all ranks go on from the same, with the same data and config."""
-        if distutils.get_world_size() == 1:
-            return
-        loaders = {"train": self.train_loader, "val": self.val_loader, "test": self.test_loader}
-        datasets = {f"dataset.{name}": it.dataset for name, it in loaders.items() if it is not None}
-        seen = seen_by_rank(self.config, datasets)
-        seen["the run's checkpoint"] = f"step {self.step}"
-        check_same_on_ranks(seen | self.seen())
+        check_ranks(self)
 
     def prepare(self) -> None:
         """Set up, and go on from the saved state where this run has one."""
@@ -262,7 +205,8 @@ class RestartableTrainer(StockTrainer):
                 self._start_anew()
             self.check_ranks()
             self.check_labels()
-            self.check_room()
+            with refused_by_all():
+                check_space(self)
             self.prepare()
             self.warn_of_no_evaluation()
             if distutils.is_master() and not self.is_debug:
@@ -522,28 +466,3 @@ class RestartableTrainer(StockTrainer):
             # In mid-epoch the loader is opened once more than in an uninterrupted run, which draws
             # a random number: the state goes back to this one when the first batch has come.
             self.restart.random_state = random_state()
-
-
-@contextmanager
-def checkpoints_written_with(extra: dict[str, Any]) -> Iterator[None]:
-    """Within the block, stock's ``save`` writes ``extra`` into the file too, and writes it safely.
-
-    ``BaseTrainer.save`` builds its dictionary and writes it in place: there is no hook for another
-    key, and a crash while it writes leaves a truncated file. Its only way out is the function
-    ``save_checkpoint`` of its module, which is replaced for the time of the call. Of a file from
-    which a run goes on, one with ``extra``, the one before is kept.
-    """
-
-    def save_checkpoint(
-        state: dict[str, Any], checkpoint_dir: str = "checkpoints/", checkpoint_file: str = ""
-    ) -> str:
-        path = os.path.join(checkpoint_dir, checkpoint_file)
-        write_checkpoint({**state, **extra}, path, previous=previous_of(path) if extra else None)
-        return path
-
-    original = base_trainer.save_checkpoint
-    base_trainer.save_checkpoint = save_checkpoint
-    try:
-        yield
-    finally:
-        base_trainer.save_checkpoint = original
