@@ -128,7 +128,6 @@ FINE: list[tuple[str, Any]] = [
     ("my_notes", "anything"),
     ("dataset.train.src", ["data/a", "data/b"]),
     ("dataset.train.first_n", None),
-    ("dataset.train.transforms.normalizer", {"file": "normalizers.pt"}),
     ("dataset.val", None),
     ("evaluation_metrics", GONE),
     ("evaluation_metrics.metrics.misc", ["energy_forces_within_threshold"]),
