@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 #: In logs and records: the share of structures for which the teacher's word does not count.
 UNTRUSTED = "untrusted"
-#: The loss of the labels, of the first rank's structures alone, weighted as it counts.
+#: The loss of the labels, weighted as it counts.
 LABEL_LOSS = "label_loss"
 #: What a run's identity was before a key of it was there.
 _BEFORE = {"teacher.energy_zero": "teacher"}
@@ -188,11 +188,19 @@ class Distillation:
         """A context in which one forward of the student leaves its features behind."""
         return self.student_tap.capture()
 
-    def loss(self, batch: Batch, out: dict[str, Tensor], features: Captured, step: int) -> Tensor:
+    def loss(
+        self,
+        batch: Batch,
+        out: dict[str, Tensor],
+        features: Captured,
+        step: int,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         """The weighted sum of the running terms on one batch, over the elements of all ranks.
 
         One all-reduce carries the counts and the sums of every term. The result is multiplied by
-        the number of ranks, because DDP averages gradients over them.
+        the number of ranks, because DDP averages gradients over them. ``labels``, the labels' loss
+        as it counts, is noted alone.
         """
         with torch.autocast(self.device.type, enabled=False):
             inputs = self._inputs(batch, out, features)
@@ -202,6 +210,8 @@ class Distillation:
                 for part in term(inputs)
             }
             noted: dict[str, Part] = {}
+            if labels is not None:
+                noted[LABEL_LOSS] = Part("", 1.0, labels.detach(), 1)
             if (
                 inputs.systems is not None and "rattled" in batch
             ):  # the share of the copies that counts

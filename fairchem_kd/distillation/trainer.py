@@ -310,8 +310,7 @@ class DistillationTrainer(RestartableTrainer):
             loss = factor * loss
         if taught is None:
             return loss
-        distilled = self.distillation.loss(*taught, self.step)
-        self.distillation.values.note(LABEL_LOSS, loss)
+        distilled = self.distillation.loss(*taught, self.step, loss)
         return loss + distilled if self.model.training else loss
 
     def _backward(self, loss: torch.Tensor) -> None:

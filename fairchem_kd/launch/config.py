@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return stock's parser with our flag."""
     parser = copy.deepcopy(flags.get_parser())
     parser.prog = "fairchem"
+    parser.set_defaults(run_dir=os.getcwd())  # stock's is where fairchem was imported
     parser.add_argument(
         "--flush-denormal",
         action="store_true",

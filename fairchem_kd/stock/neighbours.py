@@ -36,10 +36,12 @@ def cutoff_of(model: nn.Module) -> float | None:
 
 
 def sample_without_neighbours(sample: Any, cutoff: float) -> bool:
-    """:func:`without_neighbours` of a sample of a data set."""
+    """:func:`without_neighbours` of a sample of a data set; False of one that is not finite."""
     from ase import Atoms
 
     cell = np.asarray(sample.cell, dtype=np.float64).reshape(3, 3)
+    if not (np.isfinite(cell).all() and np.isfinite(np.asarray(sample.pos)).all()):
+        return False
     pbc = getattr(sample, "pbc", None)
     given = None if pbc is None else np.asarray(pbc, dtype=bool).reshape(3)
     atoms = Atoms(

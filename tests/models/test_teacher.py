@@ -387,7 +387,7 @@ def test_without_a_list_of_elements_there_is_one_warning(
 
 @pytest.mark.parametrize(
     ("card", "message"),
-    [("{", "no readable JSON"), ('{"elements": ["H", "Xx"]}', "'Xx', which is no chemical")],
+    [("{", "is not JSON"), ('{"elements": ["H", "Xx"]}', "'Xx', which is no chemical")],
 )
 def test_a_card_that_makes_no_sense_is_refused(
     tmp_path: Path, checkpoint: Path, card: str, message: str
