@@ -8,7 +8,7 @@ VENV ?= .venv
 DECLARED ?= .venv-declared
 RUN = $(VENV)/bin
 # Test files side by side: one file's fixtures (a small teacher, say) are made once.
-PARALLEL = --numprocesses auto --maxprocesses 4 --dist loadfile
+PARALLEL = --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 SETUP = setup.cfg pyproject.toml requirements/install.sh requirements/overrides.txt \
 	compat/pyproject.toml compat/fairchem_kd_compat.pth \

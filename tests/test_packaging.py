@@ -142,7 +142,7 @@ def test_ci_runs_the_test_command_alone():
         check=True,
     )
     # every test, in parallel; nothing is left out
-    parallel = "--numprocesses auto --maxprocesses 4 --dist loadfile"
+    parallel = "--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
     assert done.stdout.rstrip().endswith(f"-m pytest {parallel}")
     script = (ROOT / ".ci/run").read_text()
     assert "exec make test </dev/null" in script
