@@ -5,6 +5,7 @@ What is wrong here would end it hours later, or never show at all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fairchem.core.common import distutils
@@ -20,13 +21,13 @@ from fairchem_kd.training.ranks import check_same_on_ranks, seen_by_rank
 from fairchem_kd.training.room import check_room, size_of_checkpoint
 
 if TYPE_CHECKING:
-    from fairchem_kd.training.restartable import RestartableTrainer
+    from fairchem_kd.stock.trainer import StockTrainer
 
 #: Under which models keep the lengths within which they look for neighbours.
 _CUTOFFS = ("cutoff", "cutoff_aint")
 
 
-def check_split(trainer: RestartableTrainer, split: str) -> None:
+def check_split(trainer: StockTrainer, split: str) -> None:
     """Refuse a split whose samples losses, metrics, predictions or the model cannot take.
 
     Raises:
@@ -51,7 +52,7 @@ def check_split(trainer: RestartableTrainer, split: str) -> None:
     check_neighbours(loader.dataset, where, trainer._unwrapped_model, trainer.device)
 
 
-def check_space(trainer: RestartableTrainer) -> None:
+def check_space(trainer: StockTrainer) -> None:
     """Make sure, on the first rank, that checkpoints can be written and that some have room.
 
     Raises:
@@ -62,8 +63,11 @@ def check_space(trainer: RestartableTrainer) -> None:
         check_room(trainer.config["cmd"]["checkpoint_dir"], size)
 
 
-def check_ranks(trainer: RestartableTrainer) -> None:
+def check_ranks(trainer: StockTrainer, more: Mapping[str, Any]) -> None:
     """Make sure that all ranks go on from the same step, with the same data and config.
+
+    Args:
+        more: what else has to be the same, by what a user calls it.
 
     Raises:
         UserError: on every rank, where one of them sees something else.
@@ -74,14 +78,14 @@ def check_ranks(trainer: RestartableTrainer) -> None:
     datasets = {f"dataset.{name}": one.dataset for name, one in loaders if one is not None}
     seen = seen_by_rank(trainer.config, datasets)
     seen["the run's checkpoint"] = f"step {trainer.step}"
-    check_same_on_ranks(seen | trainer.seen())
+    check_same_on_ranks(seen | dict(more))
 
 
-def _loaders(trainer: RestartableTrainer) -> dict[str, Any]:
+def _loaders(trainer: StockTrainer) -> dict[str, Any]:
     return {"train": trainer.train_loader, "val": trainer.val_loader, "test": trainer.test_loader}
 
 
-def _search(trainer: RestartableTrainer, split: str) -> Search | None:
+def _search(trainer: StockTrainer, split: str) -> Search | None:
     """How the model looks for neighbours in batches of a split; None where it does not say."""
     model = getattr(trainer._unwrapped_model, "backbone", trainer._unwrapped_model)
     if not (getattr(model, "use_pbc", True) and getattr(model, "otf_graph", True)):

@@ -170,7 +170,7 @@ class RestartableTrainer(StockTrainer):
 
     def check_ranks(self) -> None:
         """Make sure that all ranks go on from the same, with the same data and config."""
-        check_ranks(self)
+        check_ranks(self, self.seen())
 
     def prepare(self) -> None:
         """Set up, and go on from the saved state where this run has one."""

@@ -24,7 +24,7 @@ from fairchem_kd.distillation.trainer import DistillationTrainer
 from fairchem_kd.errors import UserError
 from fairchem_kd.launch.ranks import KDRunner
 from fairchem_kd.models.file import read_checkpoint
-from fairchem_kd.training import restartable
+from fairchem_kd.training import writing
 from fairchem_kd.training.records import read_records
 from fairchem_kd.training.resume import STATE_FORMAT, STATE_KEY, previous_of
 
@@ -195,7 +195,7 @@ def test_a_run_that_has_ended_stays_as_it_is(copy: Path, arguments: dict[str, An
 MOMENTS = {
     "statistics": (Distillation, "fit_statistics", 1),
     "first step": (DistillationTrainer, "_backward", 1),
-    "save": (restartable, "write_checkpoint", 3),
+    "save": (writing, "write_checkpoint", 3),
     "evaluation": (DistillationTrainer, "_compute_metrics", 3),  # in its midst
     "best": (DistillationTrainer, "update_best", 4),
 }
