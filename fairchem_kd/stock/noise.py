@@ -54,13 +54,11 @@ def plain_logs() -> None:
 _UNTOLD = (
     ("base_trainer", "__init__", ""),  # the whole config
     ("base_trainer", "load_optimizer", ""),  # every parameter without weight decay
-    ("base_trainer", "create_loss_functions", ""),
     ("data_parallel", "", ""),  # samplers, and that one rank has nothing to balance
     ("logger", "", "log_summary for"),
-    ("utils", "setup_imports", ""),
     ("utils", "", "Project root"),
-    ("_cli", "", "Setting env"),
-    ("distutils", "", "Running in local mode"),
+    ("utils", "", "Setting env"),
+    ("_cli", "", "Running in local mode"),
 )
 
 

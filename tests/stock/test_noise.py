@@ -35,6 +35,10 @@ def record(module: str, function: str, message: str, level: int = logging.INFO) 
 def lines() -> None:
     record("base_trainer", "__init__", "amp: false\ncmd: {}\n")
     record("data_parallel", "__init__", "Disabled BalancedBatchSampler because", logging.WARNING)
+    record(
+        "utils", "setup_env_vars", "Setting env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+    )
+    record("_cli", "main", "Running in local mode without elastic launch (single gpu only)")
     record("base_trainer", "validate", "Evaluating on val.")
     record("closing", "tell", "a term is heavy", logging.WARNING)
 
