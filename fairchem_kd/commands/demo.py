@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fairchem-kd demo``."""
     parser.description = (
-        "Train a student plainly, with e2n, with rattled copies and the teacher's outputs, with "
-        "all of it, and plainly again for the wall time of the last; then compare them with their "
-        "teacher. Started again after an interruption, it keeps what finished."
+        "Ask the teacher once about every structure; then train a student plainly, with e2n, with "
+        "the teacher's outputs, with all of it, with all of it for longer, and plainly for as "
+        "long as that took; then compare them with their teacher. Started again after an "
+        "interruption, it keeps what finished."
     )
     parser.add_argument(
         "--configs", type=Path, default=Path("yaml_configs/demo"), metavar="DIR",
@@ -42,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=at_least(1), help="trainings at a time (the number of cores)"
     )
+    parser.add_argument(
+        "--longer", type=at_least(2), default=4, metavar="N",
+        help="times as many steps has the longer training (4)",
+    )  # fmt: skip
     parser.add_argument("--no-plots", action="store_true", help="write no plots")
 
 
@@ -62,13 +67,14 @@ def run(args: argparse.Namespace) -> int:
     from fairchem_kd.demo import children, plan
     from fairchem_kd.demo.regime import regime
     from fairchem_kd.demo.tables import gaps, table
+    from fairchem_kd.demo.teaching import teach
     from fairchem_kd.machine import flush_denormals
 
     configs = plan.read_configs(args.configs)
     teacher = read_model(_teacher(configs))
     dataset = configs[plan.BASELINE]["dataset"]
     structures = count_structures(dataset["train"])
-    trainings = plan.plan(configs, args.seeds, structures, args.steps)
+    trainings = plan.plan(configs, args.seeds, structures, args.steps, args.longer)
     cuda = torch.cuda.is_available()
     jobs = args.jobs or (1 if cuda else min(len(trainings), available_cores()))
 
@@ -84,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         with children.claimed(args.out) as lock:
+            labelling = teach(configs[plan.WHOLE], args.out, lock)
             done = children.train_all(trainings, args.out, jobs=jobs, lock=lock, then=then)
     except children.Interrupted as signal:
         print(
@@ -95,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if not cuda:
         flush_denormals()
     groups = [Group("teacher", [teacher], TEACHER)]
-    for name, label in {**plan.STUDENTS, plan.LONG: plan.LONG_LABEL}.items():
+    for name, label in plan.labels_by_name(args.longer).items():
         ours = sorted((d for d in done if d.training.name == name), key=lambda d: d.training.seed)
         files = [read_model(one.checkpoint) for one in ours]
         seconds: list[float | None] = [one.seconds for one in ours]
@@ -108,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     )
     order = [group.label for group in groups]
     every = sorted((d.training for d in done), key=lambda t: (t.seed, order.index(t.label)))
-    head = regime(every, teacher, comparison.parameters, jobs)
+    head = regime(every, teacher, comparison.parameters, jobs, labelling)
     tables = [table(comparison), gaps(comparison)]
     wrapped = (textwrap.fill(one, 100, subsequent_indent="  ") for one in head)
     print("\n".join(wrapped), end="\n\n")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from fairchem_kd.demo.plan import Training
@@ -27,12 +28,17 @@ from fairchem_kd.demo.progress import Progress
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_text
 from fairchem_kd.reading import parse_json, read_json
+from fairchem_kd.teachers.place import VARIABLE
 from fairchem_kd.training.records import RECORDS, read_records
 
 DONE, LOG, CONFIG = "done.json", "log.txt", "config.yml"
 POLL = 0.5  # seconds
 PATIENCE = 10.0  # seconds that a child has to end by itself
 TAIL = 15  # lines of a failed child's log
+#: What of a record counts as a training's seconds. On a CPU each has one thread, whose own time
+#: does not grow with what else the machine does.
+TIME = {"cpu": "cpu_seconds", "cuda": "seconds"}
+STORE = "teacher_store"  # of what the teacher said, in the demo's folder, for all trainings
 PRINT_EVERY = 10  # steps between two records, from which progress is read
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -43,7 +49,7 @@ class Finished:
     """A training that ended well."""
 
     training: Training
-    seconds: float  #: of training, evaluations and the teacher's setting up included
+    seconds: float  #: of training, evaluations and the teacher's setting up included: see `TIME`
     checkpoint: Path
 
 
@@ -164,7 +170,7 @@ def train_all(
                     finished.append(done)
                     waiting += then(done, finished)
         finally:
-            _stop(running)
+            stop([child.process for child in running])
     return finished
 
 
@@ -197,11 +203,17 @@ def _start(training: Training, out: Path, lock: int) -> _Child:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **dict.fromkeys(_THREADS, "1")},
+            env=environment(out),
             start_new_session=True,  # Ctrl-C is for the driver, which then stops its children
             pass_fds=(lock,),
         )
     return _Child(training, folder, process)
+
+
+def environment(out: Path) -> dict[str, str]:
+    """Of the demo's processes: one thread each, and one store of what the teacher said."""
+    threads = dict.fromkeys(_THREADS, "1")
+    return {**os.environ, **threads, VARIABLE: str((out / STORE).absolute())}
 
 
 def _step(folder: Path) -> tuple[int, float]:
@@ -225,17 +237,15 @@ def _finish(child: _Child) -> Finished:
     ends = read_records(best[-1].parent, "end") if best else []
     if child.process.returncode != 0 or not ends:
         path = child.folder / LOG
-        text = path.read_text("utf-8", errors="replace")
         code = child.process.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if code == 0:
             how = "saved no best_checkpoint.pt (it was never evaluated)"
-        lines = "\n  ".join(text.splitlines()[-TAIL:])
         raise UserError(
             f"The training {child.training.title} {how}; the others were stopped. Mend it and "
-            f"start again: what finished is kept. The last lines of {path}:\n  {lines}"
+            f"start again: what finished is kept. The last lines of {path}:\n  {tail(path)}"
         )
-    taken = float(ends[-1]["seconds"])
+    taken = float(ends[-1][TIME["cuda" if torch.cuda.is_available() else "cpu"]])
     content = {
         "seconds": taken,
         "steps": child.training.steps,
@@ -245,19 +255,25 @@ def _finish(child: _Child) -> Finished:
     return Finished(child.training, taken, best[-1])
 
 
-def _stop(children: Sequence[_Child]) -> None:
-    """End what still runs, politely first."""
+def tail(log: Path) -> str:
+    """The last lines of a log."""
+    lines = log.read_text("utf-8", errors="replace").splitlines()[-TAIL:]
+    return "\n  ".join(lines)
+
+
+def stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what still runs of sessions that were started here, politely first."""
     for child in children:
         _signal(child, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
     for child in children:
         try:
-            child.process.wait(max(0.0, deadline - time.monotonic()))
+            child.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             _signal(child, signal.SIGKILL)
-            child.process.wait()
+            child.wait()
 
 
-def _signal(child: _Child, number: signal.Signals) -> None:
-    if child.process.poll() is None:
-        os.killpg(child.process.pid, number)  # a session's first process leads its group
+def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    if child.poll() is None:
+        os.killpg(child.pid, number)  # a session's first process leads its group

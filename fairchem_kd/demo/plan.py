@@ -1,7 +1,8 @@
 """What the demo trains: one config per student, and how long each runs.
 
-Every student has the same config apart from its teacher's part. The last one is the plain student
-again, given as many more steps as fill the wall time of the student that takes the longest.
+Every student has the same config apart from its teacher's part and what a step's structures are.
+The one with all of its teacher is trained a second time, for longer; the last one is the plain
+student again, given as many more steps as fill the time which that takes.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from fairchem_kd.stock.noise import quiet
 STUDENTS = {
     "plain": "plain",
     "e2n": "e2n",
-    "rattle_vanilla": "rattled + vanilla",
+    "outputs": "outputs",
     "all": "all together",
 }
 BASELINE = "plain"
-LONGEST = "all"  #: whose wall time the plain student gets in the last run
-LONG, LONG_LABEL = "plain_long", "plain, time of all"
+WHOLE = "all"  #: which is also trained for longer
+LONGEST = "all_long"  #: whose time the plain student gets in the last run
+LONG, LONG_LABEL = "plain_long", "plain, for that long"
+LONGER = 4  #: times as many steps
 
 #: What counts steps in ``optim``, and is stretched with them.
 _IN_STEPS = ("T_max", "warmup_steps", "decay_steps")
@@ -51,12 +54,13 @@ class Training:
     @property
     def folder(self) -> str:
         """Its name holds a digest of all that its result depends on."""
-        content = json.dumps([self.config, self.seed, _teacher_digest(self.config)], sort_keys=True)
+        content = json.dumps([self.config, self.seed, teacher_digest(self.config)], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:10]
         return f"{self.name}-s{self.seed}-{digest}"
 
 
-def _teacher_digest(config: Mapping[str, Any]) -> str:
+def teacher_digest(config: Mapping[str, Any]) -> str:
+    """Of the teacher's checkpoint that a config names; empty where it names none."""
     distillation = (config.get("task") or {}).get("distillation") or {}
     path = (distillation.get("teacher") or {}).get("checkpoint")
     if not path or not Path(path).is_file():
@@ -109,6 +113,7 @@ def plan(
     seeds: Sequence[int],
     structures: int,
     steps: int | None = None,
+    times: int = LONGER,
 ) -> list[Training]:
     """Every training but the last ones, whose length the others decide (see :func:`longer`).
 
@@ -119,19 +124,28 @@ def plan(
         seeds: each student is trained once with each.
         structures: labelled ones in an epoch.
         steps: in place of the configs' own, rounded to whole epochs.
+        times: as many steps has the longer training of `WHOLE`.
     """
-    first = (LONGEST, BASELINE)
-    names = [*first, *(name for name in STUDENTS if name not in first)]
+    labels = labels_by_name(times)
+    names = [LONGEST, BASELINE, *(name for name in STUDENTS if name != BASELINE)]
     made = []
     for seed in seeds:
         for name in names:
-            config = configs[name]
+            config = configs[WHOLE if name == LONGEST else name]
             per_epoch = steps_per_epoch(config, structures)
             epochs = int(config["optim"]["max_epochs"])
             if steps is not None:
                 epochs = max(1, round(steps / per_epoch))
-            made.append(_training(name, STUDENTS[name], seed, config, epochs, per_epoch))
+            if name == LONGEST:
+                epochs *= times
+            made.append(_training(name, labels[name], seed, config, epochs, per_epoch))
     return made
+
+
+def labels_by_name(times: int = LONGER) -> dict[str, str]:
+    """What tables call the trainings, in the order of the table."""
+    longest = f"{STUDENTS[WHOLE]}, {times} times as long"
+    return {**STUDENTS, LONGEST: longest, LONG: LONG_LABEL}
 
 
 def longer(plain: Training, seconds: float, plain_seconds: float, structures: int) -> Training:

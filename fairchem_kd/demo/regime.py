@@ -13,7 +13,11 @@ from fairchem_kd.distillation.config import parse_distillation
 
 
 def regime(
-    trainings: Sequence[Training], teacher: ModelFile, parameters: Mapping[str, int], jobs: int
+    trainings: Sequence[Training],
+    teacher: ModelFile,
+    parameters: Mapping[str, int],
+    jobs: int,
+    labelling: float,
 ) -> list[str]:
     """Sentences on teacher and students, one for each kind of training.
 
@@ -22,10 +26,11 @@ def regime(
         teacher: its checkpoint.
         parameters: by label, with the teacher's under ``teacher``.
         jobs: how many trainings ran at a time.
+        labelling: seconds that the teacher took for all its answers.
     """
     first = [training for training in trainings if training.seed == trainings[0].seed]
     config = first[0].config
-    optim, metric = config["optim"], config.get("evaluation_metrics", {}).get("primary_metric")
+    metric = config.get("evaluation_metrics", {}).get("primary_metric")
     train, val = config["dataset"]["train"], config["dataset"].get("val")
     seeds = sorted({training.seed for training in trainings})
     taught = teacher.config.get("dataset") or {}
@@ -34,15 +39,23 @@ def regime(
         f"the labels of {_structures(taught)}.",
         f"Students: {_name(config['model'])}, {_million(parameters[first[0].label])}, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, all with the labels of "
-        f"{_structures(train)}, in batches of {optim['batch_size']}; {jobs} training"
+        f"{_structures(train)}; {jobs} training"
         f"{'s' * (jobs > 1)} at a time, one thread each.",
     ]
     if val:
         lines.append(
             f"Of each student, the checkpoint with the best {metric} on {_structures(val)} counts."
         )
+    lines.append(
+        f"The teacher was asked once, which took {labelling:.0f} s; what it said was kept, for all "
+        "the trainings."
+    )
     for training in first:
-        lines.append(f"- {training.label}: {training.steps} steps{_taught(training.config)}.")
+        per_step = _structures_of_a_step(training.config)
+        lines.append(
+            f"- {training.label}: {training.steps} steps of {per_step} structures"
+            f"{_taught(training.config)}."
+        )
     return lines
 
 
@@ -66,6 +79,14 @@ def _taught(config: Mapping[str, Any]) -> str:
             f"labels, as {100 * unlabelled.share:.0f} % of the structures of a step"
         )
     return text
+
+
+def _structures_of_a_step(config: Mapping[str, Any]) -> int:
+    """Labelled and unlabelled ones; displaced copies come on top."""
+    distillation, labelled = parse_distillation(config.get("task")), config["optim"]["batch_size"]
+    if not distillation.active_terms or distillation.unlabelled is None:
+        return labelled
+    return labelled + distillation.unlabelled.per_step(labelled)
 
 
 def _name(model: Mapping[str, Any]) -> str:

@@ -16,10 +16,11 @@ def table(comparison: Comparison) -> Table:
     shown = {"energy_mae": "E", "forces_mae": "F", "forces_cosine_similarity": "cos F"}
     header = ["model"]
     header += [f"{name} {split.name}" for split in comparison.splits for name in shown.values()]
-    made = Table("Errors", [*header, "steps", "training (s)", "systems/s"])
+    speed = next(iter(comparison.throughputs.values()))
+    unit = "s" if "cuda" in speed.device else "CPU s"
+    made = Table("Errors", [*header, "steps", f"training ({unit})", "systems/s"])
     for group in comparison.groups:
         seconds = [value for value in group.training_seconds if value is not None]
-        speed = comparison.throughputs[group.label]
         made.add(
             group.label,
             *(
@@ -29,9 +30,8 @@ def table(comparison: Comparison) -> Table:
             ),
             "-" if group.steps is None else str(group.steps),
             with_spread(seconds, 0),
-            significant(speed.systems_per_second),
+            significant(comparison.throughputs[group.label].systems_per_second),
         )
-    speed = next(iter(comparison.throughputs.values()))
     where = speed.device if "cuda" in speed.device else f"{speed.device}, {speed.threads} thread(s)"
     atoms = "free atoms" if comparison.free_atoms else "all atoms"
     made.notes.append(

@@ -337,7 +337,10 @@ class DistillationTrainer(RestartableTrainer):
             return None
 
         def predict(batch: Batch) -> dict[str, torch.Tensor]:
-            taught = distillation.teacher.teach(batch, distillation.teacher_requests)
+            teacher = distillation.teacher
+            passing = isinstance(teacher, StoredTeacher) and teacher.asked_in_passing()
+            with passing or nullcontext():
+                taught = teacher.teach(batch, distillation.teacher_requests)
             if distillation.zero is not None:
                 taught = distillation.zero.applied(taught, batch)
             said = taught.outputs

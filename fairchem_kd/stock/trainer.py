@@ -21,6 +21,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.machine import flush_denormals, flush_worker
 from fairchem_kd.stock.constraints import use_our_rule
 from fairchem_kd.stock.datasets import with_own_databases
+from fairchem_kd.stock.kept_samples import KeptSamples, Room, repeatable
 from fairchem_kd.stock.neighbours import refuse_isolated
 from fairchem_kd.stock.samples import use_our_collater
 from fairchem_kd.stock.search import look_before_searching
@@ -50,6 +51,7 @@ class StockTrainer(OCPTrainer):
         look_before_searching()
         self._run_dir = stock.get("run_dir") or os.getcwd()
         self._flush_denormal = flush_denormal
+        self._room = Room()
         if flush_denormal and (stock.get("cpu", False) or not torch.cuda.is_available()):
             flush_denormals()
         super().__init__(**stock)
@@ -89,6 +91,9 @@ class StockTrainer(OCPTrainer):
             raise UserError(f"model has a key that the model does not know: {error}.") from error
 
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> DataLoader:
+        in_workers = self.config["optim"]["num_workers"] if workers is None else workers
+        if not in_workers and repeatable(dataset):
+            dataset = KeptSamples(dataset, self._room)
         loader = super().get_dataloader(dataset, sampler, workers)
         flush = self._flush_denormal and self.device.type == "cpu"
         return with_own_databases(loader, flush_worker if flush else None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,15 @@ class StoredTeacher:
         if said[MISSING]:
             self._ask(batch, said[MISSING], values)
         return taught(values, batch.natoms, list(requests), self.live.frozen.name)
+
+    @contextmanager
+    def asked_in_passing(self) -> Iterator[None]:
+        """Within the block no line says that the store lacks something."""
+        told, self._told = self._told, True
+        try:
+            yield
+        finally:
+            self._told = told
 
     def _ask(self, batch: Batch, missing: list[int], values: dict[str, Tensor]) -> None:
         """Fill the rows of the structures that the store lacks with what the live teacher says."""

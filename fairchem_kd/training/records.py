@@ -16,25 +16,43 @@ from fairchem_kd.reading import read_json_lines
 RECORDS = "records.jsonl"
 
 
+class Clock:
+    """Runs from when it is made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._wall
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of the processor, for all threads of this process."""
+        return time.process_time() - self._cpu
+
+
 class Records:
     """Appends lines to ``records.jsonl``; a resumed run goes on in the same file.
 
     Each line has ``kind`` (``config``, ``train``, ``val``, ..., ``end``) and ``seconds`` since this
-    process began to train, setting up included, beside what is given to :meth:`write`. A line cut
+    process began to train, setting up included, beside what is given to :meth:`write`;
+    ``cpu_seconds`` is the processor's time of all its threads meanwhile, which other work on the
+    machine changes less. A line cut
     off by a crash is ended before the next one, so that :func:`read_records` loses that line alone.
 
     Args:
         folder: the run's, made where it does not exist.
-        began: when the training did, by ``time.perf_counter()``; now where it is None.
+        began: when the training did; now where it is None.
 
     Raises:
         UserError: a line cannot be written, e.g. for a full disk.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], began: float | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str], began: Clock | None = None) -> None:
         self.path = Path(folder) / RECORDS
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._start = time.perf_counter() if began is None else began
+        self._start = began or Clock()
         if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             with self.path.open("ab") as file:
                 file.write(b"\n")
@@ -42,11 +60,12 @@ class Records:
     @property
     def seconds(self) -> float:
         """Since this process began to train."""
-        return time.perf_counter() - self._start
+        return self._start.seconds
 
     def write(self, kind: str, **values: Any) -> None:
-        seconds = round(self.seconds, 3)
-        line = json.dumps({"kind": kind, "seconds": seconds, **plain(values)}, allow_nan=False)
+        times = {"seconds": round(self.seconds, 3)}
+        times["cpu_seconds"] = round(self._start.cpu_seconds, 3)
+        line = json.dumps({"kind": kind, **times, **plain(values)}, allow_nan=False)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")

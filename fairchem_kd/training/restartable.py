@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,7 +37,7 @@ from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to
 from fairchem_kd.training.owner import Owner
 from fairchem_kd.training.progress import Progress
 from fairchem_kd.training.ranks import refused_by_all
-from fairchem_kd.training.records import Records
+from fairchem_kd.training.records import Clock, Records
 from fairchem_kd.training.resume import (
     STATE_FORMAT,
     STATE_KEY,
@@ -190,7 +189,7 @@ class RestartableTrainer(StockTrainer):
                 "choose another scheduler."
             )
         self.restart.training = True
-        began = time.perf_counter()
+        began = Clock()
         with self.interruption, self._owned():
             self._resume_own_run()
             if self.continues_run:
