@@ -14,6 +14,8 @@ from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.training.records import read_records
 
 REPOSITORY = Path(__file__).parents[1]
+#: The training set's first quarter, by whole trajectories, has labels: 4 steps of 2 structures.
+QUARTER = 8
 SIZES = {"train": 24, "val": 8, "test": 8, "test_ood": 8}
 
 # Runs stock fairchem where importing fairchem_kd fails, as on a machine without it.
@@ -83,19 +85,22 @@ def test_the_users_own_line(workplace: Path) -> None:
         for name, size in SIZES.items()
     ]
     line = "main --mode train --config-yml yaml_configs/kd/e2n.yml"
-    short = ["--optim.max_epochs=1", "--optim.eval_every=3", "--print-every", "1"]
+    others = "--task.distillation.unlabelled"
+    sizes += [f"{others}.dataset.build.{name}={size}" for name, size in SIZES.items()]
+    sizes.append(f"{others}.skip={QUARTER}")
+    short = ["--optim.max_epochs=1", "--optim.eval_every=4", "--print-every", "1"]
     done = run("-m", "fairchem_kd", *line.split(), *short, *sizes, cwd=workplace)
     assert "No CUDA device here: running on the CPU" in done.stderr + done.stdout
 
     (run_folder,) = [p for p in (workplace / "checkpoints").iterdir() if p.is_dir()]
     records = read_records(run_folder)
-    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4]
     assert all(r["metrics"]["e2n"] > 0 for r in records if r["kind"] == "train")
     (validation,) = [r for r in records if r["kind"] == "val"]
     assert 0 < validation["metrics"]["forces_mae"] < 10
     told = [line.partition(" ")[2] for line in done.stdout.splitlines()]
     place = run_folder.relative_to(workplace)
-    assert f"Done: 3 steps. The student is {place}/best_checkpoint.pt" in told
+    assert f"Done: 4 steps. The student is {place}/best_checkpoint.pt" in told
     for split in ("val", "test"):
         assert any(line.startswith(f"{split} (MAE of 8 structures): energy ") for line in told)
     assert f"Compare it: fairchem-kd compare PLAIN_RUN {place}" in told

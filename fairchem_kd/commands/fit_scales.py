@@ -37,13 +37,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: no config, no data, no scale factors in the model, or nowhere to write.
     """
-    from fairchem_kd.data.build import ensure_built
-    from fairchem_kd.stock.scales import (
-        fit_scale_factors,
-        scale_file_key,
-        scale_file_of,
-        trainer_for_scales,
-    )
+    from fairchem_kd.stock.scales import scale_file_key, scale_file_of
 
     config = _load_config(args.config_yml)
     model_config = dict(config.get("model") or {})
@@ -63,17 +57,35 @@ def run(args: argparse.Namespace) -> int:
     if out.suffix not in (".json", ".pt"):
         raise UserError(f"--out {out} must end in .json or .pt, the formats fairchem reads.")
 
-    ensure_built(config)  # says which path is missing
-    trainer = trainer_for_scales(config, args.config_yml, seed=args.seed, cpu=args.cpu)
-    assert trainer.train_loader is not None
-    scales = fit_scale_factors(
-        trainer.model,
-        (batch.to(trainer.device) for batch in trainer.train_loader),
-        num_batches=args.num_batches,
-    )
-    _write(scales, out)
+    scales = fit(config, args.config_yml, batches=args.num_batches, seed=args.seed, cpu=args.cpu)
+    write_scales(scales, out)
     logging.info(f"Wrote {len(scales)} scale factors to {out}; set {key} to use them.")
     return 0
+
+
+def fit(
+    config: dict[str, Any], path: Path, *, batches: int = 8, seed: int = 0, cpu: bool = False
+) -> dict[str, float]:
+    """The scale factors of the model in a config, by name, fitted on its training set.
+
+    Args:
+        config: for a training.
+        path: its file, for errors.
+        batches: to measure on.
+        seed: of weights and batches.
+        cpu: use the CPU even where there is CUDA.
+
+    Raises:
+        UserError: no data, or no scale factors in the model.
+    """
+    from fairchem_kd.data.build import ensure_built
+    from fairchem_kd.stock.scales import fit_scale_factors, trainer_for_scales
+
+    ensure_built(config)  # says which path is missing
+    trainer = trainer_for_scales(config, path, seed=seed, cpu=cpu)
+    assert trainer.train_loader is not None
+    given = (batch.to(trainer.device) for batch in trainer.train_loader)
+    return fit_scale_factors(trainer.model, given, num_batches=batches)
 
 
 def _load_config(path: Path) -> dict[str, Any]:
@@ -87,7 +99,8 @@ def _load_config(path: Path) -> dict[str, Any]:
         raise UserError(f"The config {path} (--config-yml) cannot be used: {error}") from error
 
 
-def _write(scales: dict[str, float], path: Path) -> None:
+def write_scales(scales: dict[str, float], path: Path) -> None:
+    """To a ``.json`` or ``.pt`` that fairchem reads."""
     import torch
 
     from fairchem_kd.files import write_text, write_whole

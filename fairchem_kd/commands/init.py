@@ -1,7 +1,9 @@
 """``fairchem-kd init``: from the config that one would train a student with, to a distillation.
 
-Features and layers are chosen from what both models offer, what differs between them is reported,
-and one batch is tried before anything is written.
+Without a strategy, one is proposed: the teacher's outputs, and the pair of features that are most
+alike. Features and layers are chosen from what both models offer, what differs between them is
+reported, and one batch is tried before anything is written. The config of the baseline, the same
+student without its teacher, is written too.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from fairchem_kd.stock.noise import quiet
 
 if TYPE_CHECKING:
     from fairchem_kd.distillation.dry_run import DryRun
-    from fairchem_kd.distillation.pairing import Choice
 
 #: Without these a config trains nothing.
 _NEEDED = ("model", "dataset", "optim", "loss_functions", "outputs")
@@ -37,12 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher", type=Path, required=True, metavar="CHECKPOINT", help="of fairchem 1.x or OCP"
     )
     parser.add_argument(
-        "--strategy", default="e2n", metavar="KIND[,KIND]",
-        help="n2n, e2n, v2v, vanilla, per_atom_energy (default: %(default)s)",
+        "--strategy", metavar="KIND[,KIND]",
+        help="n2n, e2n, v2v, vanilla, per_atom_energy (default: what models and data suggest)",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, help="file to write (default: STUDENT_STRATEGY.yml here)"
-    )
+        "--unlabelled", type=Path, metavar="LMDB",
+        help="structures without labels, for which the teacher speaks: where it helps most",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fit-scales", action="store_true",
+        help="fit the student's scale factors where its config has none, to STUDENT_scales.json",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path,
+        help="file to write (default: STUDENT_kd.yml, or STUDENT_STRATEGY.yml, here); the "
+        "baseline's is beside it, as ..._plain.yml",
+    )  # fmt: skip
     parser.add_argument("--no-dry-run", action="store_true", help="do not try a batch")
     parser.add_argument("--trust", action="store_true", help="unpickle a file that may run code")
     parser.add_argument("--force", action="store_true", help="overwrite --out")
@@ -54,14 +65,22 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the two do not fit, the config trains nothing, or the file exists.
     """
-    kinds = [kind.strip() for kind in args.strategy.split(",") if kind.strip()]
-    if not kinds:
-        raise UserError("--strategy is empty; give for example e2n, or n2n,vanilla.")
-    out = args.out or Path(f"{args.student.stem}_{'_'.join(kinds)}.yml")
-    if out.exists() and not args.force:
-        raise UserError(f"{out} exists; give --force to overwrite it, or another --out.")
+    kinds = None
+    if args.strategy is not None:
+        kinds = [kind.strip() for kind in args.strategy.split(",") if kind.strip()]
+        if not kinds:
+            raise UserError("--strategy is empty; give for example e2n, or n2n,vanilla.")
+    out = args.out or Path(f"{args.student.stem}_{'_'.join(kinds or ['kd'])}.yml")
+    plain = out.with_name(f"{args.student.stem}_plain.yml")
+    scales = out.with_name(f"{args.student.stem}_scales.json")
+    for path in (out, *([scales] if args.fit_scales else [])):
+        if path.exists() and not args.force:
+            raise UserError(f"{path} exists; give --force to overwrite it, or another --out.")
     import yaml
 
+    from fairchem_kd.analysis.proposal import propose, unlabelled_block
+    from fairchem_kd.commands.fit_scales import fit, write_scales
+    from fairchem_kd.distillation.config_text import More, distillation_yaml, plain_yaml
     from fairchem_kd.distillation.dry_run import dry_run
     from fairchem_kd.distillation.pairing import (
         check_targets,
@@ -75,14 +94,18 @@ def run(args: argparse.Namespace) -> int:
     from fairchem_kd.models.frozen import Teacher
     from fairchem_kd.models.legacy import predicts_relaxed_energy
     from fairchem_kd.random_state import isolated_random_state
+    from fairchem_kd.stock.scales import scale_file_key, set_scale_file
 
     config = read_training_config(args.student)
     teacher = Teacher.from_checkpoint(args.teacher, trust=args.trust, where="--teacher")
     with isolated_random_state():
         student = build(config["model"], args.student)
     notes = check_targets(config.get("outputs") or ("energy", "forces"), teacher)
-    choices = [choose(kind, student, teacher) for kind in kinds]
-
+    extra = More(
+        unlabelled=unlabelled_block(args.unlabelled, config),
+        scales=str(scales) if args.fit_scales and _unfitted(config, student) else None,
+        scale_key=scale_file_key(config["model"]),
+    )
     ours, theirs = facts(student), facts(teacher.model)
     for role, name, fact in (("teacher", args.teacher, theirs), ("student", args.student, ours)):
         print(f"{role} {name}: {_described(fact)}")
@@ -94,33 +117,63 @@ def run(args: argparse.Namespace) -> int:
         },
     )
     print("\n".join(["normalisers, in eV and eV/Å:", *(lines or ["  none in either"])]))
-    notes += differences(ours, theirs) + strange + _unfitted(config, student, args.student)
+    notes += differences(ours, theirs) + strange
+    factors = _unfitted(config, student)
+    if extra.scales is not None:
+        with _quiet():
+            write_scales(fit(config, args.student), scales)
+        print(f"fitted {factors} scale factors, and wrote them to {scales}")
+        set_scale_file(config["model"], str(scales))
+        with isolated_random_state():
+            student = build(config["model"], args.student)
+    elif factors:
+        notes.append(
+            f"The student has {factors} scale factors and no {extra.scale_key}: give --fit-scales, "
+            f"or fit them with `fairchem-kd fit-scales --config-yml {args.student} --out "
+            "scales.json`."
+        )
     if predicts_relaxed_energy({**config, "dataset": config["dataset"]["train"]}):
         notes.append(
             "The student's labels are energies of relaxed structures (IS2RE): the energies of a "
             "teacher of another task are not what it is to learn; features are."
         )
+    if kinds is None:
+        choices = propose(
+            config, student, teacher, args.student, more=extra.unlabelled is not None, say=print
+        )
+    else:
+        choices = [choose(kind, student, teacher) for kind in kinds]
     for choice in choices:
         for side, comment in choice.comments.items():
             print(f"{choice.kind}: {side} {choice.options[side]}, {comment}")
     for note in notes:
         print(f"note: {note}")
 
-    text = distillation_yaml(args.student, args.teacher, choices, trust=args.trust)
+    def written(zero: str | None = None) -> str:
+        return distillation_yaml(
+            args.student, args.teacher, choices, trust=args.trust, zero=zero, more=extra
+        )
+
+    text = written()
     if args.no_dry_run:
         print("note: without a dry run, the teacher's errors on the labels are not looked at.")
     else:
         config.setdefault("task", {})
-        config["task"]["distillation"] = yaml.safe_load(text)["task"]["distillation"]
+        made = yaml.safe_load(text)
+        config["task"]["distillation"] = made["task"]["distillation"]
+        config["optim"] |= made.get("optim") or {}
         with _quiet():
             found = dry_run(config, args.student)
         print(_reported(found))
         if found.zero:
-            text = distillation_yaml(
-                args.student, args.teacher, choices, trust=args.trust, zero="labels"
-            )
+            text = written("labels")
     write_text(out, text)
     print(f"wrote {out}; train with: fairchem main --mode train --config-yml {out}")
+    if plain.exists() and not args.force:
+        print(f"{plain}, the baseline, is there already and was left as it is")
+    else:
+        write_text(plain, plain_yaml(args.student, extra))
+        print(f"wrote {plain}, the same student without its teacher, to compare with")
     return 0
 
 
@@ -187,16 +240,11 @@ def _normalizer(config: dict[str, Any]) -> dict[str, Any]:
     return {**{name: {} for name in fitted}, **given}
 
 
-def _unfitted(config: dict[str, Any], student: Any, path: Path) -> list[str]:
-    from fairchem_kd.stock.scales import scale_factors, scale_file_key, scale_file_of
+def _unfitted(config: dict[str, Any], student: Any) -> int:
+    """How many scale factors of the student have no values."""
+    from fairchem_kd.stock.scales import scale_factors, scale_file_of
 
-    factors = scale_factors(student)
-    if not factors or scale_file_of(config["model"]):
-        return []
-    return [
-        f"The student has {len(factors)} scale factors and no {scale_file_key(config['model'])}: "
-        f"`fairchem-kd fit-scales --config-yml {path} --out scales.json` fits them."
-    ]
+    return 0 if scale_file_of(config["model"]) else len(scale_factors(student))
 
 
 def _described(fact: dict[str, Any]) -> str:
@@ -244,41 +292,3 @@ def _on_labels(found: DryRun) -> str:
             "way."
         )
     return f"{line}. No loss here compares energies, so that this does no harm."
-
-
-def distillation_yaml(
-    student: Path,
-    teacher: Path,
-    choices: list[Choice],
-    *,
-    trust: bool = False,
-    zero: str | None = None,
-) -> str:
-    """The config as text, with the shapes as comments."""
-    lines = [
-        f"# {teacher} -> {student}, {', '.join(choice.kind for choice in choices)}.",
-        f"includes: [{_quoted(student)}]",
-        "trainer: fairchem_kd.DistillationTrainer",
-        "task:",
-        "  distillation:",
-        "    teacher:",
-        f"      checkpoint: {_quoted(teacher)}",
-    ]
-    if trust:
-        lines.append("      trust_checkpoint: true")
-    if zero is not None:
-        lines.append(f"      energy_zero: {zero}  # not the labels' own: it is fitted to them")
-    lines.append("    losses:")
-    for choice in choices:
-        lines.append(f"      {choice.kind}:")
-        for name, value in choice.options.items():
-            comment = f"  # {choice.comments[name]}" if name in choice.comments else ""
-            shown = str(value).lower() if isinstance(value, bool) else value
-            lines.append(f"        {name}: {shown}{comment}")
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(path: Path) -> str:
-    """A path as a YAML string."""
-    text = str(path)
-    return text if text.replace("/", "").replace("_", "").replace(".", "").isalnum() else repr(text)

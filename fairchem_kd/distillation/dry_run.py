@@ -64,6 +64,7 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
     trainer.check_labels()
     trainer.set_up()
     found, zero = trainer.look_at_labels()
+    trainer.step = 1  # the first of a training, by which unlabelled structures are dealt
     batch = next(iter(trainer.train_loader), None)
     if batch is None:
         raise UserError(f"{where}: dataset.train gives no batch; it is empty.")

@@ -34,11 +34,18 @@ class Choice:
     comments: dict[str, str]  #: of options, by name
 
 
-def choose(kind: str, student: nn.Module, teacher: Teacher) -> Choice:
+def choose(
+    kind: str, student: nn.Module, teacher: Teacher, given: Mapping[str, Any] | None = None
+) -> Choice:
     """The term ``kind`` for this pair, with features that both models have.
 
     A feature is the loss's default, or where a model does not offer that, the last layer of the
     same name.
+
+    Args:
+        kind: of a loss.
+        student, teacher: the pair.
+        given: options in place of those.
 
     Raises:
         UserError: no such loss, or one that this pair cannot have; it names those it can.
@@ -46,7 +53,7 @@ def choose(kind: str, student: nn.Module, teacher: Teacher) -> Choice:
     where = f"--strategy {kind}"
     made = loss_class(kind, where)
     try:
-        return _choose(kind, made, student, teacher)
+        return _choose(kind, made, student, teacher, given or {})
     except UserError as error:
         others = [name for name in known_losses() if name != kind]
         fitting = [name for name in others if _fits(name, student, teacher)]
@@ -58,19 +65,21 @@ def choose(kind: str, student: nn.Module, teacher: Teacher) -> Choice:
 
 def _fits(kind: str, student: nn.Module, teacher: Teacher) -> bool:
     try:
-        _choose(kind, loss_class(kind, ""), student, teacher)
+        _choose(kind, loss_class(kind, ""), student, teacher, {})
     except UserError:
         return False
     return True
 
 
-def _choose(kind: str, made: type[Loss], student: nn.Module, teacher: Teacher) -> Choice:
+def _choose(
+    kind: str, made: type[Loss], student: nn.Module, teacher: Teacher, given: Mapping[str, Any]
+) -> Choice:
     models = {"student": student, "teacher": teacher.model}
     options: dict[str, Any] = {
-        side: _offered(made, kind, side, address, models[side])
+        side: given.get(side) or _offered(made, kind, side, address, models[side])
         for side, address in made.addresses().items()
     }
-    options |= made.options_for(teacher.outputs)
+    options |= {**made.options_for(teacher.outputs), **given}
     term = made.from_options(options, kind)
     if term.needs_atom_energy:
         outputs = {name: dict(output) for name, output in teacher.outputs.items()}

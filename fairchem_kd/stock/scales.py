@@ -43,6 +43,11 @@ def scale_file_of(model: Mapping[str, Any]) -> Any:
     return (model.get("backbone") or model).get("scale_file")
 
 
+def set_scale_file(model: dict[str, Any], path: str) -> None:
+    """Have a config's ``model`` block read its scale factors from ``path``."""
+    (model.get("backbone") or model)["scale_file"] = path
+
+
 def are_fitted(model: nn.Module) -> bool:
     """Whether every scale factor of a model has a value; true of a model without any."""
     return all(factor.fitted for factor in scale_factors(model).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fairchem_kd.features.facts import facts
 from fairchem_kd.launch.config import make_parser, read_config
 from fairchem_kd.models.frozen import Teacher
 from fairchem_kd.models.units import Units
+from fairchem_kd.reading import read_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 
@@ -62,7 +64,8 @@ def test_a_config_is_written_and_trains(
     assert "without the teacher; 4 steps" in shown
     written = tmp_path / "painn_e2n_vanilla.yml"
     assert f"wrote {written.name}" in shown
-    assert list(tmp_path.iterdir()) == [written]  # the dry run leaves nothing
+    plain = tmp_path / "painn_plain.yml"
+    assert sorted(tmp_path.iterdir()) == [written, plain]  # the dry run leaves nothing
     found, _, conflicts = load_config(str(written))
     assert not conflicts
     assert found["trainer"] == "fairchem_kd.DistillationTrainer"
@@ -86,6 +89,68 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     sentences = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(sentences) == 1
     return sentences[0]
+
+
+def test_what_is_proposed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a strategy: the teacher's outputs, and features that are alike; and a baseline."""
+    monkeypatch.chdir(tmp_path)
+    write_lmdb(tmp_path / "more", 12, seed=70)
+    argv = ["init", "--student", str(root / "painn.yml"), "--teacher", str(root / "teacher.pt")]
+    assert main([*argv, "--unlabelled", "more", "--fit-scales"]) == 0
+    shown = capsys.readouterr().out
+    assert "features that are alike" in shown
+    assert "@0" not in shown  # embeddings of the elements say nothing of a structure
+    assert "proposed: vanilla and" in shown
+    assert "--unlabelled" not in shown  # nothing more is advised
+    found, _, _ = load_config("painn_kd.yml")
+    distillation = parse_distillation(found["task"])
+    vanilla, feature = distillation.active_terms.values()
+    assert vanilla.coefficient == 10
+    assert feature.kind in ("n2n", "e2n")
+    assert feature.options.student in ("node", "node@3")  # what the heads take in
+    # 6 labelled and 12 others: of the 3 structures of a step 2 have no labels
+    assert distillation.unlabelled is not None
+    assert distillation.unlabelled.share == pytest.approx(2 / 3, abs=1e-4)
+    assert distillation.unlabelled.per_step(1) == 2
+    assert found["optim"]["batch_size"] == 1
+    assert found["optim"]["max_epochs"] == 1
+    scales = Path(found["model"]["scale_file"])
+    assert len(read_json(scales)) == 3
+    plain, _, _ = load_config("painn_plain.yml")
+    assert plain["model"]["scale_file"] == str(scales)
+    assert parse_distillation(plain["task"]).active_terms == {}
+    assert plain["optim"]["batch_size"] == 3
+    for name in ("painn_kd", "painn_plain"):
+        gc.collect()  # LMDB opens a file once in a process
+        assert fairchem(["main", "--mode", "train", "--cpu", "--config-yml", f"{name}.yml",
+                         "--identifier", name, "--run-dir", "runs", "--optim.max_epochs=1",
+                         "--optim.eval_every=2", "--task.distillation.statistics_samples=4"]) == 0  # fmt: skip
+    assert len(list(Path("runs/checkpoints").glob("*/best_checkpoint.pt"))) == 2
+
+
+def test_a_proposal_for_labelled_structures(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "schnet_plain.yml").write_text("# mine\n")
+    argv = ["init", "--student", str(root / "schnet.yml"), "--teacher", str(root / "teacher.pt")]
+    assert main([*argv, "--no-dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "v2v" not in shown  # SchNet has no vectors
+    assert "give them with --unlabelled" in shown
+    assert "schnet_plain.yml, the baseline, is there already" in shown
+    assert (tmp_path / "schnet_plain.yml").read_text() == "# mine\n"
+    found, _, _ = load_config("schnet_kd.yml")
+    terms = parse_distillation(found["task"]).active_terms
+    assert terms["vanilla"].coefficient == 1
+    assert "optim" not in yaml.safe_load((tmp_path / "schnet_kd.yml").read_text())
+    (tmp_path / "no").mkdir()
+    assert "is no LMDB" in refused(
+        capsys, "--student", root / "schnet.yml", "--teacher", root / "teacher.pt",
+        "--unlabelled", "no", "--force",
+    )  # fmt: skip
 
 
 def test_refusals(

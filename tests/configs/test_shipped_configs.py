@@ -97,4 +97,4 @@ def test_runs_with_the_same_labels_share_their_normaliser() -> None:
         key = f"{train['src']} {train.get('first_n', '')}".strip()
         assert found.setdefault(key, given) == given, path
     assert found["data/slabs/train"] != found["data/slabs/train_1of4"]
-    assert found["data/collisions/train"] != found["data/collisions/train_1of4"]
+    assert found["data/collisions/train"] != found["data/collisions/train_1of4 252"]

@@ -32,7 +32,7 @@ SIZES = {"train": 12, "val": 4, "test": 9, "test_ood": 6}
 TEACHERS: dict[str, dict[str, Any]] = {
     "plain": {"losses": None},
     "e2n": {"losses": {"e2n": {}}},
-    "rattle_vanilla": {"losses": {"vanilla": {}}, "rattle": {"copies": 0.5, "std": 0.05}},
+    "outputs": {"losses": {"vanilla": {}}},
     "all": {
         "losses": {"e2n": {"coefficient": 2}, "vanilla": {}},
         "rattle": {"copies": 0.5, "std": 0.05},
@@ -68,7 +68,7 @@ def _there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def command(*more: str) -> list[str]:
     code = "import sys; from fairchem_kd.commands.main import main; sys.exit(main())"
-    argv = ["demo", "--configs", "configs", "--out", "out", "--jobs", "2", *more]
+    argv = ["demo", "--configs", "configs", "--out", "out", "--jobs", "2", "--longer", "2", *more]
     return [sys.executable, "-W", "ignore", "-c", code, *argv]
 
 
@@ -88,8 +88,11 @@ def processes_in(folder: Path) -> list[str]:
 def test_equal_steps_and_a_schedule_that_is_stretched(home: Path) -> None:
     configs = plan.read_configs(Path("configs"))
     trainings = plan.plan(configs, [3, 4], structures=12, steps=None)
-    assert [t.name for t in trainings] == 2 * ["all", "plain", "e2n", "rattle_vanilla"]
-    assert {t.steps for t in trainings} == {8}  # 2 epochs of ceil(12 / 3)
+    assert [t.name for t in trainings] == 2 * ["all_long", "plain", "e2n", "outputs", "all"]
+    # 2 epochs of ceil(12 / 3)
+    assert [t.steps for t in trainings] == 2 * [32, 8, 8, 8, 8]
+    assert {t.steps for t in plan.plan(configs, [3], structures=12, times=2)} == {16, 8}
+    assert trainings[0].label == "all together, 4 times as long"
     assert all("test" not in t.config["dataset"] for t in trainings)
     assert "test" in configs["plain"]["dataset"]
     [plain] = [t for t in trainings if (t.name, t.seed) == ("plain", 3)]
@@ -102,7 +105,7 @@ def test_equal_steps_and_a_schedule_that_is_stretched(home: Path) -> None:
         same["optim"][key] = optim[key]
     assert same == long.config
     short = plan.plan(configs, [0], structures=12, steps=5)
-    assert {t.steps for t in short} == {4}
+    assert [t.steps for t in short] == [16, 4, 4, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_a_line_for_each_training_on_a_terminal() -> None:
 def test_a_folder_for_every_config_seed_and_teacher(home: Path, tmp_path: Path) -> None:
     configs = plan.read_configs(Path("configs"))
     first = plan.plan(configs, [0], 12)
-    assert len({t.folder for t in [*first, *plan.plan(configs, [1], 12)]}) == 8
+    assert len({t.folder for t in [*first, *plan.plan(configs, [1], 12)]}) == 10
     assert [t.folder for t in first] == [t.folder for t in plan.plan(configs, [0], 12)]
     assert first[0].folder != plan.plan(configs, [0], 12, steps=4)[0].folder
     settings = copy.deepcopy(configs)
@@ -183,13 +186,16 @@ def test_the_regime_in_words(home: Path) -> None:
 
     trainings = plan.plan(plan.read_configs(Path("configs")), [0, 1], 12)
     known = {"teacher": 2_500_000, **{t.label: 190_000 for t in trainings}}
-    lines = regime(trainings, read_model("teacher.pt"), known, jobs=2)
+    lines = regime(trainings, read_model("teacher.pt"), known, jobs=2, labelling=17.4)
     known_labels = "trained on the labels of 12 structures (data/train)."
     assert lines[0] == f"Teacher: gemnet_oc, 2.50 M parameters, {known_labels}"
     assert "painn, 0.19 M parameters, seeds 0, 1, all with the labels of 12 structures" in lines[1]
     assert "best forces_mae on 4 structures (data/val)" in lines[2]
-    assert "- plain: 8 steps, no teacher." in lines
-    [everything] = [line for line in lines if line.startswith("- all together")]
+    assert "The teacher was asked once, which took 17 s" in lines[3]
+    assert "- plain: 8 steps of 3 structures, no teacher." in lines
+    assert any(line.startswith("- all together: 8 steps of 6 structures; the") for line in lines)
+    [everything] = [line for line in lines if line.startswith("- all together, 4 times as long")]
+    assert ": 32 steps of 6 structures" in everything
     assert "e2n (coefficient 2), vanilla" in everything
     assert "0.5 rattled copies per structure, displaced by 0.05 Å" in everything
     assert (
@@ -262,19 +268,23 @@ def test_the_demo_interrupted_and_started_again(home: Path) -> None:
     done = subprocess.run(command(), capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "plain, seed 0: done before" in done.stderr
+    assert "the teacher: asked before" in done.stderr
     assert plain.stat().st_mtime_ns == kept
-    assert "- plain: 8 steps, no teacher." in done.stdout
+    assert "- plain: 8 steps of 3 structures, no teacher." in done.stdout
     assert "all together against plain on test_ood: energy" in done.stdout
     results = json.loads((out / "results.json").read_text())
     models = {model["label"]: model for model in results["models"]}
-    assert list(models) == ["teacher", *plan.STUDENTS.values(), plan.LONG_LABEL]
+    labels = plan.labels_by_name(2)
+    assert list(models) == ["teacher", *labels.values()]
     assert [models[label]["role"] for label in ("teacher", "plain")] == ["teacher", "baseline"]
     seconds = {k: m["runs"][0]["training_seconds"] for k, m in models.items() if k != "teacher"}
     steps = {k: m["steps"] for k, m in models.items() if k != "teacher"}
     assert {steps[label] for label in plan.STUDENTS.values()} == {8}
-    expected = 4 * max(1, round(2 * seconds["all together"] / seconds["plain"]))
+    longest = labels[plan.LONGEST]
+    assert steps[longest] == 16
+    expected = 4 * max(1, round(2 * seconds[longest] / seconds["plain"]))
     assert steps[plan.LONG_LABEL] == expected > 8
-    for label in (*list(plan.STUDENTS.values())[1:], plan.LONG_LABEL):
+    for label in list(labels.values())[1:]:
         for split in ("test", "test_ood"):
             gap = results["splits"][split]["gaps"][label]["forces_mae"]
             assert gap["verdict"] in ("better", "worse", "no evidence")
