@@ -35,9 +35,10 @@ TITLES = {
 }
 _CAPTIONS = {
     "errors": "Errors of every model; small marks are seeds, dotted lines the teacher.",
+    "front": "Force errors against energy errors.",
     "pareto": "Error against throughput.",
     "learning_curves": "Validation errors during training.",
-    "cka_node": "Similarity of layers; framed pairs were brought together by distillation.",
+    "cka_node": "Similarity of layers; framed pairs are those that a loss compared.",
     "cka_vector": "The same of vectors.",
     "cka_node_student": "The student's layers without distillation (rows) and with it (columns).",
     "cka_vector_student": "The same of vectors.",

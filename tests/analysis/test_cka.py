@@ -167,7 +167,7 @@ def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert Path(f"out/{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert "linear CKA (unbiased)" in Path(f"out/{name}.svg").read_text()
     drawn = Path("out/cka_node.svg").read_text()
-    assert "framed: brought together by distillation" in drawn
+    assert "framed: compared by the loss" in drawn
     assert "difference" in drawn
 
 

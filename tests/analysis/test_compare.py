@@ -219,7 +219,7 @@ def test_the_command(home: Path) -> None:
     assert arrays["test/e2n/1/energy_error"].shape == (9,)
     text = Path("out/table.md").read_text()
     assert "| e2n | plain |" in text
-    for name in ("errors", "pareto", "learning_curves", "parity_test", "parity_test_ood"):
+    for name in ("errors", "front", "pareto", "learning_curves", "parity_test", "parity_test_ood"):
         assert Path(f"out/{name}.png").read_bytes()[:4] == b"\x89PNG"
         drawn = Path(f"out/{name}.svg").read_text()
         assert "eV" in drawn  # axes have units, and text is text

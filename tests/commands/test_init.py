@@ -126,7 +126,8 @@ def test_what_is_proposed(
         gc.collect()  # LMDB opens a file once in a process
         assert fairchem(["main", "--mode", "train", "--cpu", "--config-yml", f"{name}.yml",
                          "--identifier", name, "--run-dir", "runs", "--optim.max_epochs=1",
-                         "--optim.eval_every=2", "--task.distillation.statistics_samples=4"]) == 0  # fmt: skip
+                         "--optim.eval_every=2",
+                         "--task.distillation.statistics_samples=4"]) == 0  # fmt: skip
     assert len(list(Path("runs/checkpoints").glob("*/best_checkpoint.pt"))) == 2
 
 

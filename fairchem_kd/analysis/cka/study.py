@@ -47,12 +47,12 @@ class Similarities:
     paths: dict[str, str]
     marks: list[Mark]
     data: str
-    distilled: bool = True  #: the marked layers are those that distillation brought together
+    distilled: bool = True  #: the marked layers are those that a loss compares
 
     @property
     def meaning(self) -> str:
         """What a mark says of its layers."""
-        return "brought together by distillation" if self.distilled else "chosen to be marked"
+        return "compared by the loss" if self.distilled else "chosen to be marked"
 
     @property
     def has_before(self) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fairchem_kd.analysis.compare.comparison import TEACHER, Comparison
 from fairchem_kd.analysis.compare.curves import learning_curves
-from fairchem_kd.report.figures import COLOURS, legend, logarithmic, new_figure, style
+from fairchem_kd.report.figures import legend, logarithmic, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +28,7 @@ def figures(comparison: Comparison) -> dict[str, Figure]:
     """By file name: every plot for which there is something to draw."""
     drawn: dict[str, Figure | None] = {
         "errors": plot_errors(comparison),
+        "front": plot_front(comparison),
         "pareto": plot_pareto(comparison),
         "learning_curves": plot_learning_curves(comparison),
     }
@@ -65,6 +66,48 @@ def plot_errors(comparison: Comparison) -> Figure:
             axes.set_xlabel(f"{name} on {split.name} ({unit})")
         row[0].set_yticks(range(len(labels)), labels)
         row[0].set_ylim(len(labels) - 0.5, -0.5)
+    return figure
+
+
+def plot_front(comparison: Comparison) -> Figure | None:
+    """Force errors against energy errors, a panel for each split: weights trade one for the other.
+
+    A model is better than another where it lies further down and to the left; seeds are small
+    marks. None where no split has both errors.
+    """
+    targets = list(TARGETS)
+    known = [
+        split
+        for split in comparison.splits
+        if any(set(targets) <= e.metrics.keys() for es in split.evaluations.values() for e in es)
+    ]
+    if not known:
+        return None
+    figure = new_figure(1.8 + 3.6 * len(known), 3.7)
+    panels = figure.subplots(1, len(known), squeeze=False)[0]
+    for axes, split in zip(panels, known, strict=True):
+        for number, group in enumerate(comparison.groups):
+            both = [
+                [TARGETS[target][2] * e.metrics[target] for target in targets]
+                for e in split.evaluations[group.label]
+                if set(targets) <= e.metrics.keys()
+            ]
+            if not both:
+                continue
+            looks = {**style(number), "linestyle": "none"}
+            energies, forces = zip(*both, strict=True)
+            axes.plot(np.mean(energies), np.mean(forces), label=group.label, markersize=8, **looks)
+            if len(both) > 1:
+                axes.plot(energies, forces, **looks, markersize=3.5, alpha=0.6)
+        for axis in ("x", "y"):
+            logarithmic(axes, axis)
+        axes.margins(0.1)
+        for target, label in zip(targets, (axes.set_xlabel, axes.set_ylabel), strict=True):
+            name, unit, _ = TARGETS[target]
+            label(f"{name} on {split.name} ({unit})")
+        axes.grid(which="both", color="0.92")
+        axes.set_axisbelow(True)
+    legend(figure, panels[0])
     return figure
 
 
@@ -134,28 +177,46 @@ def plot_learning_curves(comparison: Comparison) -> Figure | None:
 
 
 def plot_parity(comparison: Comparison, split_name: str) -> Figure:
-    """Predictions against labels on one split, a column for each model (its first seed)."""
+    """Predictions against labels on one split, a column for each model (its first seed).
+
+    Colours say how many points fall together, on a logarithmic scale, which is one for a row.
+    """
     split = next(split for split in comparison.splits if split.name == split_name)
     labels = list(split.evaluations)
-    rows: list[tuple[str, str, Callable[[Any], bool]]] = [
-        ("energy", "energy (eV)", lambda parity: True),
-        ("forces", "force component (eV/Å)", lambda parity: "forces" in parity),
+    rows: list[tuple[str, str, str, Callable[[Any], bool]]] = [
+        ("energy", "energy (eV)", "energy_mae", lambda parity: True),
+        ("forces", "force component (eV/Å)", "forces_mae", lambda parity: "forces" in parity),
     ]
     figure = new_figure(1.0 + 2.0 * len(labels), 5.0)
     panels = figure.subplots(len(rows), len(labels), squeeze=False, sharex="row", sharey="row")
-    for row, (key, title, known) in zip(panels, rows, strict=True):
+    for row, (key, title, target, known) in zip(panels, rows, strict=True):
+        drawn = []
         for axes, label in zip(row, labels, strict=True):
-            parity = split.evaluations[label][0].parity
+            first = split.evaluations[label][0]
+            parity = first.parity
             if not known(parity):
                 axes.set_axis_off()
                 continue
             truth, predicted = parity[f"{key}_label"], parity[key]
-            axes.plot(truth, predicted, ".", color=COLOURS[1], markersize=2, rasterized=True)
             low, high = float(truth.min()), float(truth.max())
+            shown = axes.hexbin(
+                truth.ravel(), predicted.ravel(), gridsize=60, mincnt=1, bins="log",
+                cmap="cividis_r", linewidths=0.1, rasterized=True,
+            )  # fmt: skip
+            drawn.append(shown)
             axes.plot([low, high], [low, high], color="0.3", linewidth=0.8)
             axes.set_aspect("equal", adjustable="box")
             axes.set_title(label, fontsize=9)
+            if target in first.metrics:
+                name, unit, factor = TARGETS[target]
+                told = f"MAE {factor * first.metrics[target]:.3g} {unit}"
+                axes.text(0.04, 0.96, told, transform=axes.transAxes, va="top", fontsize=7)
             axes.set_xlabel(f"label: {title}", fontsize=8)
             axes.tick_params(labelsize=8)
         row[0].set_ylabel(f"predicted {title}", fontsize=8)
+        if drawn:
+            most = max(float(one.get_array().max()) for one in drawn)
+            for one in drawn:
+                one.set_clim(1, max(most, 2))
+            figure.colorbar(drawn[-1], ax=list(row), label="points", fraction=0.03, pad=0.01)
     return figure
