@@ -9,8 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from fairchem_kd.analysis.cka.layers import compare_layers, distilled_pairs
+from fairchem_kd.analysis.subjects.runs import load_model, read_model
+from fairchem_kd.analysis.subjects.structures import open_structures
+from fairchem_kd.models.build import build
 from fairchem_kd.models.file import read_checkpoint
+from fairchem_kd.models.frozen import Teacher
+from fairchem_kd.models.units import Units
 from fairchem_kd.training.records import read_records
 
 REPOSITORY = Path(__file__).parents[1]
@@ -76,20 +83,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+LINE = "main --mode train --config-yml yaml_configs/kd/e2n.yml"
+
+
+def small() -> list[str]:
+    """What makes the data sets of the user's own line smaller."""
+    others = "--task.distillation.unlabelled"
+    blocks = [f"--dataset.{split}" for split in ("train", "val", "test")] + [f"{others}.dataset"]
+    sizes = [f"{block}.build.{name}={size}" for block in blocks for name, size in SIZES.items()]
+    return [*sizes, f"{others}.skip={QUARTER}"]
+
+
 @pytest.mark.slow
 def test_the_users_own_line(workplace: Path) -> None:
     """With a smaller data set and one epoch; everything else is as written."""
-    sizes = [
-        f"--dataset.{split}.build.{name}={size}"
-        for split in ("train", "val", "test")
-        for name, size in SIZES.items()
-    ]
-    line = "main --mode train --config-yml yaml_configs/kd/e2n.yml"
-    others = "--task.distillation.unlabelled"
-    sizes += [f"{others}.dataset.build.{name}={size}" for name, size in SIZES.items()]
-    sizes.append(f"{others}.skip={QUARTER}")
     short = ["--optim.max_epochs=1", "--optim.eval_every=4", "--print-every", "1"]
-    done = run("-m", "fairchem_kd", *line.split(), *short, *sizes, cwd=workplace)
+    done = run("-m", "fairchem_kd", *LINE.split(), *short, *small(), cwd=workplace)
     assert "No CUDA device here: running on the CPU" in done.stderr + done.stdout
 
     (run_folder,) = [p for p in (workplace / "checkpoints").iterdir() if p.is_dir()]
@@ -126,3 +135,34 @@ def test_the_users_own_line(workplace: Path) -> None:
     assert len(predictions) == 1
     tuned = [p for p in (workplace / "checkpoints").iterdir() if p.name.endswith("stock-train")]
     assert read_checkpoint(tuned[0] / "checkpoint.pt")["step"] == 6
+
+
+@pytest.mark.slow
+def test_the_first_steps_make_the_students_atoms_more_like_the_teachers_edges(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 steps of the shipped recipe: its term falls, and the similarity of its layers rises."""
+    steps = ["--optim.max_epochs=50", "--optim.eval_every=100", "--print-every", "10"]
+    run("-m", "fairchem_kd", *LINE.split(), *steps, *small(), "--identifier", "first",
+        "--run-dir", "first", "--seed", "3", cwd=workplace)  # fmt: skip
+    (folder,) = (workplace / "first/checkpoints").iterdir()
+    values = [r["metrics"]["e2n"] for r in read_records(folder, "train")]
+    assert len(values) == 20
+    assert sum(values[-3:]) < 0.7 * sum(values[:3])
+
+    monkeypatch.chdir(workplace)
+    file = read_model(folder)
+    trained, teacher = load_model(file), load_model(read_model(str(file.teacher)))
+    torch.manual_seed(3)
+    fresh = Teacher(build(file.config["model"], folder), Units({}, {}), {})
+    (pair,) = distilled_pairs(file)
+    ends = {"student": pair.student, "fresh": pair.student, "teacher": pair.teacher}
+    with open_structures({"format": "lmdb", "src": "data/slabs/test"}) as structures:
+        found = compare_layers(
+            {"student": trained, "fresh": fresh, "teacher": teacher},
+            [("fresh", "teacher"), ("student", "teacher")],
+            structures,
+            {name: {"node": [address], "vector": []} for name, address in ends.items()},
+        )
+    before, after = (one.estimates[0][0].value for one in found.maps)
+    assert after > before + 0.05, (before, after)

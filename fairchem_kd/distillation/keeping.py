@@ -175,6 +175,8 @@ def _fill(
     missing = [source for source in often if not filling.is_marked(source)]
     if not missing:
         teacher.reader.refresh()  # another run may have ended since the reader looked
+        size = size_of(teacher.folder) / 1e6
+        _say(f"What the teacher is asked is all in {teacher.folder} ({size:.0f} MB).")
         return
     number = sum(source.structures for source in missing)
     _say(

@@ -187,7 +187,12 @@ class DistillationTrainer(RestartableTrainer):
                 device=self.device,
             )
             terms = self.distillation.terms.items()
-            self._watch = Watch([n for n, term in terms if term.needs_statistics], self.last_step)
+            self._watch = Watch(
+                [name for name, term in terms if term.needs_statistics],
+                self.last_step,
+                # a coefficient that is not the loss's own was chosen
+                [n for n, t in terms if t.coefficient != t.default_coefficient],
+            )
             self.companions = self._make_companions(teacher)
         if self.companions is not None and self.companions.unlabelled is not None:
             more = {"task.distillation.unlabelled": self.companions.unlabelled.dataset}
@@ -387,9 +392,17 @@ class DistillationTrainer(RestartableTrainer):
         self._validating = True
         try:
             with self.distillation.values.apart() if self.distillation else nullcontext():
-                return super().validate(split=split, disable_tqdm=disable_tqdm)
+                metrics = super().validate(split=split, disable_tqdm=disable_tqdm)
         finally:
             self._validating = False
+        if split == "val" and self._watch is not None and self.distillation is not None:
+            self._watch.validated(
+                self.step,
+                {name: metric["metric"] for name, metric in metrics.items()},
+                distilling=bool(self.distillation.running(self.step)),
+                names=[f"{target}_mae" for target in self.output_targets],
+            )
+        return metrics
 
     def own_state(self) -> dict[str, Any] | None:
         return self.distillation.state_dict() if self.distillation else None

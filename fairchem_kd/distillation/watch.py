@@ -17,14 +17,19 @@ class Watch:
     Args:
         standardised: the terms whose value is 1 where nothing is known.
         last_step: of the training.
+        asked: the terms to which the config gives a weight of its own, however large.
     """
 
-    def __init__(self, standardised: Iterable[str], last_step: int) -> None:
-        self.standardised = set(standardised)
+    def __init__(
+        self, standardised: Iterable[str], last_step: int, asked: Iterable[str] = ()
+    ) -> None:
+        self.standardised, self.asked = set(standardised), set(asked)
         self.last_step = last_step
         self._read: list[Mapping[str, float]] = []
         self._begun: dict[str, int] = {}
         self._told: set[str] = set()
+        self._labels_alone: dict[str, float] = {}  # the best errors before distillation began
+        self._began_to_distil = 0  # the step of the first validation after it had
 
     def look(self, step: int, values: Mapping[str, float], label_loss: float) -> None:
         """Take in the means since the last time.
@@ -50,6 +55,8 @@ class Watch:
         labels = sum(one[""] for one in self._read)
         for name in values:
             term = name.removesuffix("_weighted")
+            if term.partition(".")[0] in self.asked:
+                continue
             total = sum(one.get(name, 0.0) for one in self._read)
             if name.endswith("_weighted") and labels > 0 and total > HEAVY * labels:
                 self._warn(
@@ -57,6 +64,36 @@ class Watch:
                     f"{term} counts {total / labels:.1f} times the labels' loss at step {step}: "
                     "the student follows the teacher more than its labels. If that is not meant, "
                     "give it a smaller coefficient.",
+                )
+
+    def validated(
+        self, step: int, metrics: Mapping[str, float], *, distilling: bool, names: Iterable[str]
+    ) -> None:
+        """Take in a validation: what was better before distillation began is worth a word.
+
+        Args:
+            step: of the training.
+            metrics: by name.
+            distilling: some term runs.
+            names: of the metrics that are errors.
+        """
+        known = {name: metrics[name] for name in names if name in metrics}
+        if not distilling and not self._began_to_distil:
+            for name, value in known.items():
+                self._labels_alone[name] = min(value, self._labels_alone.get(name, value))
+        if not distilling:
+            return
+        self._began_to_distil = self._began_to_distil or step
+        if step - self._began_to_distil < _LEARNED * self.last_step:
+            return
+        for name, value in known.items():
+            before = self._labels_alone.get(name)
+            if before is not None and value > before:
+                self._warn(
+                    f"worse {name}",
+                    f"{name} is {value:.4g} at step {step}, and was {before:.4g} with the labels "
+                    "alone, before distillation began: the teacher makes this student worse. "
+                    "Smaller coefficients, or a `stop` in their schedules.",
                 )
 
     def _warn(self, what: str, text: str) -> None:

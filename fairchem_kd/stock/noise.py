@@ -59,6 +59,9 @@ _UNTOLD = (
     ("utils", "", "Project root"),
     ("utils", "", "Setting env"),
     ("_cli", "", "Running in local mode"),
+    ("_load_utils", "", "normalizers checkpoint for"),
+    ("base_trainer", "", "Normalization values for output"),  # which the config holds
+    ("utils", "", "Overwritten config parameters"),  # as configs that include others do
 )
 
 

@@ -51,7 +51,8 @@ class Progress:
         if taken == _FIRST or now - self._told >= due:
             self._told = now
             left = in_words(each * (self.last - step))
-            logging.info(f"step {step}/{self.last}, {step / self.last:.1%}, {left} left")
+            cost = f", {1e3 * each:.0f} ms a step" if taken == _FIRST else ""
+            logging.info(f"step {step}/{self.last}, {step / self.last:.1%}{cost}, {left} left")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -32,7 +32,10 @@ def test_lines_come_now_and_then(clock: list[float], caplog: pytest.LogCaptureFi
             clock[0] += 0.125
             told.advance(step)
     lines = [record.getMessage() for record in caplog.records]
-    assert lines[:2] == ["step 110/2600, 4.2%, 5 min left", "step 350/2600, 13.5%, 5 min left"]
+    assert lines[:2] == [
+        "step 110/2600, 4.2%, 125 ms a step, 5 min left",
+        "step 350/2600, 13.5%, 5 min left",
+    ]
     assert len(lines) == 11  # 10, 250, ..., 2410 steps of this process
     assert lines[-1] == "step 2510/2600, 96.5%, 11 s left"
 

@@ -208,7 +208,7 @@ def plot_parity(comparison: Comparison, split_name: str) -> Figure:
             axes.set_aspect("equal", adjustable="box")
             axes.set_title(label, fontsize=9)
             if target in first.metrics:
-                name, unit, factor = TARGETS[target]
+                _, unit, factor = TARGETS[target]
                 told = f"MAE {factor * first.metrics[target]:.3g} {unit}"
                 axes.text(0.04, 0.96, told, transform=axes.transAxes, va="top", fontsize=7)
             axes.set_xlabel(f"label: {title}", fontsize=8)
