@@ -43,6 +43,11 @@ def _add_recipe(parser: argparse.ArgumentParser, recipe: str) -> None:
         "--seed", type=at_least(0), default=0, metavar="N", help="(default: %(default)s)"
     )
     parser.add_argument(
+        "--references", metavar="FOLDER",
+        help="a data set of this recipe whose elements' energies are taken, so that both have one "
+        "zero (default: fitted to train)",
+    )  # fmt: skip
+    parser.add_argument(
         "--processes", type=at_least(1), metavar="N",
         help="worker processes; the data do not depend on it (default: the machine's cores, at "
         "most 16)",
@@ -73,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = RECIPES[args.recipe]
     given: dict[str, Any] = {split: getattr(args, split) for split in recipe.sizes}
-    options = parse_options({"recipe": recipe.name, "seed": args.seed, **given}, "--")
+    given |= {"seed": args.seed, "references": args.references}
+    options = parse_options({"recipe": recipe.name, **given}, "--")
     there = args.dest.exists() and not args.force
     start = time.monotonic()
     card = create(options, args.dest, args.processes, args.force)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import shutil
 import sys
@@ -125,8 +126,55 @@ def _generate(options: Options, processes: int, close: tuple[int, ...]) -> dict[
     return splits
 
 
-def _write(folder: Path, options: Options, splits: dict[str, Split]) -> dict[str, Any]:
-    references = fit_references(splits["train"])
+def other_references(options: Options, root: Path) -> dict[int, float] | None:
+    """The elements' energies of the data set that the options name, in eV; None where they do not.
+
+    Raises:
+        UserError: it is not there, of another recipe, or the one that is to be made.
+    """
+    if options.references is None:
+        return None
+    folder = Path(options.references)
+    if Path(os.path.abspath(folder)) == root:
+        raise UserError(
+            f"references is {folder}, the data set that is to be made: name the one whose energies "
+            "of the elements it is to have, or leave it out."
+        )
+    card = read_card(folder)
+    recipe = options.recipe.name
+    if card is None or (card.get("options") or {}).get("recipe") != recipe:
+        raise UserError(
+            f"references: {folder} is no data set of the recipe '{recipe}' (no card.json that says "
+            f"so); make one with `fairchem-kd data {recipe}`, or leave references out."
+        )
+    try:
+        found = {int(z): float(value) for z, value in card["reference_energies"].items()}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        found = {0: math.nan}
+    if not all(map(math.isfinite, found.values())):
+        raise UserError(
+            f"references: the card of {folder} has no energies of the elements; make the data set "
+            "again."
+        )
+    return found
+
+
+def _write(
+    folder: Path,
+    options: Options,
+    splits: dict[str, Split],
+    references: dict[int, float] | None = None,
+) -> dict[str, Any]:
+    method = f"those of {options.references}, eV per atom"
+    if references is None:
+        references = fit_references(splits["train"])
+        method = "least squares of the training set's total energies, eV per atom"
+    present = {int(z) for split in splits.values() for frame in split.frames for z in frame.numbers}
+    if options.references is not None and (unknown := sorted(present - references.keys())):
+        raise UserError(
+            f"references: {options.references} has no energies of the elements with the numbers "
+            f"{', '.join(map(str, unknown))}, which this data set has; leave references out."
+        )
     energies = {name: referenced(split, references) for name, split in splits.items()}
     for name, split in splits.items():
         write_split(folder / name, split, energies[name])
@@ -146,7 +194,7 @@ def _write(folder: Path, options: Options, splits: dict[str, Split]) -> dict[str
             "add them back for total energies"
         ),
         "reference_energies": {str(z): value for z, value in references.items()},
-        "reference_method": "least squares of the training set's total energies, eV per atom",
+        "reference_method": method,
         "normalizer": {
             "energy": {"mean": stats["train"]["energy"]["mean"],
                        "rmsd": stats["train"]["energy"]["std"]},
@@ -195,6 +243,7 @@ def create(
             assert card is not None
             return card
         check_replaceable(root)
+        references = other_references(options, root)
         for stale in root.parent.glob(f".{root.name}.building-*"):
             shutil.rmtree(stale, ignore_errors=True)  # of a build that was killed
         _check_space(root, options)
@@ -212,7 +261,7 @@ def create(
         try:
             aside.chmod(0o777 & ~_umask())
             splits = _generate(options, processes or default_processes(), (descriptor,))
-            card = _write(aside, options, splits)
+            card = _write(aside, options, splits, references)
             check_replaceable(root)  # it took a while
             if root.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{root.name}.building-", dir=root.parent))
@@ -262,7 +311,7 @@ def check_options(root: Path, options: Options, where: str = "") -> None:
             "recipe; remove it or name another folder."
         )
     built = card.get("options", {})
-    wanted = options.as_dict()
+    wanted = {"references": None, **options.as_dict()}
     differs = [key for key in wanted if built.get(key) != wanted[key]]
     if differs:
         details = ", ".join(f"{key} {built.get(key)} instead of {wanted[key]}" for key in differs)

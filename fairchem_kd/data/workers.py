@@ -105,8 +105,10 @@ class Progress:
         if now - self.last > 10 or (frames and self.done == self.total):
             self.last = now
             took = now - self.start
+            left = took / self.done * (self.total - self.done) if self.done else 0.0
+            more = f", about {left:.0f} s left" if left else ""
             print(
-                f"{self.title}: {self.done}/{self.total} {self.unit}s, {took:.0f} s",
+                f"{self.title}: {self.done}/{self.total} {self.unit}s, {took:.0f} s{more}",
                 file=self.stream,
             )
             self.stream.flush()

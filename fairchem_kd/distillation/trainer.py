@@ -395,7 +395,7 @@ class DistillationTrainer(RestartableTrainer):
                 metrics = super().validate(split=split, disable_tqdm=disable_tqdm)
         finally:
             self._validating = False
-        if split == "val" and self._watch is not None and self.distillation is not None:
+        if split == "val" and self.distillation is not None:  # and with it what watches it
             self._watch.validated(
                 self.step,
                 {name: metric["metric"] for name, metric in metrics.items()},

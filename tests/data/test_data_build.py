@@ -249,6 +249,57 @@ def test_data_built_with_other_options_are_refused(built: Path) -> None:
     assert "remove it so that it is built again" in text
 
 
+def energies(folder: Path) -> list[float]:
+    """Labels of a split, in eV."""
+    environment = lmdb.open(str(folder / "data.0000.lmdb"), subdir=False, lock=False, readonly=True)
+    with environment.begin() as transaction:
+        count = pickle.loads(transaction.get(b"length"))
+        found = [float(pickle.loads(transaction.get(str(i).encode())).energy) for i in range(count)]
+    environment.close()
+    return found
+
+
+def test_sets_of_two_sizes_with_one_zero(tmp_path: Path, built: Path) -> None:
+    """The first frames have the same labels, as they have not where each set has its own fit."""
+    large, same = tmp_path / "large", tmp_path / "same"
+    card = create(parse_options({**TINY, "train": 60}, "build"), large, processes=1)
+    options = {**TINY, "references": str(large)}
+    told = create(parse_options(options, "build"), same, processes=1)
+    assert told["reference_energies"] == card["reference_energies"]
+    assert told["reference_method"] == f"those of {large}, eV per atom"
+    for split in ("train", "test"):
+        first = energies(same / split)
+        assert energies(large / split)[: len(first)] == pytest.approx(first, abs=1e-6)
+    own = read_card(built)
+    assert own is not None
+    assert own["reference_energies"] != card["reference_energies"]
+    assert energies(built / "train") != pytest.approx(energies(same / "train"), abs=1e-3)
+    # it is another data set to whoever asks for it without
+    assert f"references {large} instead of None" in refusal(config(same)["dataset"])
+
+
+def test_references_that_are_none(tmp_path: Path, built: Path) -> None:
+    def sentence(references: object, **build: Any) -> str:
+        return refusal(config(tmp_path / "new", references=references, **build)["dataset"])
+
+    assert "must be the folder of a data set" in sentence(3)
+    assert "must be the folder of a data set" in sentence(" ")
+    assert "is no data set of the recipe 'slabs'" in sentence(str(tmp_path / "nowhere"))
+    assert "the data set that is to be made" in sentence(str(tmp_path / "new"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "card.json").write_text('{"options": {"recipe": "collisions"}}')
+    assert "is no data set of the recipe 'slabs'" in sentence(str(other))
+    for energies in ("null", '{"29": "a lot"}', '{"29": NaN}', "[1]"):
+        told = f'{{"options": {{"recipe": "slabs"}}, "reference_energies": {energies}}}'
+        (other / "card.json").write_text(told)
+        assert "references: " in sentence(str(other))
+    told = '{"options": {"recipe": "slabs"}, "reference_energies": {"79": 0.5}}'
+    (other / "card.json").write_text(told)
+    assert "has no energies of the elements with the numbers" in sentence(str(other))
+    assert not (tmp_path / "new").exists()
+
+
 def test_data_of_another_origin_are_not_taken_for_built_ones(tmp_path: Path) -> None:
     (tmp_path / "slabs" / "train").mkdir(parents=True)
     assert "has no readable card.json" in refusal(config(tmp_path / "slabs")["dataset"])

@@ -39,6 +39,12 @@ def tables(comparison: Comparison) -> list[Table]:
     return made
 
 
+def _seeds(seeds: Sequence[int | None]) -> str:
+    """``3 (0, 1, 2)``, since a 0 alone reads as none."""
+    known = ", ".join("-" if seed is None else str(seed) for seed in seeds)
+    return f"{len(seeds)} ({known})"
+
+
 def models_table(comparison: Comparison) -> Table:
     """What each model is, what it was trained on, and how fast it is."""
     table = Table(
@@ -52,7 +58,7 @@ def models_table(comparison: Comparison) -> Table:
         table.add(
             group.label,
             _role(comparison, group),
-            ", ".join("-" if seed is None else str(seed) for seed in group.seeds),
+            _seeds(group.seeds),
             f"{comparison.parameters[group.label] / 1e6:.2f} M",
             str(group.files[0].labels_from or "-"),
             "-" if group.steps is None else str(group.steps),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fairchem_kd.data.frames import Trajectory
@@ -89,14 +90,20 @@ RECIPES = {recipe.name: recipe for recipe in (SLABS, COLLISIONS)}
 
 @dataclass(frozen=True)
 class Options:
-    """A recipe with its seed and sizes: what, with the versions, determines every label."""
+    """A recipe with its seed and sizes: what, with the versions, determines every label.
+
+    ``references`` is the folder of another data set of the recipe, whose elements' energies are
+    taken instead of a fit to this one: so both have one zero, and models one kind of label.
+    """
 
     recipe: Recipe
     seed: int
     sizes: dict[str, int]
+    references: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"recipe": self.recipe.name, "seed": self.seed, **self.sizes}
+        told = {"recipe": self.recipe.name, "seed": self.seed, **self.sizes}
+        return told if self.references is None else {**told, "references": self.references}
 
 
 def _integer(value: object, where: str, low: int) -> int:
@@ -128,7 +135,7 @@ def parse_options(mapping: object, where: str) -> Options:
     if name not in RECIPES:
         raise UserError(f"{where}.recipe: unknown '{name}'{did_you_mean(str(name), RECIPES)}.")
     recipe = RECIPES[str(name)]
-    known = ["recipe", "seed", *recipe.sizes]
+    known = ["recipe", "seed", "references", *recipe.sizes]
     for key in mapping:
         if key not in known:
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), known)}.")
@@ -138,4 +145,10 @@ def parse_options(mapping: object, where: str) -> Options:
         split: _integer(mapping.get(split, default), f"{where}.{split}", least[split])
         for split, default in recipe.sizes.items()
     }
-    return Options(recipe, seed, sizes)
+    references = mapping.get("references")
+    if references is not None and not (isinstance(references, str) and references.strip()):
+        raise UserError(
+            f"{where}.references is {references!r}, but must be the folder of a data set, such as "
+            f"data/{recipe.name}."
+        )
+    return Options(recipe, seed, sizes, None if references is None else str(Path(references)))
