@@ -36,6 +36,29 @@ class Room:
         return True
 
 
+class Memo:
+    """What others found out about a kept sample, as long as there is room for it."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._known: dict[Any, Any] = {}
+
+    def get(self, key: Any) -> Any:
+        return self._known.get(key)
+
+    def keep(self, key: Any, value: Any, bytes_: int) -> None:
+        if self._room.take(bytes_):
+            self._known[key] = value
+
+
+_MEMO = "_fairchem_kd_memo"  # beside a sample's values, so that no batch has it
+
+
+def memo_of(sample: Any) -> Memo | None:
+    """The memo of a sample that is kept, and of its copies; None of any other."""
+    return getattr(sample, "__dict__", {}).get(_MEMO)
+
+
 class KeptSamples(Dataset[Any]):
     """``dataset``, whose samples are read once as long as there is room for them.
 
@@ -56,6 +79,7 @@ class KeptSamples(Dataset[Any]):
             kept = self.dataset[index]
             if self._room.take(size_of(kept)):
                 self._kept[index] = kept
+                kept.__dict__[_MEMO] = Memo(self._room)
         return copy.copy(kept)  # whoever gets it may set attributes
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:

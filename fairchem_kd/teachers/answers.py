@@ -47,11 +47,15 @@ def requests_of(columns: Iterable[str]) -> list[Request]:
     return found
 
 
-def structures_of(batch: Batch) -> list[Structure]:
-    """The B structures of a batch in host memory, as they are known whatever shares their batch.
+def structures_of(batch: Batch, which: Sequence[int] | None = None) -> list[Structure]:
+    """The structures of a batch in host memory, as they are known whatever shares their batch.
 
     A structure that is not periodic along all axes gets room there where others of its batch are
     (:mod:`fairchem_kd.stock.samples`); here always, so that its key does not depend on them.
+
+    Args:
+        batch: of B structures.
+        which: of them; all B where it is None.
     """
     natoms = batch.natoms.tolist()
     numbers, pos = _split(batch.atomic_numbers.long(), natoms), _split(batch.pos, natoms)
@@ -67,7 +71,7 @@ def structures_of(batch: Batch) -> list[Structure]:
             everywhere,
             None if tags is None else tags[i],
         )
-        for i in range(len(natoms))
+        for i in (range(len(natoms)) if which is None else which)
     ]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fairchem_kd.features import FeatureSpec, Request
+from fairchem_kd.stock.kept_samples import Memo, memo_of
 from fairchem_kd.stock.structures import pick
 from fairchem_kd.store import STRUCTURE, Column, Reader
 from fairchem_kd.teachers.answers import (
@@ -84,14 +85,26 @@ class StoredTeacher:
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def said(self, batch: Batch) -> dict[str, Any]:
-        """What the store holds of a batch in host memory: values by column, and `MISSING`."""
+    def said(self, batch: Batch, memos: Sequence[Memo | None] | None = None) -> dict[str, Any]:
+        """What the store holds of a batch in host memory: values by column, and `MISSING`.
+
+        Args:
+            batch: of B structures.
+            memos: of its samples, where what was read before is remembered.
+        """
         natoms = batch.natoms.tolist()
-        read = [self.reader.read(one.key(), self.names) for one in structures_of(batch)]
-        records = [
-            record if record is not None and fits(record, number, self.columns) else None
-            for record, number in zip(read, natoms, strict=True)
-        ]
+        known = (str(self.folder), *self.names)
+        remembered = memos or [None] * len(natoms)
+        records = [None if memo is None else memo.get(known) for memo in remembered]
+        unread = [system for system, record in enumerate(records) if record is None]
+        for system, one in zip(unread, structures_of(batch, unread), strict=True):
+            record = self.reader.read(one.key(), self.names)
+            if record is None or not fits(record, natoms[system], self.columns):
+                continue
+            records[system] = record
+            memo = remembered[system]
+            if memo is not None:
+                memo.keep(known, record, sum(value.nbytes for value in record.values()))
         missing = [system for system, record in enumerate(records) if record is None]
         return joined(records, natoms, self.columns) | {MISSING: missing}
 
@@ -147,7 +160,7 @@ class _Reading:
 
     def __call__(self, samples: list[Any]) -> Batch:
         batch = self.collate(samples)
-        batch[SAID] = self.teacher.said(batch)
+        batch[SAID] = self.teacher.said(batch, [memo_of(sample) for sample in samples])
         return batch
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from trainings import write_lmdb
 
 from fairchem_kd.stock.datasets import close_dataset, collate, open_in_order
-from fairchem_kd.stock.kept_samples import KeptSamples, Room, repeatable, size_of
+from fairchem_kd.stock.kept_samples import KeptSamples, Room, memo_of, repeatable, size_of
 
 
 @pytest.fixture
@@ -60,6 +60,26 @@ def test_what_is_set_on_a_sample_does_not_come_back(dataset: Any) -> None:
     sample.pos = sample.pos + 1
     assert "extra" not in kept[2]
     assert torch.equal(kept[2].pos, dataset[2].pos)
+
+
+def test_a_memo_is_that_of_the_sample_whatever_its_copies(dataset: Any) -> None:
+    room = Room()
+    kept = KeptSamples(dataset, room)
+    first, again, other = memo_of(kept[1]), memo_of(kept[1]), memo_of(kept[2])
+    assert first is not None
+    assert first is again
+    assert other is not first
+    left = room.left
+    first.keep("said", [1.5], 100)
+    assert again is not None
+    assert again.get("said") == [1.5]
+    assert room.left == left - 100
+    room.left = 50
+    first.keep("more", [2.5], 100)
+    assert first.get("more") is None
+    batch = collate([kept[1], kept[2]])
+    assert not any("memo" in key for key in batch.to_dict())
+    assert memo_of(dataset[1]) is None
 
 
 def test_no_more_is_kept_than_there_is_room_for(dataset: Any) -> None:
