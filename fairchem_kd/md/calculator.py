@@ -63,7 +63,7 @@ class StudentCalculator(Calculator):
         UserError: no such checkpoint, or options that cannot be used.
     """
 
-    implemented_properties = ("energy", "free_energy", "forces")
+    implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012  (as ASE has it)
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class StudentCalculator(Calculator):
             raise UserError(f"{path} predicts no energies, so it is no calculator.")
         refuse_wrong_forces(self.model.model, f"The model in {path}")
         if "forces" not in self.model.outputs:
-            self.implemented_properties = ("energy", "free_energy")
+            self.implemented_properties = ["energy", "free_energy"]
         self.graphs = ReusedGraphs(backbone_of(self.model.model), self.skin)
         self._mode = torch.no_grad if needs_autograd(self.model.model) else torch.inference_mode
         self._systems: Systems | None = None

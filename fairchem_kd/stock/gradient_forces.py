@@ -72,7 +72,8 @@ def give_gradient_forces(model: nn.Module, normalizers: Mapping[str, Normalizer]
         )
     for bias in _jumps(model):
         bias.register_hook(torch.zeros_like)
-    model.__class__ = _with_forces(type(model))
+    stock: Any = type(model)
+    model.__class__ = _with_forces(stock)
     model._normalizers_of_forces = normalizers  # type: ignore[assignment]
 
 

@@ -15,6 +15,7 @@ from ase.build import bulk, molecule
 from ase.io import read
 from ase.io.trajectory import Trajectory
 from ase.md.verlet import VelocityVerlet
+from fairchem.core.common.utils import radius_graph_pbc
 from models import fit_scales, structures
 from trainings import config, trainer
 from trainings import data as data
@@ -25,7 +26,9 @@ from fairchem_kd.analysis.subjects.calculators import make_calculator
 from fairchem_kd.analysis.subjects.runs import read_model
 from fairchem_kd.errors import UserError
 from fairchem_kd.md import Exploded, StudentCalculator
+from fairchem_kd.md.systems import Systems
 from fairchem_kd.models.file import write_checkpoint
+from fairchem_kd.stock.reused_graphs import _search
 
 FLAVOURS = ("painn", "painn_energy", "schnet", "gemnet_oc")
 
@@ -251,3 +254,33 @@ def test_it_is_at_hand_in_the_package(checkpoints: dict[str, Path]) -> None:
     logging.disable(logging.NOTSET)
     assert fairchem_kd.StudentCalculator is StudentCalculator
     assert "StudentCalculator" in dir(fairchem_kd)
+
+
+@pytest.mark.parametrize("pbc", [(True, True, True), (True, False, True), (False, False, False)])
+def test_the_edges_are_those_of_stocks_search(pbc: tuple[bool, ...]) -> None:
+    """Of a skewed cell narrower than the reach and of a second structure, in stock's order."""
+    chance = np.random.default_rng(0)
+    cell = [[4.0, 0.0, 0.0], [1.5, 5.0, 0.0], [-1.0, 0.5, 9.0]]
+    made = [
+        Atoms("Cu" * n, cell=cell, scaled_positions=chance.random((n, 3)), pbc=pbc) for n in (5, 3)
+    ]
+    batch = Systems(made, torch.device("cpu")).batch
+    found = _search(batch, 6.0)
+    squares = _lengths(batch, found).square()
+    edge_index, cell_offsets, _ = radius_graph_pbc(batch, 6.0, 10**6, True)
+    kept = (squares <= 36.0) & (squares > 1e-4)
+    assert torch.equal(found.edge_index[:, kept], edge_index)
+    assert torch.equal(found.cell_offsets[kept], cell_offsets)
+    assert (~kept).sum() < 3  # to rounding, no more than that is looked for
+
+
+def _lengths(batch: Any, found: Any) -> torch.Tensor:
+    source, target = found.edge_index
+    return (batch.pos[target] - (batch.pos[source] + found.offsets)).norm(dim=1)
+
+
+def test_a_cell_that_is_far_too_small(student: StudentCalculator) -> None:
+    atoms = Atoms("H" * 200, positions=np.random.default_rng(0).random((200, 3)), cell=[0.2] * 3)
+    atoms.pbc = True
+    with pytest.raises(UserError, match="too many: look at the cell"):
+        answers(student, atoms)
