@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from configs import ROOT
 from models import fit_scales
 from trainings import config, inside, trainer, write_home
 
@@ -193,3 +195,14 @@ def test_wrong_arguments_end_in_a_sentence(
 def test_a_bar_must_be_finite() -> None:
     with pytest.raises(UserError, match="must be a number"):
         bars_for(None, bars(forces_mae=str(np.nan)))
+
+
+def test_the_page_has_every_figure_and_every_set() -> None:
+    page = (ROOT / "docs" / "md.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for name in FIGURES:
+        assert any(f"`{name}`" in row for row in rows), name
+    for use, limits in USES.items():
+        (row,) = [row for row in rows if row.startswith(f"| `{use}` ")]
+        found = dict(re.findall(r"`(\w+)` ([\d.]+)", row))
+        assert {name: float(limit) for name, limit in found.items()} == limits
