@@ -3,11 +3,11 @@
     python benchmarks/md_step.py
     python benchmarks/md_step.py --device cuda --atoms 10 30 100 300 1000
 
-An untrained PaiNN-small (64 channels, 3 layers, 30 neighbours within 6 Å), with direct and with conservative forces, on
-slabs and on boxes of ethanol. In turns, so that a busy machine slows all of them: stock's forward,
-the forward with edges that are given, a step through stock's OCPCalculator and one through
-StudentCalculator, both by ASE's velocity Verlet at 300 K. Neighbours are searched anew in some of
-the steps; what a step costs then is in the mean, not in the median.
+An untrained PaiNN-small (64 channels, 3 layers, 30 neighbours within 6 Å), with direct and with
+conservative forces, on slabs and on boxes of ethanol. In turns, so that a busy machine slows all of
+them: stock's forward, the forward with edges that are given, a step through stock's OCPCalculator
+and one through StudentCalculator, both by ASE's velocity Verlet at 300 K. Neighbours are searched
+anew in some of the steps; what a step costs then is in the mean, not in the median.
 """
 
 from __future__ import annotations
