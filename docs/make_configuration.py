@@ -26,9 +26,10 @@ HEAD = """\
 
 <!-- Written by docs/make_configuration.py; do not edit. -->
 
-Everything that fairchem-kd adds to a fairchem config stands under `task.distillation`, and under
-`build` beside a dataset split's `src`. Unknown keys and values that do not fit are refused before a
-model is loaded. Any key can be given on the command line:
+What fairchem-kd adds to a fairchem config stands under `task.distillation`, and under `build`
+beside a dataset split's `src`. Unknown keys and values that do not fit are refused before a
+model is loaded. `task.conservative: true` has forces taken from the energy
+([A student that runs dynamics](md.md)). Any key can be given on the command line:
 `--task.distillation.losses.e2n.coefficient=10`.
 """
 

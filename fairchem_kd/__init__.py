@@ -19,11 +19,13 @@ from fairchem_kd.stock.plugin import register
 if TYPE_CHECKING:
     from fairchem_kd.distillation.trainer import DistillationTrainer
     from fairchem_kd.features import FeatureExtractor, available_features
+    from fairchem_kd.md.calculator import StudentCalculator
     from fairchem_kd.models.frozen import Teacher
 
 __all__ = [
     "DistillationTrainer",
     "FeatureExtractor",
+    "StudentCalculator",
     "Teacher",
     "UserError",
     "__version__",
@@ -34,6 +36,7 @@ __all__ = [
 _HOME = {
     "DistillationTrainer": "fairchem_kd.distillation.trainer",
     "FeatureExtractor": "fairchem_kd.features",
+    "StudentCalculator": "fairchem_kd.md.calculator",
     "Teacher": "fairchem_kd.models.frozen",
     "available_features": "fairchem_kd.features",
 }

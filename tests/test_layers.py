@@ -19,6 +19,7 @@ ROOMS = (
     "distillation",
     "training",  # knows no teacher
     "teachers",
+    "md",
     "store",  # numpy alone
     "losses",
     "models",

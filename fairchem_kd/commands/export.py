@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         _data_card,
         _versions,
         evaluate,
+        forces_in_words,
         portable,
         training_seconds,
     )
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         "parameters": sum(p.numel() for p in model.parameters()),
         "elements": elements,
         "units": {"energy": "eV", "forces": "eV/Å"},
+        "forces": forces_in_words(model),
         "data": _about(data),
         "training_seconds": training_seconds(checkpoint["config"]),
         "metrics": {},

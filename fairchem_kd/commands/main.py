@@ -29,6 +29,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "accept": Command("fairchem_kd.commands.accept", "hold a student against the bars of a use"),
     "cka": Command("fairchem_kd.commands.cka", "show how similar the layers of two models are"),
     "compare": Command("fairchem_kd.commands.compare", "show what distillation gained"),
     "configs": Command(

@@ -18,10 +18,13 @@ from fairchem_kd.losses import Loss, loss_class
 from fairchem_kd.losses.schedule import Schedule
 from fairchem_kd.machine import FP32, PRECISIONS
 from fairchem_kd.schema import is_null, option, parse
+from fairchem_kd.stock.conservative import KEY as CONSERVATIVE
 from fairchem_kd.teachers.answers import PRECISIONS as KEPT
 from fairchem_kd.teachers.place import AUTO
 
 WHERE = "task.distillation"
+#: Keys of ``task`` that stock does not read.
+OURS = ("distillation", CONSERVATIVE)
 #: What stands beside the terms' values in logs and records.
 RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted", "label_loss")
 
@@ -127,8 +130,9 @@ def parse_distillation(task: Mapping[str, Any] | None) -> DistillationConfig:
     """
     task = task or {}
     for key in task:
-        if key != "distillation" and difflib.get_close_matches(str(key), ["distillation"]):
-            raise UserError(f"task has an unknown key '{key}' (did you mean 'distillation'?).")
+        near = difflib.get_close_matches(str(key), OURS, n=1)
+        if key not in OURS and near:
+            raise UserError(f"task has an unknown key '{key}' (did you mean '{near[0]}'?).")
     return parse(DistillationConfig, task.get("distillation"), WHERE)
 
 

@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.address import FeatureSpec, Kind
+from fairchem_kd.stock.conservative import WHERE
+from fairchem_kd.stock.gradient_forces import has_gradient_forces
 
 #: Why a model that averages over atoms offers no energies of atoms.
 MEAN_READOUT = "this model averages over atoms, so what its atoms give does not add up to an energy"
@@ -39,14 +41,17 @@ def refuse_wrong_forces(model: nn.Module, what: str) -> None:
     if not getattr(backbone, "direct_forces", True):
         raise UserError(
             f"{what} is a PaiNN with direct_forces: false, whose forces fairchem-core 1.10 takes "
-            "from the gradient of the node features and not of the energy: take direct_forces: "
-            "true, or SchNet for forces that are a gradient."
+            "from the gradient of the node features and not of the energy: set "
+            f"model.regress_forces: false with {WHERE}: true for forces that are the gradient of "
+            "the energy, or direct_forces: true for a head of their own."
         )
 
 
 def needs_autograd(model: nn.Module) -> bool:
     """Whether forces may be a gradient, so that a forward needs gradients inside."""
     backbone: Any = backbone_of(model)
+    if has_gradient_forces(backbone):
+        return True
     forces = getattr(backbone, "regress_forces", True)
     return bool(forces) and not getattr(backbone, "direct_forces", False)
 

@@ -9,6 +9,7 @@ from fairchem.core.models.schnet import SchNetWrap
 from torch import nn
 
 from fairchem_kd.features.architecture import backbone_of
+from fairchem_kd.stock.gradient_forces import has_gradient_forces
 
 _WITHOUT_FORCE_HEAD = (SchNetWrap, DimeNetPlusPlusWrap)
 
@@ -19,7 +20,9 @@ def facts(model: nn.Module) -> dict[str, Any]:
     # EquiformerV2 and eSCN have a head for forces and no such switch
     direct = getattr(backbone, "direct_forces", not isinstance(backbone, _WITHOUT_FORCE_HEAD))
     forces = "none"
-    if getattr(backbone, "regress_forces", True):
+    if has_gradient_forces(backbone):
+        forces = "gradient"
+    elif getattr(backbone, "regress_forces", True):
         forces = "direct" if direct else "gradient"
     return {
         "model": type(backbone).__name__,

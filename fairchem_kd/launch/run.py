@@ -33,6 +33,7 @@ from fairchem_kd.launch.ranks import KDRunner, run_launched_rank, run_rank, sent
 from fairchem_kd.launch.stock_command import stock_command_with
 from fairchem_kd.launch.submission import Executor, refusals_told
 from fairchem_kd.machine import flush_denormals
+from fairchem_kd.stock.conservative import check_conservative
 from fairchem_kd.stock.noise import VERBOSE, plain_logs
 from fairchem_kd.stock.options import check_training_config
 from fairchem_kd.stock.predictions import in_single_precision
@@ -45,6 +46,7 @@ Grid = Callable[[dict[str, Any], Path], list[dict[str, Any]]]
 def run_config(args: argparse.Namespace, config: dict[str, Any], grid: Grid | None = None) -> None:
     """Build the data that is missing, then launch the config as stock would."""
     parse_distillation(config.get("task"))  # before minutes are spent on data
+    check_conservative(config, ours=is_ours(config))
     if is_ours(config):
         check_training_config(config)
         refuse_graph_parallel(args.gp_gpus)

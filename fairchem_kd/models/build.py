@@ -27,6 +27,8 @@ from fairchem_kd.features import stock_model_config
 from fairchem_kd.models.legacy import modern, modern_config, scale_file
 from fairchem_kd.reading import read_json
 from fairchem_kd.stock.configs import load_config
+from fairchem_kd.stock.conservative import is_conservative
+from fairchem_kd.stock.gradient_forces import give_gradient_forces
 from fairchem_kd.stock.scales import scale_file_key
 from fairchem_kd.stock.search import look_before_searching
 
@@ -59,6 +61,8 @@ def model_class(name: str) -> type[nn.Module]:
 def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
     """The bare stock model of a checkpoint, on the CPU, with its (EMA) weights.
 
+    One that was trained with ``task.conservative`` gives forces that are its energy's slope.
+
     Raises:
         UserError: it cannot be built, or the weights do not fit.
     """
@@ -85,6 +89,8 @@ def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
             "fairchem-core: use a checkpoint of a model that this one has."
         ) from error
     load_weights(model, checkpoint, name)
+    if is_conservative(checkpoint["config"]):
+        give_gradient_forces(model, read_units(checkpoint)[0])
     return model
 
 

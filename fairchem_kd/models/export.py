@@ -15,15 +15,16 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 import torch
-from fairchem.core.trainers import OCPTrainer
 from torch import nn
 
 from fairchem_kd._version import __version__
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import stock_model_config
+from fairchem_kd.features.facts import facts
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.reading import read_json
-from fairchem_kd.stock.trainer import in_one_process
+from fairchem_kd.stock.gradient_forces import has_gradient_forces
+from fairchem_kd.stock.trainer import StockTrainer, in_one_process
 
 CARD_FORMAT = 1
 _METRICS = {
@@ -118,7 +119,7 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, dict[str, float]]:
         if not (data / split).exists():
             continue
         trainer = in_one_process(
-            OCPTrainer,
+            StockTrainer,
             config,
             {"train": {}, "val": {"format": "lmdb", **reading, "src": str(data / split)}},
             identifier="export",
@@ -132,6 +133,17 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, dict[str, float]]:
             if name in found
         }
     return metrics
+
+
+def forces_in_words(model: nn.Module) -> str:
+    """How a model makes its forces, for its card."""
+    if has_gradient_forces(model):
+        return (
+            "-dE/dx, worked out of the energy by fairchem-kd (task.conservative); fairchem-core by "
+            "itself gives the energy alone: OCPCalculator(..., only_output=['energy'])"
+        )
+    kinds = {"direct": "a head of their own", "gradient": "-dE/dx", "none": "none"}
+    return kinds[facts(model)["forces"]]
 
 
 def training_seconds(config: Mapping[str, Any]) -> float | None:

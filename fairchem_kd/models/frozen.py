@@ -28,6 +28,7 @@ from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import modern_config, predicts_relaxed_energy
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.stock.gradient_forces import has_gradient_forces
 from fairchem_kd.stock.neighbours import refuse_isolated
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Teacher:
         self.name = name
         self.config = dict(config or {})
         self.elements = None if elements is None else frozenset(elements)
-        forces = getattr(model, "regress_forces", True)
+        forces = getattr(model, "regress_forces", True) or has_gradient_forces(model)
         self.outputs = {k: v for k, v in given_outputs(outputs) if forces or k != "forces"}
         #: the output that its ``atom_energy`` is of; None where it has none, or several may be
         self.energy_name = energy_name_of(model)

@@ -77,6 +77,7 @@ def _is_told(record: logging.LogRecord) -> bool:
 NOISE = (
     r"'PaiNN\w*\.jittable' is deprecated",
     r"'pin_memory' argument is set as true but no accelerator is found",
+    r"Grad strides do not match bucket view strides",  # of a layer with one output
 )
 
 

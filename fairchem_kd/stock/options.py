@@ -18,6 +18,7 @@ from typing import Any
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.reading import read_json
 from fairchem_kd.schema import is_null, read_value
+from fairchem_kd.stock.conservative import check_conservative
 from fairchem_kd.stock.named_files import check_loadable, check_units
 from fairchem_kd.stock.option_table import (
     BLOCKS,
@@ -51,6 +52,7 @@ def check_training_config(config: dict[str, Any]) -> None:
     task = config.get("task")
     if not isinstance(task, Mapping | None):
         raise UserError(f"task must be a mapping of keys, not {task!r:.60}.")
+    check_conservative(config, ours=True)
     if config.get("loss_functions") or not (task or {}).get("dataset"):
         _outputs(config)  # else OCP's config, out of which stock makes these blocks
         _losses(config)

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fairchem.core.common.utils import setup_logging
 from fairchem.core.modules.scaling import ScaleFactor
-from fairchem.core.trainers import OCPTrainer
 from torch import nn
 from tqdm import tqdm
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.stock.trainer import in_one_process
+from fairchem_kd.stock.trainer import StockTrainer, in_one_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,7 +142,7 @@ def _stop_after(factor: nn.Module, calls: int) -> Iterator[list[None]]:
         handle.remove()
 
 
-def trainer_for_scales(config: dict[str, Any], path: Path, *, seed: int, cpu: bool) -> OCPTrainer:
+def trainer_for_scales(config: dict[str, Any], path: Path, *, seed: int, cpu: bool) -> StockTrainer:
     """A stock trainer in this process, for its model and its training batches.
 
     The config's own trainer is not asked, for a distillation would load a teacher first.
@@ -160,7 +159,7 @@ def trainer_for_scales(config: dict[str, Any], path: Path, *, seed: int, cpu: bo
     if isinstance(model.get("backbone"), dict):
         model["backbone"] = {k: v for k, v in model["backbone"].items() if k != "scale_file"}
     return in_one_process(
-        OCPTrainer,
+        StockTrainer,
         config,
         {"train": train},
         identifier="fit-scales",

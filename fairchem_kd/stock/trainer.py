@@ -19,8 +19,10 @@ from fairchem.core.trainers import OCPTrainer
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.machine import flush_denormals, flush_worker
+from fairchem_kd.stock.conservative import is_conservative
 from fairchem_kd.stock.constraints import use_our_rule
 from fairchem_kd.stock.datasets import with_own_databases
+from fairchem_kd.stock.gradient_forces import give_gradient_forces
 from fairchem_kd.stock.kept_samples import KeptSamples, Room, repeatable
 from fairchem_kd.stock.neighbours import refuse_isolated
 from fairchem_kd.stock.samples import use_our_collater
@@ -89,6 +91,8 @@ class StockTrainer(OCPTrainer):
             if "unexpected keyword argument" not in str(error):
                 raise
             raise UserError(f"model has a key that the model does not know: {error}.") from error
+        if is_conservative(self.config):
+            give_gradient_forces(self._unwrapped_model, self.normalizers)
 
     def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> DataLoader:
         in_workers = self.config["optim"]["num_workers"] if workers is None else workers

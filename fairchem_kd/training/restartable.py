@@ -24,6 +24,7 @@ from fairchem.core.modules.exponential_moving_average import ExponentialMovingAv
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.architecture import refuse_wrong_forces
 from fairchem_kd.random_state import random_state, set_random_state
+from fairchem_kd.stock.gradient_forces import check_gradient_forces, close_at_cutoff
 from fairchem_kd.stock.trainer import StockTrainer
 from fairchem_kd.training.before import check_ranks, check_space, check_split
 from fairchem_kd.training.checks import (
@@ -33,6 +34,7 @@ from fairchem_kd.training.checks import (
     refuse_gradients,
     refuse_none_free,
 )
+from fairchem_kd.training.from_direct import without_force_head
 from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to_go_on
 from fairchem_kd.training.owner import Owner
 from fairchem_kd.training.progress import Progress
@@ -166,6 +168,7 @@ class RestartableTrainer(StockTrainer):
         with refused_by_all():
             for split in ("train", "val", "test"):
                 check_split(self, split)
+            check_gradient_forces(self._unwrapped_model, self.normalizers)
 
     def check_ranks(self) -> None:
         """Make sure that all ranks go on from the same, with the same data and config."""
@@ -380,9 +383,13 @@ class RestartableTrainer(StockTrainer):
             checkpoint = read_student(checkpoint_path, own=own)
         if own:
             check_same_run(checkpoint["config"], self.config, self.timestamp_id)
+        else:
+            weights = self._unwrapped_model.state_dict()
+            checkpoint = without_force_head(checkpoint, self.config, weights, checkpoint_path)
         super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         if inference_only:
             return
+        close_at_cutoff(self._unwrapped_model, self.ema)
         if self.ema_decay and self.ema is None:
             # Stock drops EMA where the file has none, e.g. for an exported student.
             self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)

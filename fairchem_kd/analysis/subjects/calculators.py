@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from fairchem_kd.errors import UserError
 from fairchem_kd.models.file import weights_only_everywhere
 from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.stock.conservative import is_conservative
+from fairchem_kd.stock.gradient_forces import give_gradient_forces
 from fairchem_kd.stock.noise import quiet
 from fairchem_kd.stock.samples import use_our_collater
 from fairchem_kd.stock.search import look_before_searching
@@ -52,12 +54,15 @@ def make_calculator(file: ModelFile, *, cpu: bool = True) -> Calculator:
     config["dataset"] = {"train": {**(dataset if isinstance(dataset, Mapping) else {}), "src": ""}}
     with quiet(), isolated_random_state(), reading:
         try:
-            return OCPCalculator(config_yml=config, checkpoint_path=file.path, cpu=cpu, seed=0)
+            made = OCPCalculator(config_yml=config, checkpoint_path=file.path, cpu=cpu, seed=0)
         except Exception as error:  # whatever stock makes of a config that misses what it needs
             raise UserError(
                 f"{file.path} cannot be loaded by fairchem's OCPCalculator "
                 f"({type(error).__name__}: {error}); take a checkpoint that fairchem wrote."
             ) from error
+    if is_conservative(file.config):  # of which stock's trainer knows the energy alone
+        give_gradient_forces(made.trainer._unwrapped_model, made.trainer.normalizers)
+    return made
 
 
 def atoms_of(structures: Structures) -> list[ase.Atoms]:

@@ -1,0 +1,1 @@
+"""Whether a student is good enough for a use: measured, and held against bars."""

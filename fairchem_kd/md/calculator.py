@@ -1,0 +1,268 @@
+"""``StudentCalculator``: a student for ASE, with little around its own forward.
+
+Its numbers are those of stock's ``OCPCalculator`` to the rounding of float32. What is left out is
+done there at every step and says the same at every step: structures are made into samples and
+batches anew, neighbours are searched among all pairs, and a trainer stands between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
+from numpy.typing import NDArray
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.features.architecture import backbone_of, needs_autograd, refuse_wrong_forces
+from fairchem_kd.md.systems import Systems
+from fairchem_kd.models.build import build_model, check_finite, read_units
+from fairchem_kd.models.elements import _known_elements
+from fairchem_kd.models.file import read_checkpoint
+from fairchem_kd.models.frozen import Teacher as FrozenModel
+from fairchem_kd.models.legacy import modern_config
+from fairchem_kd.models.units import Units
+from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.stock.reused_graphs import ReusedGraphs
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+Array = NDArray[np.float64]
+
+SKIN = 0.6  #: Å; about 20 steps of 0.5 fs of hydrogen at 1000 K
+LEAST_SKIN = 0.01  #: Å; below it hardly a step is without a search
+_OF_A_RUN = ("best_checkpoint.pt", "checkpoint.pt")
+
+
+class Exploded(UserError, CalculationFailed):
+    """A structure of which a model gives no finite answer, or no answer at all.
+
+    What was written before it, a trajectory for example, is whole.
+    """
+
+
+class StudentCalculator(Calculator):
+    """A stock checkpoint as an ASE calculator; several structures may be asked about at once.
+
+    A model that was trained with ``task.conservative`` gives forces that are the slope of its
+    energy. Not to be shared by threads.
+
+    Args:
+        path: a checkpoint of fairchem 1.x, exported or of a run, or the folder of a run.
+        skin: Å by which neighbours are looked for beyond the cutoff: searched anew once an atom has
+            moved by half of it.
+        device: ``cpu`` or ``cuda``; where there is CUDA by default.
+        trust: unpickle a file that may run code.
+
+    Raises:
+        UserError: no such checkpoint, or options that cannot be used.
+    """
+
+    implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012  (as ASE has it)
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        skin: float = SKIN,
+        device: str | torch.device | None = None,
+        trust: bool = False,
+    ) -> None:
+        super().__init__()
+        self.skin = _checked_skin(skin)
+        self.device = _device(device)
+        self.model = _load(Path(path), self.device, trust)
+        if "energy" not in self.model.outputs:
+            raise UserError(f"{path} predicts no energies, so it is no calculator.")
+        refuse_wrong_forces(self.model.model, f"The model in {path}")
+        if "forces" not in self.model.outputs:
+            self.implemented_properties = ["energy", "free_energy"]
+        self.graphs = ReusedGraphs(backbone_of(self.model.model), self.skin)
+        self._mode = torch.no_grad if needs_autograd(self.model.model) else torch.inference_mode
+        self._systems: Systems | None = None
+        self._last: Atoms | None = None  # of which `results` are
+        self._zero: Any = None  # energies (eV) of the structures at a normalised energy of 0
+        self._units: dict[str, tuple[float, float]] = {}
+        self.use_cache = False  # ASE's, which copies structures at every step
+        self.searches = 0  #: how often neighbours have been searched
+
+    def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
+        """What is not as it was when `results` were worked out; as ASE asks, and sooner."""
+        last, systems = self._last, self._systems
+        if last is None or systems is None or not systems.are([atoms]):
+            return list(all_changes)
+        return [] if np.array_equal(last.positions, atoms.positions) else ["positions"]
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """As ASE calls it.
+
+        Raises:
+            Exploded: the model has no finite answer for ``atoms``.
+            UserError: an element that the model does not know.
+        """
+        atoms = self._last if atoms is None else atoms
+        if atoms is None:
+            raise UserError("There is no structure to compute: give one.")
+        before, last, self._last = self._systems, self._last, None
+        (self.results,) = self._answer([atoms])
+        if last is not None and self._systems is before:
+            last.positions[:] = atoms.positions
+        else:
+            last = atoms.copy()
+        self.atoms = self._last = last
+
+    def calculate_batch(self, structures: Sequence[Atoms]) -> list[dict[str, Any]]:
+        """Energies and forces of several structures, by one forward.
+
+        Asked about the same structures again, moved a little, it searches no neighbours.
+
+        Returns:
+            For each its ``energy`` (eV), ``free_energy`` (the same) and ``forces`` (eV/Å,
+            ``(N, 3)``, of fixed atoms too).
+
+        Raises:
+            Exploded, UserError: as :meth:`calculate`.
+        """
+        self.reset()
+        self._last = None
+        return self._answer(list(structures)) if len(structures) else []
+
+    def _answer(self, structures: list[Atoms]) -> list[dict[str, Any]]:
+        energies, forces = self._predict(structures)
+        found: list[dict[str, Any]] = [{"energy": e, "free_energy": e} for e in energies]
+        start = 0
+        for atoms, one in zip(structures, found, strict=True):
+            stop = start + len(atoms)
+            if forces is not None:
+                one["forces"] = forces[start:stop]
+            start = stop
+        return found
+
+    def _predict(self, structures: list[Atoms]) -> tuple[list[float], Array | None]:
+        systems = self._prepared(structures)
+        try:
+            with self._mode():
+                raw = self.model.forward(systems.batch).raw
+            scale, _ = self._unit("energy")
+            energy = scale * raw["energy"].reshape(-1).double().cpu().numpy() + self._zero
+            forces = None
+            if "forces" in raw:
+                scale, shift = self._unit("forces")
+                forces = scale * raw["forces"].double().cpu().numpy() + shift
+        except UserError as error:
+            self._systems = None
+            raise Exploded(str(error)) from error
+        if not (np.isfinite(energy).all() and (forces is None or np.isfinite(forces).all())):
+            self._systems = None
+            raise Exploded(
+                f"The model's answer for {_which(structures, energy)} is not finite: its atoms "
+                "have come where the model knows nothing; look at the last structures that were "
+                "written and take a shorter time step, or a model trained on such structures."
+            )
+        return energy.tolist(), forces
+
+    def _unit(self, name: str) -> tuple[float, float]:
+        """By what an output is multiplied and shifted on the way to eV or eV/Å."""
+        if name not in self._units:
+            normalizer = self.model.units.normalizers.get(name)
+            unit = (1.0, 0.0)
+            if normalizer is not None:
+                unit = (float(normalizer.rmsd), float(normalizer.mean))
+            self._units[name] = unit
+        return self._units[name]
+
+    def _prepared(self, structures: list[Atoms]) -> Systems:
+        """The structures as the model takes them; what is known of their neighbours is kept."""
+        for atoms in structures:
+            if not len(atoms):
+                raise UserError("There is a structure without atoms: leave it out.")
+            if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell).all()):
+                raise Exploded(
+                    f"A position or the cell of {atoms.get_chemical_formula()} is not finite, so "
+                    "that the dynamics have gone wrong: take a shorter time step, and look at the "
+                    "last structures that were written."
+                )
+        systems = self._systems
+        if systems is not None and systems.are(structures):
+            if systems.move_to(structures) < 0.4999 * self.skin:
+                return systems
+        else:
+            numbers = np.concatenate([atoms.numbers for atoms in structures])
+            self.model.check_elements(torch.from_numpy(numbers))
+        try:
+            systems = self._systems = Systems(structures, self.device)
+        except ValueError as error:
+            self._systems = None
+            raise UserError(
+                f"A structure cannot be computed with: {error}; mend its cell."
+            ) from error
+        zeros = torch.zeros(len(structures), 1, dtype=torch.float64, device=self.device)
+        self._zero = (
+            self.model.units.physical("energy", zeros, systems.batch).reshape(-1).cpu().numpy()
+        )
+        self.graphs.renew()
+        self.searches += 1
+        return systems
+
+
+def _checked_skin(skin: Any) -> float:
+    good = isinstance(skin, int | float) and not isinstance(skin, bool) and math.isfinite(skin)
+    if not good or skin < LEAST_SKIN:
+        raise UserError(
+            f"skin is {skin!r}, and has to be a length of at least {LEAST_SKIN} Å, since "
+            "neighbours are searched anew once an atom has moved by half of it: leave it out "
+            f"({SKIN}), or give more."
+        )
+    return float(skin)
+
+
+def _device(given: str | torch.device | None) -> torch.device:
+    if given is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(given)
+    except RuntimeError as error:
+        raise UserError(f"device is {given!r}, and may be cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and there is none here: leave it out.")
+    return device
+
+
+def _load(path: Path, device: torch.device, trust: bool) -> FrozenModel:
+    """The model of a checkpoint, frozen, with its units."""
+    if path.is_dir():
+        found = [path / name for name in _OF_A_RUN if (path / name).is_file()]
+        if not found:
+            raise UserError(
+                f"The folder {path} has neither {' nor '.join(_OF_A_RUN)}: name a checkpoint."
+            )
+        path = found[0]
+    contents = read_checkpoint(path, trust=trust, hint="give trust=True if you trust it")
+    with isolated_random_state():
+        model = build_model(contents, str(path)).to(device)
+    check_finite(model, str(path))
+    return FrozenModel(
+        model,
+        Units(*read_units(contents, device)),
+        modern_config(contents["config"])["outputs"],
+        elements=_known_elements(path, None),
+        name=str(path),
+    )
+
+
+def _which(structures: Sequence[Atoms], energies: Array) -> str:
+    """The first structure without a finite energy, or the only one, in words."""
+    bad = np.flatnonzero(~np.isfinite(energies))
+    number = int(bad[0]) if len(bad) else 0
+    formula = structures[number].get_chemical_formula()
+    return formula if len(structures) == 1 else f"structure {number} ({formula})"
