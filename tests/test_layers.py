@@ -33,6 +33,7 @@ GROUND = (
     "_version",
     "errors",
     "files",
+    "json_file",
     "machine",
     "npz",
     "random_state",

@@ -258,7 +258,7 @@ def _live(path: Path, args: argparse.Namespace, precision: str) -> LiveTeacher:
 
 
 def _card(store: Path) -> Any:
-    from fairchem_kd.teachers.place import Card
+    from fairchem_kd.store import Card
 
     card = Card.read(store) if store.exists() else None
     if card is None:

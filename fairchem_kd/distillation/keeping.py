@@ -24,12 +24,12 @@ from fairchem_kd.distillation.config import TeacherConfig
 from fairchem_kd.features import Request
 from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.stock.structures import pick
-from fairchem_kd.store import STRUCTURE, Column
+from fairchem_kd.store import STRUCTURE, Card, Column
 from fairchem_kd.store.format import ENTRY
 from fairchem_kd.teachers.drift import batch_dependence, differences, refuse_drift
 from fairchem_kd.teachers.filling import GROUP, Filling, Source, dataset_mark, source_of
 from fairchem_kd.teachers.live import LiveTeacher
-from fairchem_kd.teachers.place import Card, check_card, room, size_of, store_folder, writable
+from fairchem_kd.teachers.place import check_card, room, size_of, store_folder, writable
 from fairchem_kd.teachers.stored import StoredTeacher, columns_for
 from fairchem_kd.training.checks import check_finite
 from fairchem_kd.training.ranks import rank, refused_by_all, world_size

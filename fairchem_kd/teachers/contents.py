@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fairchem_kd.store import STRUCTURE, Reader
-from fairchem_kd.teachers.place import Card, size_of
+from fairchem_kd.store import STRUCTURE, Card, Reader
+from fairchem_kd.teachers.place import size_of
 
 
 def contents(folder: Path) -> str:
