@@ -19,6 +19,7 @@ ROOMS = (
     "distillation",
     "training",  # knows no teacher
     "teachers",
+    "calculators",  # numpy and ASE alone
     "store",  # numpy alone
     "losses",
     "models",

@@ -55,7 +55,7 @@ def check_card(card: Card, live: LiveTeacher, folder: Path, features: str) -> No
     if card.teacher != live.digest:
         raise UserError(
             f"task.distillation.teacher.store: {folder} keeps what another teacher said "
-            f"({card.name}), not {live.frozen.name}: name another folder, or 'auto', which has one "
+            f"({card.name}), not {live.name}: name another folder, or 'auto', which has one "
             "for each teacher."
         )
     if card.features != features:
