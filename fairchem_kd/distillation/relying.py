@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fairchem_kd.distillation.companions import Companions
 from fairchem_kd.distillation.keeping import Wanted
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Request
 from fairchem_kd.store.failures import FAILED
-from fairchem_kd.teachers import Teacher
 from fairchem_kd.teachers.answers import structures_of
 from fairchem_kd.teachers.filling import Source, is_marked, note_filled
 from fairchem_kd.teachers.recorded import KEY, RecordedTeacher
-from fairchem_kd.teachers.stored import MISSING, StoredTeacher
+from fairchem_kd.teachers.stored import StoredTeacher
 from fairchem_kd.training.ranks import rank, refused_by_all
-
-if TYPE_CHECKING:
-    from torch_geometric.data import Batch
 
 #: Of a source, of whose structures no more may have failed than this share.
 MOST_FAILED = 0.5
@@ -93,13 +88,6 @@ def _look(stored: StoredTeacher, teacher: RecordedTeacher, sources: Sequence[Sou
             f"nobody can be asked: {teacher.mend} fills it."
         )
     note_filled(stored.folder, stored.names, whole)
-
-
-def can_say(teacher: Teacher, batch: Batch) -> bool:
-    """Whether a teacher says something of all structures of a batch; one of the live kind does."""
-    if not isinstance(teacher, StoredTeacher) or teacher.live.is_here:
-        return True
-    return not teacher.said(batch.clone().to("cpu"))[MISSING]
 
 
 def refuse_new_copies(companions: Companions | None) -> None:

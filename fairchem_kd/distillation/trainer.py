@@ -30,7 +30,8 @@ from fairchem_kd.distillation.companions.join import labelled_part
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.distillation.keeping import Wanted, keep, wanted_structures
 from fairchem_kd.distillation.opening import open_teacher, teacher_seen
-from fairchem_kd.distillation.relying import can_say, refuse_new_copies, rely
+from fairchem_kd.distillation.prediction import prediction_of
+from fairchem_kd.distillation.relying import refuse_new_copies, rely
 from fairchem_kd.distillation.terms import LABEL_LOSS, UNTRUSTED, Distillation
 from fairchem_kd.distillation.watch import Watch
 from fairchem_kd.errors import UserError
@@ -346,30 +347,9 @@ class DistillationTrainer(RestartableTrainer):
 
     @property
     def teacher_prediction(self) -> Predict | None:
-        distillation = self.distillation
-        if distillation is None:
+        if self.distillation is None:
             return None
-
-        def predict(batch: Batch) -> dict[str, torch.Tensor]:
-            teacher = distillation.teacher
-            if not can_say(teacher, batch):
-                return {}
-            passing = isinstance(teacher, StoredTeacher) and teacher.asked_in_passing()
-            with passing or nullcontext():
-                taught = teacher.teach(batch, distillation.teacher_requests)
-            if distillation.zero is not None:
-                taught = distillation.zero.applied(taught, batch)
-            said = taught.outputs
-            rows = {"system": len(batch.natoms), "atom": len(batch.pos)}
-            return {
-                name: distillation.units.normalized(
-                    name, said[name].view(rows[target["level"]], -1), batch
-                ).float()
-                for name, target in self.output_targets.items()
-                if name in said
-            }
-
-        return predict
+        return prediction_of(self.distillation, self.output_targets)
 
     def cost_in_words(self) -> str:
         if self.distillation is None:
