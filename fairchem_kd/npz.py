@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fairchem_kd.reading import Unreadable, opened
+from fairchem_kd.json_file import Unreadable, opened
 
 _ZIP = (zipfile.BadZipFile, NotImplementedError, struct.error, zlib.error)
 MAX_ARRAY = 1 << 32  # bytes of one array

@@ -20,6 +20,7 @@ ROOMS = (
     "training",  # knows no teacher
     "teachers",
     "md",
+    "calculators",  # numpy and ASE alone
     "store",  # numpy alone
     "losses",
     "models",
@@ -34,6 +35,7 @@ GROUND = (
     "_version",
     "errors",
     "files",
+    "json_file",
     "machine",
     "npz",
     "random_state",

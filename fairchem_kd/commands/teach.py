@@ -8,7 +8,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fairchem_kd.calculators.asking import parse_features
+from fairchem_kd.calculators.options import add_calculator_arguments, factory_of, parse_part
 from fairchem_kd.commands.arguments import add_cluster_arguments, at_least, more_than
+from fairchem_kd.commands.teach_calculator import (
+    ask,
+    store_of,
+    verify,
+    write_structures,
+    write_writer,
+)
 from fairchem_kd.errors import UserError
 from fairchem_kd.machine import FP32, PRECISIONS
 
@@ -24,6 +33,10 @@ A training with a teacher fills its store by itself. This command does so ahead,
   fairchem-kd teach CONFIG.yml --submit --parts 20 --slurm-partition gpu    as a SLURM array
   fairchem-kd teach CONFIG.yml --part 3/20     the third of 20 parts, for a script of your own
   fairchem-kd teach DATA... --teacher FILE     structures: data sets, or files that ASE reads
+  fairchem-kd teach CONFIG.yml --calculator ase.calculators.emt:EMT --out STORE
+                                               the same of any ASE calculator; and of DATA
+  fairchem-kd teach CONFIG.yml --structures FILE.npz    write what would be asked about, and
+  fairchem-kd teach --writer FILE.py           what asks about it where numpy and ASE are alone
   fairchem-kd teach info STORE                 what a store holds
   fairchem-kd teach verify STORE               check all of it, and ask the teacher about a sample
 
@@ -37,13 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "what", nargs="+", metavar="WHAT", help="CONFIG.yml, or DATA, or info or verify and a STORE"
+        "what", nargs="*", metavar="WHAT", help="CONFIG.yml, or DATA, or info or verify and a STORE"
     )
     parser.add_argument("--teacher", type=Path, metavar="FILE", help="the teacher's checkpoint")
     parser.add_argument(
         "--features", nargs="+", default=[], metavar="ADDRESS",
         help="with DATA: features to keep with the outputs, such as node edge vector node@2; "
-        "edge features are summed onto their target atoms",
+        "edge features are summed onto their target atoms; of a calculator ADDRESS=KEY, the array "
+        "KEY of its results",
     )  # fmt: skip
     parser.add_argument(
         "--out", metavar="STORE", help="the store's folder (default: that of trainings here)"
@@ -63,6 +77,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
     parser.add_argument("--trust", action="store_true", help="unpickle files that may run code")
+    anywhere = parser.add_argument_group("any ASE calculator as the teacher")
+    add_calculator_arguments(anywhere, required=False)
+    anywhere.add_argument(
+        "--structures", metavar="FILE.npz",
+        help="ask nobody: write the structures that would be asked about to a file",
+    )  # fmt: skip
+    anywhere.add_argument(
+        "--writer", type=Path, metavar="FILE.py",
+        help="write the python file that fills a store where numpy, ASE and a calculator are",
+    )  # fmt: skip
     cluster = add_cluster_arguments(parser, "submit the parts as one job array")
     cluster.add_argument(
         "--parts", type=at_least(1), default=16, metavar="N", help="jobs of the array (16)"
@@ -75,14 +99,23 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a config, teacher, data set or store that will not do.
     """
+    if args.writer is not None:
+        if args.what:
+            raise UserError("--writer FILE.py is given alone.")
+        return write_writer(args.writer)
+    if not args.what:
+        raise UserError("fairchem-kd teach needs CONFIG.yml, or DATA, or info or verify and STORE.")
     first, *more = args.what
     if first in ("info", "verify") and not (more == [] and Path(first).exists()):
         if len(more) != 1:
             raise UserError(f"fairchem-kd teach {first} takes one STORE, the folder of a store.")
         return _info(Path(more[0])) if first == "info" else _verify(Path(more[0]), args)
-    part = _part(args.part)
+    if args.structures is not None:
+        return write_structures(args)
+    part = parse_part(args.part)
     if part is not None and (args.processes > 1 or args.submit):
         raise UserError("--part goes with neither --processes nor --submit.")
+    _check_teacher(args)
     if args.submit:
         if args.processes > 1:
             raise UserError("--processes and --submit: give one of the two; --parts says how many.")
@@ -90,30 +123,37 @@ def run(args: argparse.Namespace) -> int:
     is_config = _is_config(args)
     if args.processes > 1:
         _in_processes(args)
+        args.retry = False
+    if args.calculator is not None:
+        store = ask(args, part)
+        return _info(store) if part is None else 0
     if is_config:
         return _for_training(Path(first), args, part)
     return _for_data([Path(path) for path in args.what], args, part or (0, 1))
 
 
-def _part(given: str | None) -> tuple[int, int] | None:
-    """``3/20`` as (2, 20)."""
-    if given is None:
-        return None
-    number, slash, of = given.partition("/")
-    if not (slash and number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
-        raise UserError(f"--part {given} must read I/N, with I from 1 to N, such as 3/20.")
-    return int(number) - 1, int(of)
+def _check_teacher(args: argparse.Namespace) -> None:
+    """Refuse options of one kind of teacher beside the other."""
+    if factory_of(args) is None:
+        return
+    others = ("teacher", "precision", "trust")
+    for name in others:
+        if getattr(args, name):
+            raise UserError(f"--{name} is of a checkpoint, and --calculator is another teacher.")
+    parse_features(args.features)
+    store_of(args)
 
 
 def _words(args: argparse.Namespace) -> list[str]:
     """The command that does the same in one process, to be given its part."""
     words = ["teach", *args.what]
-    for name in ("teacher", "out", "max_gb", "precision"):
+    named = ("calculator", "calculator_args", "teacher_name")
+    for name in ("teacher", "out", "max_gb", "precision", *named):
         value = getattr(args, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--features", *args.features] if args.features else []
-    return words + [f"--{name}" for name in ("cpu", "trust") if getattr(args, name)]
+    return words + [f"--{name}" for name in ("cpu", "trust", "retry") if getattr(args, name)]
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -165,10 +205,13 @@ def _is_config(args: argparse.Namespace) -> bool:
     """
     first, *more = args.what
     if Path(first).suffix not in (".yml", ".yaml"):
-        if args.teacher is None:
-            raise UserError("fairchem-kd teach DATA needs --teacher FILE, a checkpoint.")
+        if args.teacher is None and args.calculator is None:
+            raise UserError(
+                "fairchem-kd teach DATA needs --teacher FILE, a checkpoint, or --calculator "
+                "MODULE:FACTORY."
+            )
         return False
-    if more or args.features:
+    if more or (args.features and args.calculator is None):
         raise UserError("A training's config says what is to be asked: give it alone.")
     return True
 
@@ -258,7 +301,7 @@ def _live(path: Path, args: argparse.Namespace, precision: str) -> LiveTeacher:
 
 
 def _card(store: Path) -> Any:
-    from fairchem_kd.teachers.place import Card
+    from fairchem_kd.store import Card
 
     card = Card.read(store) if store.exists() else None
     if card is None:
@@ -283,6 +326,9 @@ def _verify(store: Path, args: argparse.Namespace) -> int:
     card = _card(store)
     whole, damaged = check_records(store)
     print(f"{whole} records are whole, {damaged} are damaged or cut off")
+    if card.calculator is not None:
+        verify(store, card, args.samples)
+        return 1 if damaged else 0
     path = args.teacher or Path(card.name)
     if not path.exists():
         raise UserError(
@@ -292,8 +338,7 @@ def _verify(store: Path, args: argparse.Namespace) -> int:
     check_card(card, live, store, card.features)
     requests, columns = requests_in(store)
     teacher = StoredTeacher(live, store, requests, columns)
-    device = next(live.frozen.model.parameters()).device
-    asked, found = differences(teacher, args.samples, device)
+    asked, found = differences(teacher, args.samples, live.device)
     print(f"{asked} structures were asked about again; the largest differences:")
     for one in found:
         unit = "eV per atom" if one.column == "output:energy" else "of the root mean square"

@@ -142,7 +142,7 @@ def _errors(
         counts += [composition(sample) for sample in samples]
         batch = collate(samples).to(device)
         said = teacher.teach(batch, requests)
-        said = (said if shifted is None else shifted(said, batch)).sound(())
+        said = said if shifted is None else shifted(said, batch)  # NaN stays, and is left out
         for name, theirs in said.outputs.items():
             label = batch.get(name)
             if isinstance(label, torch.Tensor) and label.numel() == theirs.numel():

@@ -20,7 +20,7 @@ from fairchem_kd.machine import FP32, PRECISIONS
 from fairchem_kd.schema import is_null, option, parse
 from fairchem_kd.stock.conservative import KEY as CONSERVATIVE
 from fairchem_kd.teachers.answers import PRECISIONS as KEPT
-from fairchem_kd.teachers.place import AUTO
+from fairchem_kd.teachers.place import AUTO, OFF
 
 WHERE = "task.distillation"
 #: Keys of ``task`` that stock does not read.
@@ -31,7 +31,10 @@ RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted", "
 
 @dataclass
 class TeacherConfig:
-    """Where the teacher is; its architecture, normalisers and scale factors come from the file."""
+    """Where the teacher is; its architecture, normalisers and scale factors come from the file.
+
+    Without a file, a store of what it has said is the teacher, for whatever that holds.
+    """
 
     checkpoint: str | None = option(None, help="the teacher's checkpoint")
     trust_checkpoint: bool = option(
@@ -46,7 +49,9 @@ class TeacherConfig:
         help="how it computes: tf32 is of NVIDIA's GPUs (fp32 elsewhere), bf16 torch's autocast",
     )
     store: str = option(
-        AUTO, help="where its answers are kept and read: auto, off (ask at every step) or a folder"
+        AUTO,
+        help="where its answers are kept and read: auto, off (ask at every step) or a folder, "
+        "which without checkpoint is the teacher",
     )
     energy_zero: str = option(
         "teacher",
@@ -61,6 +66,11 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if not self.store.strip():
             raise UserError(f"{WHERE}.teacher.store must be auto, off or a folder, not empty.")
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the teacher is a store and nothing else."""
+        return not self.checkpoint and self.store.strip().lower() not in (AUTO, OFF)
 
 
 @dataclass
@@ -107,13 +117,13 @@ class DistillationConfig:
         for name, given in (self.losses or {}).items():
             if not is_null(given):  # `null` switches off a term of an included file
                 self.terms[name] = _term(name, given)
-        if (
-            any(term.coefficient > 0 for term in self.terms.values())
-            and not self.teacher.checkpoint
+        if any(term.coefficient > 0 for term in self.terms.values()) and not (
+            self.teacher.checkpoint or self.teacher.is_recorded
         ):
             raise UserError(
                 f"{WHERE}.teacher.checkpoint is required by {WHERE}.losses: give the path of a "
-                "trained fairchem checkpoint, or set the losses to null."
+                "trained fairchem checkpoint, or in teacher.store that of a store of what a "
+                "teacher has said, or set the losses to null."
             )
 
     @property

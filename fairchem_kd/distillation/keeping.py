@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,19 @@ from fairchem_kd.distillation.config import TeacherConfig
 from fairchem_kd.features import Request
 from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.stock.structures import pick
-from fairchem_kd.store import STRUCTURE, Column
+from fairchem_kd.store import STRUCTURE, Card, Column
 from fairchem_kd.store.format import ENTRY
 from fairchem_kd.teachers.drift import batch_dependence, differences, refuse_drift
-from fairchem_kd.teachers.filling import GROUP, Filling, Source, dataset_mark, source_of
+from fairchem_kd.teachers.filling import (
+    GROUP,
+    Filling,
+    Source,
+    dataset_mark,
+    note_filled,
+    source_of,
+)
 from fairchem_kd.teachers.live import LiveTeacher
-from fairchem_kd.teachers.place import Card, check_card, room, size_of, store_folder, writable
+from fairchem_kd.teachers.place import check_card, room, size_of, store_folder, writable
 from fairchem_kd.teachers.stored import StoredTeacher, columns_for
 from fairchem_kd.training.checks import check_finite
 from fairchem_kd.training.ranks import rank, refused_by_all, world_size
@@ -56,7 +63,7 @@ class _Place:
 
     folder: Path | None
     why: str = ""  # the folder is not written to
-    dependence: dict[str, float] | None = None
+    dependence: Mapping[str, float] | None = None
     was_there: bool = False
 
 
@@ -111,7 +118,7 @@ def keep(
     if place.why:
         _say(f"The store {folder} is read, and not added to: {place.why}.")
     else:
-        _fill(teacher, config, wanted, device, part, stop)
+        _fill(live, teacher, config, wanted, device, part, stop)
     return teacher
 
 
@@ -138,7 +145,7 @@ def _find(
         return _Place(folder, why)
     made = StoredTeacher(live, folder, requests, columns)
     dependence = batch_dependence(made, first, _PROBED, device)
-    card = Card(live.digest, live.frozen.name, config.store_features, dependence, live.precision)
+    card = Card(live.digest, live.name, config.store_features, dependence, live.precision)
     try:
         card.write(folder)
     except OSError as error:
@@ -146,7 +153,7 @@ def _find(
     return _Place(folder, "", dependence)
 
 
-def _verify(teacher: StoredTeacher, dependence: dict[str, float], device: torch.device) -> None:
+def _verify(teacher: StoredTeacher, dependence: Mapping[str, float], device: torch.device) -> None:
     with refused_by_all():
         if rank() == 0 and len(teacher.reader):
             _, found = differences(teacher, SAMPLES, device)
@@ -154,6 +161,7 @@ def _verify(teacher: StoredTeacher, dependence: dict[str, float], device: torch.
 
 
 def _fill(
+    live: LiveTeacher,
     teacher: StoredTeacher,
     config: TeacherConfig,
     wanted: Sequence[Wanted],
@@ -163,7 +171,7 @@ def _fill(
 ) -> None:
     limit = min(config.max_gb * 1e9, size_of(teacher.folder) + 0.5 * room(teacher.folder))
     own, parts = part or (rank(), world_size())
-    check = _check(teacher.live)
+    check = _check(live)
     filling = Filling(teacher, part=own, parts=parts, limit=limit, check=check, stop=stop)
     often = [w.source for w in wanted if w.draws >= _SEEN * w.source.structures]
     seldom = [w.source.name for w in wanted if w.source not in often]
@@ -193,7 +201,7 @@ def _fill(
     if ended:
         _say(f"The store {teacher.folder} lacks some: {ended}. The teacher says the rest live.")
     elif rank() == 0 and parts == world_size():
-        filling.mark(missing)
+        note_filled(teacher.folder, teacher.names, missing)
     teacher.reader.refresh()
 
 

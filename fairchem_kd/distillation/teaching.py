@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,14 +49,6 @@ def teach_for_training(
     Raises:
         UserError: it is no config of a distillation, or its store cannot be filled.
     """
-    if not path.is_file():
-        raise UserError(f"The config {path} does not exist.")
-    config = training_config(path)
-    ensure_built(config)
-    block = (config.get("task") or {}).get("distillation")
-    if not isinstance(block, dict):
-        raise UserError(f"{path} has no {WHERE}, so that nobody is asked anything.")
-    block["teacher"] = dict(block.get("teacher") or {})
     given = {
         "checkpoint": None if teacher is None else str(teacher),
         "store": out,
@@ -63,13 +56,13 @@ def teach_for_training(
         "precision": precision,
         "trust_checkpoint": trust or None,
     }
-    block["teacher"] |= {key: value for key, value in given.items() if value is not None}
-    config["optim"]["num_workers"] = 0
-    with without_noise(), quiet():
-        trainer = in_one_process(
-            DistillationTrainer, config, config["dataset"], identifier="teach", cpu=cpu or None
-        )
-    try:
+    given = {key: value for key, value in given.items() if value is not None}
+    with trainer_for_teaching(path, given, cpu=cpu) as trainer:
+        if teacher is None and trainer.distillation_config.teacher.is_recorded:
+            raise UserError(
+                f"{path}: {WHERE}.teacher names a store and no checkpoint, so that there is nobody "
+                "to ask: give --teacher FILE or --calculator MODULE:FACTORY."
+            )
         with isolated_random_state():
             live = trainer.make_distillation()
             if live is None:
@@ -80,7 +73,39 @@ def teach_for_training(
         if not isinstance(kept, StoredTeacher):
             raise UserError(f"{path}: nothing is kept, see above; mend {WHERE}.teacher.store.")
         return kept.folder
+
+
+@contextmanager
+def trainer_for_teaching(
+    path: Path, given: Mapping[str, Any], *, cpu: bool = False
+) -> Iterator[DistillationTrainer]:
+    """The trainer of a config, which trains nothing; its data sets are closed afterwards.
+
+    Args:
+        path: the config.
+        given: in place of what it has under ``task.distillation.teacher``.
+        cpu: run on the CPU even where there is a GPU.
+
+    Raises:
+        UserError: it is no config of a distillation.
+    """
+    if not path.is_file():
+        raise UserError(f"The config {path} does not exist.")
+    config = training_config(path)
+    ensure_built(config)
+    block = (config.get("task") or {}).get("distillation")
+    if not isinstance(block, dict):
+        raise UserError(f"{path} has no {WHERE}, so that nobody is asked anything.")
+    block["teacher"] = {**(block.get("teacher") or {}), **given}
+    config["optim"]["num_workers"] = 0
+    with without_noise(), quiet():
+        trainer = in_one_process(
+            DistillationTrainer, config, config["dataset"], identifier="teach", cpu=cpu or None
+        )
+    try:
+        yield trainer
     finally:
+        trainer.__dict__.clear()
         del trainer
         gc.collect()  # closes the data sets
 
@@ -110,15 +135,16 @@ def teach_samples(
         held = list(read())
         if not held:
             raise UserError(f"{name} holds no structure; name a file that does.")
-        wanted.append(Wanted(_held(name, held), float("inf")))
-    device = next(live.frozen.model.parameters()).device
-    stored = keep(live, requests, config, wanted, run_dir=".", device=device, part=part)
+        wanted.append(Wanted(held_source(name, held), float("inf")))
+    stored = keep(live, requests, config, wanted, run_dir=".", device=live.device, part=part)
     if stored is None:
         raise UserError("Nothing is kept, see above; name another folder with --out.")
     return stored.folder
 
 
-def _held(name: str, samples: list[Any]) -> Source:
+def held_source(name: str, samples: list[Any]) -> Source:
+    """Structures in memory, as what a store is to know about."""
+
     def make(group: int) -> Batch:
         return collate(samples[group * GROUP : (group + 1) * GROUP])
 

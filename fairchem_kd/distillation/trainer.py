@@ -28,22 +28,24 @@ from fairchem_kd.distillation.companions import (
 )
 from fairchem_kd.distillation.companions.join import labelled_part
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
-from fairchem_kd.distillation.keeping import keep, wanted_structures
+from fairchem_kd.distillation.keeping import Wanted, keep, wanted_structures
+from fairchem_kd.distillation.opening import open_teacher, teacher_seen
+from fairchem_kd.distillation.prediction import prediction_of
+from fairchem_kd.distillation.relying import refuse_new_copies, rely
 from fairchem_kd.distillation.terms import LABEL_LOSS, UNTRUSTED, Distillation
 from fairchem_kd.distillation.watch import Watch
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.features.wrappers import stock_model_config
-from fairchem_kd.models.frozen import Teacher as FrozenModel
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
-from fairchem_kd.teachers import LiveTeacher, Teacher
+from fairchem_kd.teachers import LiveTeacher
 from fairchem_kd.teachers.place import size_of
+from fairchem_kd.teachers.recorded import RecordedTeacher
 from fairchem_kd.teachers.stored import StoredTeacher
 from fairchem_kd.training.interruption import Ask
 from fairchem_kd.training.ranks import (
     check_same_on_ranks,
-    file_seen,
     rank,
     refused_by_all,
     seen_by_rank,
@@ -98,12 +100,12 @@ class DistillationTrainer(RestartableTrainer):
     def set_up(self) -> None:
         """Teacher, taps, terms and statistics; leaves the global random states as they were."""
         with isolated_random_state():
-            live = self.make_distillation()
-            if self.distillation is None or live is None:
+            teacher = self.make_distillation()
+            if self.distillation is None or teacher is None:
                 logging.info("No distillation losses: plain training")
                 return
-            if not self.is_debug:  # which writes nothing
-                self.keep_answers(live)
+            if not (self.is_debug and teacher.is_here):  # debugging writes nothing
+                self.keep_answers(teacher)
             self._say_what_is_not_taught()
             if not self.continues_run:
                 self._fit_zero()
@@ -158,21 +160,14 @@ class DistillationTrainer(RestartableTrainer):
                 "its labels, and from the teacher's features where a loss compares them"
             )
 
-    def make_distillation(self) -> LiveTeacher | None:
+    def make_distillation(self) -> LiveTeacher | RecordedTeacher | None:
         """Make `distillation` and `companions`; returns their teacher, None for plain training."""
         config = self.distillation_config
-        if not config.active_terms or config.teacher.checkpoint is None:
+        if not config.active_terms:
             return None
         with refused_by_all():
-            teacher = LiveTeacher(
-                FrozenModel.from_checkpoint(
-                    config.teacher.checkpoint,
-                    trust=config.teacher.trust_checkpoint,
-                    elements=config.teacher.elements,
-                    device=self.device,
-                ),
-                config.teacher.precision,
-            )
+            teacher = open_teacher(config.teacher, self.device)
+            assert teacher is not None  # the config says so where there are terms
             self.distillation = Distillation(
                 config,
                 self._unwrapped_model,
@@ -193,39 +188,51 @@ class DistillationTrainer(RestartableTrainer):
                 # a coefficient that is not the loss's own was chosen
                 [n for n, t in terms if t.coefficient != t.default_coefficient],
             )
-            self.companions = self._make_companions(teacher)
+            if self.companions is None:
+                self.companions = self.make_companions(teacher.check_elements)
         if self.companions is not None and self.companions.unlabelled is not None:
             more = {"task.distillation.unlabelled": self.companions.unlabelled.dataset}
             check_same_on_ranks(seen_by_rank(self.config, more))
         return teacher
 
-    def keep_answers(self, live: LiveTeacher, part: tuple[int, int] | None = None) -> None:
+    def wanted(self) -> list[Wanted]:
+        """What this training will ask its teacher about."""
+        config = self.config
+        return wanted_structures(
+            (self.train_dataset, config["dataset"]),
+            self.collater,
+            self.companions,
+            (self.val_dataset, config["val_dataset"]) if self._reports_validation else None,
+            steps=self.last_step,
+            per_step=config["optim"].get("batch_size", 1) * world_size(),
+        )
+
+    def keep_answers(
+        self, teacher: LiveTeacher | RecordedTeacher, part: tuple[int, int] | None = None
+    ) -> None:
         """From here on the teacher's answers come out of a store, where there is to be one.
 
         Args:
-            live: the teacher.
+            teacher: the teacher.
             part: which of how many parts of the store is filled; by default this rank's.
         """
         assert self.distillation is not None
-        config = self.config
-        validated = (self.val_dataset, config["val_dataset"]) if self._reports_validation else None
-        stored = keep(
-            live,
-            self.distillation.teacher_requests,
-            self.distillation_config.teacher,
-            wanted_structures(
-                (self.train_dataset, config["dataset"]),
-                self.collater,
-                self.companions,
-                validated,
-                steps=self.last_step,
-                per_step=config["optim"].get("batch_size", 1) * world_size(),
-            ),
-            run_dir=self._run_dir,
-            device=self.device,
-            part=part,
-            stop=lambda: self.interruption.noted,
-        )
+        requests = self.distillation.teacher_requests
+        stored: StoredTeacher | None
+        if isinstance(teacher, RecordedTeacher):
+            refuse_new_copies(self.companions)
+            stored = rely(teacher, requests, self.wanted())
+        else:
+            stored = keep(
+                teacher,
+                requests,
+                self.distillation_config.teacher,
+                self.wanted(),
+                run_dir=self._run_dir,
+                device=self.device,
+                part=part,
+                stop=lambda: self.interruption.noted,
+            )
         if self.interruption.asked() is Ask.LEAVE:
             self.interruption.leave()  # nothing is lost: the store goes on where it was
         if stored is None:
@@ -235,15 +242,19 @@ class DistillationTrainer(RestartableTrainer):
             self.companions.said = stored.said
         self.collater = stored.reading(self.collater)  # of loaders to come
         self.train_loader.collate_fn = self.collater
-        if validated is not None:
+        if self._reports_validation:
             self.val_loader.collate_fn = self.collater
 
     @property
     def _reports_validation(self) -> bool:
         return self.distillation_config.validate and self.val_loader is not None
 
-    def _make_companions(self, teacher: Teacher) -> Companions | None:
-        """What goes with the labelled structures of a step."""
+    def make_companions(self, check_elements: Callable[[torch.Tensor], None]) -> Companions | None:
+        """What goes with the labelled structures of a step.
+
+        Args:
+            check_elements: refuses atoms that the teacher knows nothing about.
+        """
         config, seed = self.distillation_config, self.config["cmd"]["seed"] or 0
         if config.rattle is None and config.unlabelled is None:
             return None
@@ -263,7 +274,7 @@ class DistillationTrainer(RestartableTrainer):
                 ranks=world_size(),
                 make_loader=self.get_dataloader,
             )
-            unlabelled.check(teacher.check_elements)
+            unlabelled.check(check_elements)
         rattler = None
         if config.rattle is not None and config.rattle.copies > 0:
             rattler = Rattler(config.rattle, seed, self._copies_of_each(config.rattle, unlabelled))
@@ -282,8 +293,7 @@ class DistillationTrainer(RestartableTrainer):
     def seen(self) -> dict[str, Any]:
         if not self.distillation_config.active_terms:
             return {}
-        path = self.distillation_config.teacher.checkpoint
-        return {"task.distillation.teacher.checkpoint": file_seen(path or "")}
+        return teacher_seen(self.distillation_config.teacher)
 
     # -- a step -----------------------------------------------------------------------------------
 
@@ -337,28 +347,9 @@ class DistillationTrainer(RestartableTrainer):
 
     @property
     def teacher_prediction(self) -> Predict | None:
-        distillation = self.distillation
-        if distillation is None:
+        if self.distillation is None:
             return None
-
-        def predict(batch: Batch) -> dict[str, torch.Tensor]:
-            teacher = distillation.teacher
-            passing = isinstance(teacher, StoredTeacher) and teacher.asked_in_passing()
-            with passing or nullcontext():
-                taught = teacher.teach(batch, distillation.teacher_requests)
-            if distillation.zero is not None:
-                taught = distillation.zero.applied(taught, batch)
-            said = taught.outputs
-            rows = {"system": len(batch.natoms), "atom": len(batch.pos)}
-            return {
-                name: distillation.units.normalized(
-                    name, said[name].view(rows[target["level"]], -1), batch
-                ).float()
-                for name, target in self.output_targets.items()
-                if name in said
-            }
-
-        return predict
+        return prediction_of(self.distillation, self.output_targets)
 
     def cost_in_words(self) -> str:
         if self.distillation is None:

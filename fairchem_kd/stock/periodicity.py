@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import ase
 
 #: Å of room that a structure gets along an axis that is not periodic: more than any model looks.
 ROOM = 40.0
@@ -15,13 +17,13 @@ COMPLETED = 1.001  #: Å: an edge that is no longer than that may have been put 
 FLAT = 1e-3  #: of a cell with edges of length 1: the volume below which it has none
 
 
-def tags_of(atoms: int, periodic: bool) -> torch.Tensor:
+def tags_of(atoms: int, periodic: bool) -> NDArray[np.int64]:
     """Tags, ``(N,)``, of a structure whose atoms have none, or all 0, which is ASE's default.
 
     GemNet-OC's quadruplets are for tags 1 (surface) and 2 (adsorbate), so that not every atom may
     have 0: a molecule has 2, anything periodic 1.
     """
-    return torch.full((atoms,), 1 if periodic else 2, dtype=torch.long)
+    return np.full(atoms, 1 if periodic else 2)
 
 
 def room(cell: NDArray[Any], periodic: NDArray[Any], pos: NDArray[Any]) -> NDArray[np.float64]:
@@ -59,6 +61,22 @@ def everywhere(
     if flat(given):
         raise ValueError("its cell's vectors lie in a plane")
     return room(given, periodic, np.asarray(pos, dtype=np.float64))
+
+
+def as_periodic(atoms: ase.Atoms) -> ase.Atoms:
+    """A copy that is periodic along all three axes, without images in reach along new ones.
+
+    fairchem's models make their graphs with one ``pbc`` for a whole batch; along an axis that was
+    not periodic, the cell becomes so long that room lies between a structure and its image.
+    """
+    copy = atoms.copy()
+    if bool(np.all(copy.pbc)):
+        return copy
+    periodic = axes(np.asarray(copy.pbc), np.array(copy.cell))
+    copy.set_cell(room(np.array(copy.cell), periodic, copy.positions))
+    copy.center(axis=tuple(int(axis) for axis in np.flatnonzero(~periodic)))
+    copy.pbc = True
+    return copy
 
 
 def flat(cell: NDArray[Any]) -> bool:

@@ -62,7 +62,7 @@ def fit(samples: Sequence[Any]) -> Sequence[Any]:
     for sample, lacks in zip(samples, untagged, strict=True):
         one = copy.copy(sample)
         if lacks:
-            one.tags = tags_of(len(sample.pos), bool(_periodic(sample).any()))
+            one.tags = torch.from_numpy(tags_of(len(sample.pos), bool(_periodic(sample).any())))
         if not same:
             one.cell, one.pbc = _in_room(sample)
         made.append(one)

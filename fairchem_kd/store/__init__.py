@@ -6,7 +6,8 @@ answers of fairchem's models is in :mod:`fairchem_kd.teachers`.
 
 from __future__ import annotations
 
+from fairchem_kd.store.card import Card
 from fairchem_kd.store.format import FORMAT, STRUCTURE, Column, Structure, Writer
 from fairchem_kd.store.reader import Reader, Shard
 
-__all__ = ["FORMAT", "STRUCTURE", "Column", "Reader", "Shard", "Structure", "Writer"]
+__all__ = ["FORMAT", "STRUCTURE", "Card", "Column", "Reader", "Shard", "Structure", "Writer"]

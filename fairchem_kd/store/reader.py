@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fairchem_kd.reading import read_json
+from fairchem_kd.json_file import read_json
 from fairchem_kd.store.format import (
     CHECKED,
     ENTRY,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fairchem_kd.features import Request
 from fairchem_kd.stock import periodicity
-from fairchem_kd.store import Column, Structure
+from fairchem_kd.store import Column, Structure, names
+from fairchem_kd.store.names import atom_energy_column, output_column
 from fairchem_kd.teachers.base import Taught
 
 if TYPE_CHECKING:
@@ -23,17 +24,8 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp32": "<f4", "fp16": "<f2", "bf16": "bf16"}
 
 
-def output_column(name: str) -> str:
-    return f"output:{name}"
-
-
-def atom_energy_column(output: str) -> str:
-    """Of the energy the name without more, as in stores from before there were others."""
-    return "atom_energy" if output == "energy" else f"atom_energy:{output}"
-
-
 def feature_column(request: Request) -> str:
-    return f"feature:{request.address}:{request.form}"
+    return names.feature_column(request.address, request.form)
 
 
 def requests_of(columns: Iterable[str]) -> list[Request]:

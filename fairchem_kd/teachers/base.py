@@ -132,3 +132,26 @@ class Teacher(Protocol):
 
         With ``outputs`` false outputs may be left out, where that is faster.
         """
+
+
+class Asked(Teacher, Protocol):
+    """Whose answers a store keeps: a teacher that says what its answers depend on."""
+
+    @property
+    def name(self) -> str:
+        """What a user calls it."""
+
+    @property
+    def digest(self) -> str:
+        """Of all that its answers depend on."""
+
+    @property
+    def precision(self) -> str:
+        """In which it computes."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it can be asked about what the store lacks."""
+
+    def spread(self, output: str) -> float | None:
+        """By how much an output of structures varies, where it says so."""

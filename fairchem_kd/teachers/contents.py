@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from fairchem_kd.store import STRUCTURE, Reader
-from fairchem_kd.teachers.place import Card, size_of
+from fairchem_kd.store import STRUCTURE, Card, Reader
+from fairchem_kd.store.failures import FAILED, failures
+from fairchem_kd.teachers.place import size_of
+from fairchem_kd.text import on_one_line
 
 
 def contents(folder: Path) -> str:
@@ -24,8 +27,11 @@ def contents(folder: Path) -> str:
     lines = [
         f"{folder}: {len(structures)} structures in {len(reader.shards)} shards, "
         f"{size_of(folder) / 1e6:.1f} MB",
-        f"  teacher {card.name} ({card.teacher[:16]}), computed in {card.precision}",
+        f"  teacher {card.name} ({card.teacher[:16]}){_computed(card)}",
     ]
+    failed = failures(folder).keys() - structures
+    if failed:
+        lines.append(f"  {len(failed)} structures of which it could say nothing: {folder / FAILED}")
     for name, column in sorted(columns.items()):
         rows = "N" if column.per == "atom" else ""
         shape = ", ".join([*([rows] if rows else []), *map(str, column.shape)])
@@ -35,6 +41,15 @@ def contents(folder: Path) -> str:
     if reader.strange:
         lines.append(f"  passed over, of another format: {', '.join(reader.strange)}")
     return "\n".join(lines)
+
+
+def _computed(card: Card) -> str:
+    """How a teacher computed, in words."""
+    told = card.calculator
+    if told is None:
+        return f", computed in {card.precision}"
+    versions = " ".join(f"{name} {version}" for name, version in told.get("versions", {}).items())
+    return f", {json.dumps(told['arguments'])}, {on_one_line(versions)}"
 
 
 def check_records(folder: Path) -> tuple[int, int]:

@@ -80,8 +80,7 @@ def difference(
 
 def _spread(teacher: StoredTeacher, column: Column) -> float | None:
     """By how much an output varies, as the teacher's normaliser says."""
-    normalizer = teacher.live.frozen.units.normalizers.get(column.name.partition(":")[2])
-    return None if normalizer is None else abs(float(normalizer.rmsd))
+    return teacher.live.spread(column.name.partition(":")[2])
 
 
 def batch_dependence(

@@ -127,24 +127,7 @@ class Filling:
 
     def is_marked(self, source: Source) -> bool:
         """Whether the store is known to have all of a source; a marked one is not read again."""
-        names = set(self.teacher.names)
-        return source.mark is not None and any(
-            mark.get("source") == source.mark and names <= set(mark.get("columns", []))
-            for mark in marks(self.teacher.folder)
-        )
-
-    def mark(self, sources: Sequence[Source]) -> None:
-        """Note that the store has all of these; for one process, when all parts have ended so."""
-        lines = [
-            json.dumps({"source": source.mark, "columns": self.teacher.names}) + "\n"
-            for source in sources
-            if source.mark is not None and not self.is_marked(source)
-        ]
-        try:
-            with (self.teacher.folder / "filled.jsonl").open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-        except OSError as error:
-            logging.debug(f"the store could not be marked ({error}); it will be looked through")
+        return is_marked(self.teacher.folder, self.teacher.names, source)
 
     def _own(self, groups: int) -> Iterator[int]:
         """This part's groups, from one that is drawn: jobs side by side begin at different ones."""
@@ -181,6 +164,28 @@ class Filling:
             return
         self._left -= size
         self.asked += len(batch.natoms)
+
+
+def is_marked(folder: Path, columns: Sequence[str], source: Source) -> bool:
+    """Whether a store is known to have these columns of all of a source."""
+    return source.mark is not None and any(
+        mark.get("source") == source.mark and set(columns) <= set(mark.get("columns", []))
+        for mark in marks(folder)
+    )
+
+
+def note_filled(folder: Path, columns: Sequence[str], sources: Sequence[Source]) -> None:
+    """Note that a store has all of these; for one process, when all parts have ended so."""
+    lines = [
+        json.dumps({"source": source.mark, "columns": list(columns)}) + "\n"
+        for source in sources
+        if source.mark is not None and not is_marked(folder, columns, source)
+    ]
+    try:
+        with (folder / "filled.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+    except OSError as error:
+        logging.debug(f"the store could not be marked ({error}); it will be looked through")
 
 
 def dataset_mark(settings: Any, dataset: Any, more: str = "") -> str | None:

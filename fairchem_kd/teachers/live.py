@@ -67,6 +67,23 @@ class LiveTeacher:
         return hashlib.sha256(f"{self.identity}{_digest(units)}{words}".encode()).hexdigest()
 
     @property
+    def name(self) -> str:
+        return self.frozen.name
+
+    @property
+    def is_here(self) -> bool:
+        return True
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.frozen.model.parameters()).device
+
+    def spread(self, output: str) -> float | None:
+        normalizer = self.frozen.units.normalizers.get(output)
+        return None if normalizer is None else abs(float(normalizer.rmsd))
+
+    @property
     def levels(self) -> dict[str, str]:
         """``system`` or ``atom``, by output."""
         outputs = self.frozen.outputs.items()

@@ -24,7 +24,7 @@ from fairchem_kd.teachers.answers import (
     structures_of,
     taught,
 )
-from fairchem_kd.teachers.base import Taught
+from fairchem_kd.teachers.base import Asked, Taught
 from fairchem_kd.teachers.live import LiveTeacher
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class StoredTeacher:
 
     def __init__(
         self,
-        live: LiveTeacher,
+        live: Asked,
         folder: Path,
         requests: Sequence[Request],
         columns: Sequence[Column],
@@ -122,7 +122,7 @@ class StoredTeacher:
         values = {name: said[name].to(device, non_blocking=True) for name in self.names}
         if said[MISSING]:
             self._ask(batch, said[MISSING], values)
-        return taught(values, batch.natoms, list(requests), self.live.frozen.name)
+        return taught(values, batch.natoms, list(requests), self.live.name)
 
     @contextmanager
     def asked_in_passing(self) -> Iterator[None]:
@@ -135,7 +135,7 @@ class StoredTeacher:
 
     def _ask(self, batch: Batch, missing: list[int], values: dict[str, Tensor]) -> None:
         """Fill the rows of the structures that the store lacks with what the live teacher says."""
-        if not self._told:
+        if not self._told and self.live.is_here:
             self._told = True
             logging.info(
                 f"Some structures are not in the store {self.folder}: of them the teacher is "

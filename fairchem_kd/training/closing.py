@@ -118,7 +118,7 @@ def judge(trainer: RestartableTrainer, best: Path | None) -> list[Judged]:
             student = _errors(trainer, _prediction_of(trainer), dataset, batches)
             teacher = None
             if trainer.teacher_prediction is not None:
-                teacher = _errors(trainer, trainer.teacher_prediction, dataset, batches)
+                teacher = _errors(trainer, trainer.teacher_prediction, dataset, batches) or None
             judged.append(Judged(split, number, student, teacher))
     return judged
 

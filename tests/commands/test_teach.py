@@ -16,9 +16,8 @@ from fairchem_kd.commands import teach
 from fairchem_kd.commands.arguments import Parser
 from fairchem_kd.commands.main import main
 from fairchem_kd.commands.teach_jobs import Request, submit
-from fairchem_kd.store import Reader
+from fairchem_kd.store import Card, Reader
 from fairchem_kd.teachers import LiveTeacher, filling
-from fairchem_kd.teachers.place import Card
 
 DATA = ["data/train", "--teacher", "teacher.pt", "--features", "node", "edge", "--cpu"]
 

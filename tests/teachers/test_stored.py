@@ -20,10 +20,10 @@ from trainings import teacher as teacher
 
 from fairchem_kd.distillation import keeping
 from fairchem_kd.errors import UserError
-from fairchem_kd.store import Reader, Writer
+from fairchem_kd.store import Card, Reader, Writer
 from fairchem_kd.teachers import LiveTeacher, filling
 from fairchem_kd.teachers.contents import check_records, contents
-from fairchem_kd.teachers.place import FOLDER, Card
+from fairchem_kd.teachers.place import FOLDER
 from fairchem_kd.teachers.stored import StoredTeacher
 
 

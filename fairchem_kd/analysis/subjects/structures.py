@@ -17,7 +17,7 @@ from fairchem_kd.data.convert.sources import find_files
 from fairchem_kd.data.xyz_file import SUFFIXES, check_xyz
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.datasets import close_dataset, collate, open_in_order
-from fairchem_kd.stock.periodicity import axes, room, tags_of
+from fairchem_kd.stock.periodicity import as_periodic, tags_of
 
 if TYPE_CHECKING:
     import ase
@@ -166,23 +166,7 @@ def to_sample(atoms: ase.Atoms, number: int = 0) -> Data:
     data = convert(as_periodic(atoms), sid=number)
     data.fixed = torch.from_numpy(held(atoms)[0])
     if not data.tags.any():
-        data.tags = tags_of(len(atoms), bool(np.any(atoms.pbc)))
+        data.tags = torch.from_numpy(tags_of(len(atoms), bool(np.any(atoms.pbc))))
     data.fid = 0
     data.pbc = data.pbc.view(1, 3)
     return data
-
-
-def as_periodic(atoms: ase.Atoms) -> ase.Atoms:
-    """A copy that is periodic along all three axes, without images in reach along new ones.
-
-    fairchem's models make their graphs with one ``pbc`` for a whole batch; along an axis that was
-    not periodic, the cell becomes so long that room lies between a structure and its image.
-    """
-    copy = atoms.copy()
-    if bool(np.all(copy.pbc)):
-        return copy
-    periodic = axes(np.asarray(copy.pbc), np.array(copy.cell))
-    copy.set_cell(room(np.array(copy.cell), periodic, copy.positions))
-    copy.center(axis=tuple(int(axis) for axis in np.flatnonzero(~periodic)))
-    copy.pbc = True
-    return copy

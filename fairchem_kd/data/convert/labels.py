@@ -215,7 +215,7 @@ def _tags(atoms: Atoms) -> Any:
     """
     tags = atoms.get_tags()
     if not tags.any():
-        tags = tags_of(len(atoms), bool(atoms.pbc.any())).numpy()
+        tags = tags_of(len(atoms), bool(atoms.pbc.any()))
     return tags.astype(np.int32)
 
 

@@ -1,0 +1,13 @@
+"""Teachers that are ASE calculators: made, asked, checked; numpy and ASE alone.
+
+``fairchem-kd teach --calculator`` uses these modules where fairchem-kd is, and the file that
+``fairchem-kd teach --writer`` writes consists of them, for environments where it cannot be.
+"""
+
+from __future__ import annotations
+
+from fairchem_kd.calculators.asking import Calculator, NoAnswer
+from fairchem_kd.calculators.factory import Factory
+from fairchem_kd.calculators.filling import CalculatorFilling, Item, prepare
+
+__all__ = ["Calculator", "CalculatorFilling", "Factory", "Item", "NoAnswer", "prepare"]

@@ -1,0 +1,40 @@
+"""The teacher that a config names: a checkpoint, or a store of what one has said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fairchem_kd.distillation.config import TeacherConfig
+from fairchem_kd.models.frozen import Teacher as FrozenModel
+from fairchem_kd.store.format import CARD
+from fairchem_kd.teachers.live import LiveTeacher
+from fairchem_kd.teachers.recorded import RecordedTeacher
+from fairchem_kd.training.ranks import file_seen
+
+
+def open_teacher(
+    config: TeacherConfig, device: torch.device
+) -> LiveTeacher | RecordedTeacher | None:
+    """The teacher; None where the config names none.
+
+    Raises:
+        UserError: its checkpoint or its store will not do.
+    """
+    if config.checkpoint is not None:
+        frozen = FrozenModel.from_checkpoint(
+            config.checkpoint,
+            trust=config.trust_checkpoint,
+            elements=config.elements,
+            device=device,
+        )
+        return LiveTeacher(frozen, config.precision)
+    return RecordedTeacher(Path(config.store)) if config.is_recorded else None
+
+
+def teacher_seen(config: TeacherConfig) -> dict[str, str]:
+    """The teacher in short, which has to be the same on all ranks, by the key that names it."""
+    if config.checkpoint is None and config.is_recorded:
+        return {"task.distillation.teacher.store": file_seen(Path(config.store) / CARD)}
+    return {"task.distillation.teacher.checkpoint": file_seen(config.checkpoint or "")}
