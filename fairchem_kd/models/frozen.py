@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.features import Captured, FeatureExtractor, architecture_of, energy_name_of
+from fairchem_kd.features.architecture import draws_numbers
 from fairchem_kd.models.build import _unfitted, build_model, check_finite, read_units
 from fairchem_kd.models.elements import _known_elements
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import modern_config, predicts_relaxed_energy
 from fairchem_kd.models.units import Units
-from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.random_state import isolated_random_state, same_draws
 from fairchem_kd.stock.neighbours import refuse_isolated
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class Teacher:
         #: the output that its ``atom_energy`` is of; None where it has none, or several may be
         self.energy_name = energy_name_of(model)
         self._embedded = _embedded_elements(model)
+        self._draws = draws_numbers(model)
         known = set(range(1, self._embedded + 1))
         if self.elements is not None:
             known &= self.elements
@@ -181,7 +184,9 @@ class Teacher:
     ) -> TeacherOutput:
         """Outputs and, with an extractor made for ``self.model``, features of one batch.
 
-        The batch is left as it was. Forces that the teacher makes by autograd are made so here:
+        The batch is left as it was, and so are the global generators: a model that draws random
+        numbers draws the same ones for every batch, so that its answers are a function of that.
+        Forces that the teacher makes by autograd are made so here:
         fairchem's models switch gradients on for their own forward.
 
         Args:
@@ -192,11 +197,13 @@ class Teacher:
             self.model.eval()
         view = copy.copy(batch)  # models set keys (pbc) and ask for gradients with respect to pos
         view.pos = batch.pos.detach().clone()
+        drawing = same_draws(batch.pos.device) if self._draws else nullcontext()
         try:
             if extractor is None:
-                return TeacherOutput(self._outputs(self.model(view), batch), None)
+                with drawing:
+                    return TeacherOutput(self._outputs(self.model(view), batch), None)
             out: Mapping[str, Any] = {}
-            with extractor.capture(detach=True, stop=not outputs) as features:
+            with drawing, extractor.capture(detach=True, stop=not outputs) as features:
                 out = self.model(view)
         except Exception:
             refuse_isolated(batch, self.model)

@@ -44,9 +44,16 @@ def edge_order(feature: Any, order: torch.Tensor | None = None) -> torch.Tensor:
     return torch.tensor(sorted(range(len(source)), key=lambda e: [row[e] for row in keys]))
 
 
-@pytest.mark.parametrize("kind", ["rotation", "reflection", "translation", "permutation"])
+KINDS = ["rotation", "reflection", "translation", "permutation"]
+#: The activations of EquiformerV2 are functions on a grid on the sphere.
+ON_A_GRID = 5e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_scalars_are_invariant_and_vectors_turn(flavour: str, kind: str) -> None:
+    if kind == "reflection" and flavour in models.SPHERICAL:
+        pytest.skip("not by construction; see test_spherical.py")
     model = small(flavour)
     slabs = models.structures(2)
     moved, matrix, order = transformed(slabs, kind)
@@ -64,6 +71,8 @@ def test_scalars_are_invariant_and_vectors_turn(flavour: str, kind: str) -> None
         # fairchem keeps cells in float32, and with them the distances to periodic images
         scale = expected.abs().max()
         tolerance = 2e-5 if values.dtype == torch.float32 else 2e-6
+        if flavour.startswith("equiformer") and kind == "rotation":
+            tolerance = ON_A_GRID
         torch.testing.assert_close(
             values / scale,
             expected / scale,
