@@ -17,12 +17,14 @@ from fairchem_kd.moved import know_old_names
 from fairchem_kd.stock.plugin import register
 
 if TYPE_CHECKING:
+    from fairchem_kd.distillation.distiller import Distiller
     from fairchem_kd.distillation.trainer import DistillationTrainer
     from fairchem_kd.features import FeatureExtractor, available_features
     from fairchem_kd.models.frozen import Teacher
 
 __all__ = [
     "DistillationTrainer",
+    "Distiller",
     "FeatureExtractor",
     "Teacher",
     "UserError",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOME = {
     "DistillationTrainer": "fairchem_kd.distillation.trainer",
+    "Distiller": "fairchem_kd.distillation.distiller",
     "FeatureExtractor": "fairchem_kd.features",
     "Teacher": "fairchem_kd.models.frozen",
     "available_features": "fairchem_kd.features",

@@ -211,22 +211,8 @@ class Teacher:
         return TeacherOutput(self._outputs(out, batch) if outputs else {}, features)
 
     def _outputs(self, out: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
-        """Shaped as the trainer shapes its own."""
-        systems, atoms = batch.natoms.numel(), batch.pos.shape[0]
-        raw = {}
-        for name, config in self.outputs.items():
-            value = out.get(name)
-            if isinstance(value, Mapping):  # a hydra model: head, then property
-                value = value.get(config.get("property"))
-            if value is None:
-                raise UserError(
-                    f"{self.name} says that it predicts '{name}', but its model gives "
-                    f"{_given(out)}: outputs.{name}.property in its config has to name what its "
-                    "head gives."
-                )
-            rows = atoms if config.get("level", "system") == "atom" else systems
-            raw[name] = value.detach().view(rows, -1)
-        return raw
+        shaped = shaped_outputs(out, self.outputs, batch, self.name)
+        return {name: value.detach() for name, value in shaped.items()}
 
     def denormalized(self, output: TeacherOutput, batch: Batch) -> dict[str, Tensor]:
         """The outputs in physical units: energies ``(B,)`` in eV, forces ``(N, 3)`` in eV/Å."""
@@ -276,6 +262,40 @@ def given_outputs(
             continue
         for part, own in parts.items():
             yield part, {"level": config.get("level", "system"), **own}
+
+
+def shaped_outputs(
+    out: Mapping[str, Any], outputs: Mapping[str, Mapping[str, Any]], batch: Batch, name: str
+) -> dict[str, Tensor]:
+    """What a model's forward gave, shaped as fairchem's trainer shapes it: rows by level.
+
+    Args:
+        out: of the forward; of a hydra by head and then by property.
+        outputs: the ``outputs`` block of its config.
+        batch: of B structures and N atoms.
+        name: what errors call the model.
+
+    Returns:
+        ``(B, C)`` of structures and ``(N, C)`` of atoms, by output.
+
+    Raises:
+        UserError: an output is not there.
+    """
+    systems, atoms = batch.natoms.numel(), batch.pos.shape[0]
+    shaped = {}
+    for key, config in outputs.items():
+        value = out.get(key)
+        if isinstance(value, Mapping):  # a hydra model: head, then property
+            value = value.get(config.get("property"))
+        if value is None:
+            raise UserError(
+                f"{name} says that it predicts '{key}', but its model gives "
+                f"{_given(out)}: outputs.{key}.property in its config has to name what its "
+                "head gives."
+            )
+        rows = atoms if config.get("level", "system") == "atom" else systems
+        shaped[key] = value.view(rows, -1)
+    return shaped
 
 
 def _given(out: Mapping[str, Any]) -> str:
