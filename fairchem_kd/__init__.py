@@ -17,6 +17,7 @@ from fairchem_kd.moved import know_old_names
 from fairchem_kd.stock.plugin import register
 
 if TYPE_CHECKING:
+    from fairchem_kd.distillation.distiller import Distiller
     from fairchem_kd.distillation.trainer import DistillationTrainer
     from fairchem_kd.features import FeatureExtractor, available_features
     from fairchem_kd.md.calculator import StudentCalculator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DistillationTrainer",
+    "Distiller",
     "FeatureExtractor",
     "StudentCalculator",
     "Teacher",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOME = {
     "DistillationTrainer": "fairchem_kd.distillation.trainer",
+    "Distiller": "fairchem_kd.distillation.distiller",
     "FeatureExtractor": "fairchem_kd.features",
     "StudentCalculator": "fairchem_kd.md.calculator",
     "Teacher": "fairchem_kd.models.frozen",

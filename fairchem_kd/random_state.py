@@ -46,6 +46,24 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 @contextmanager
+def same_draws(device: torch.device | str, seed: int = 0) -> Iterator[None]:
+    """Within the block torch draws the same numbers each time, and goes on as if it had drawn none.
+
+    Args:
+        device: whose generator is meant beside that of the CPU.
+        seed: of both.
+    """
+    device = torch.device(device)
+    own = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=own):
+        torch.default_generator.manual_seed(seed)
+        for one in own:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def isolated_random_state() -> Iterator[None]:
     """Whatever the block draws leaves the global generators as they were.
 

@@ -13,6 +13,7 @@ from configs import ROOT
 ROOMS = (
     "commands",  # a file a subcommand; nothing imports it
     "demo",
+    "testing",  # what others call in their tests
     "sweep",
     "analysis",
     "launch",

@@ -9,9 +9,9 @@ from pathlib import Path
 from fairchem_kd.commands.arguments import at_least
 
 EPILOG = """\
-MODEL is a checkpoint of any fairchem 1.x GemNet-OC, PaiNN or SchNet, or the folder of a run;
-STRUCTURES an LMDB (a file or a folder of them) or any file that ASE reads. Edge features are
-summed onto their target atoms. `fairchem-kd inspect MODEL` lists the addresses.
+MODEL is a checkpoint of any fairchem 1.x GemNet-OC, PaiNN, SchNet, EquiformerV2, eSCN or eSEN, or
+the folder of a run; STRUCTURES an LMDB (a file or a folder of them) or any file that ASE reads.
+Edge features are summed onto their target atoms. `fairchem-kd inspect MODEL` lists the addresses.
 
   fairchem-kd features model.pt structures.extxyz --out embeddings.npz
   fairchem-kd features model.pt data/slabs/val --feature node@2 --feature vector --out out.parquet

@@ -116,7 +116,7 @@ class DistillationConfig:
         self.terms: dict[str, Loss] = {}
         for name, given in (self.losses or {}).items():
             if not is_null(given):  # `null` switches off a term of an included file
-                self.terms[name] = _term(name, given)
+                self.terms[name] = loss_term(name, given, f"{WHERE}.losses")
         if any(term.coefficient > 0 for term in self.terms.values()) and not (
             self.teacher.checkpoint or self.teacher.is_recorded
         ):
@@ -146,8 +146,13 @@ def parse_distillation(task: Mapping[str, Any] | None) -> DistillationConfig:
     return parse(DistillationConfig, task.get("distillation"), WHERE)
 
 
-def _term(name: str, given: Any) -> Loss:
-    where = f"{WHERE}.losses.{name}"
+def loss_term(name: str, given: Any, within: str) -> Loss:
+    """A term out of its options, found at ``within``.
+
+    Raises:
+        UserError: a name or options that do not fit.
+    """
+    where = f"{within}.{name}"
     if name in RESERVED:
         raise UserError(f"{where}: records have a value of that name already; choose another.")
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name):

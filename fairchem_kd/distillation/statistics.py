@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,8 +81,25 @@ def _fit(
     number = min(samples, count)
     chosen = [i * count // number for i in range(number)]
     logging.info(f"Standardising the teacher's features on {number} training samples")
-    for start in tqdm(range(0, number, 16), desc="standardise", disable=None):
-        batch = collate([dataset[i] for i in chosen[start : start + 16]])
+    starts = tqdm(range(0, number, 16), desc="standardise", disable=None)
+    batches = (collate([dataset[i] for i in chosen[at : at + 16]]) for at in starts)
+    fit_on_batches(terms, teacher, requests, batches, device)
+
+
+@torch.no_grad()
+def fit_on_batches(
+    terms: Sequence[Loss],
+    teacher: Teacher,
+    requests: Sequence[Request],
+    batches: Iterable[Batch],
+    device: torch.device,
+) -> None:
+    """Fix the standardisation of terms on what the teacher says of batches, in this process.
+
+    Raises:
+        UserError: structures that the teacher cannot take, features that do not vary.
+    """
+    for batch in batches:
         check_finite(batch, ())
         teacher.check_elements(batch.atomic_numbers)
         batch = batch.to(device)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from fairchem_kd.features import gemnet_oc, painn, schnet  # noqa: F401  (they register themselves)
+from fairchem_kd.features import (  # noqa: F401  (they register themselves)
+    equiformer_v2,
+    escn,
+    esen,
+    gemnet_oc,
+    painn,
+    schnet,
+)
 from fairchem_kd.features.address import (
     Feature,
     FeatureSpec,

@@ -96,6 +96,8 @@ class Architecture(ABC):
 
     #: fairchem's model class, of which subclasses (backbones, wrappers) are meant too
     model_class: ClassVar[type[nn.Module]]
+    #: whether a forward draws random numbers, in eval mode too
+    draws_numbers: ClassVar[bool] = False
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -141,8 +143,10 @@ class Architecture(ABC):
             places = dict(root.output_heads.items())
         found = {key: getattr(place, name, None) for key, place in places.items()}
         modules = {key: module for key, module in found.items() if module is not None}
-        if getattr(root, "pass_through_head_outputs", False) and modules:
-            return {output: list(modules.values())[-1]}  # whose output the others' are lost under
+        if getattr(root, "pass_through_head_outputs", False):
+            # by what a head calls its output; the last of a name is the one that is not lost
+            named = {key: getattr(places[key], "output_name", output) for key in modules}
+            return {named[key]: module for key, module in modules.items()}
         return modules
 
     def head(self, name: str, output: str) -> nn.Module | None:
@@ -152,19 +156,22 @@ class Architecture(ABC):
             return next(iter(found.values()))
         return found.get(output)
 
-    def add_atom_energies(self, readouts: Mapping[str, nn.Module]) -> None:
+    def add_atom_energies(
+        self, readouts: Mapping[str, nn.Module], select: Select | None = None
+    ) -> None:
         """Offer what atoms give to outputs that are sums over them.
 
         ``atom_energy`` is that of the output ``energy``, or of the only one there is.
 
         Args:
             readouts: by output, the module that gives ``(N, 1)``.
+            select: what takes them out of its output; None: they are its output.
         """
         if not readouts:
             return
         if "energy" in readouts or len(readouts) == 1:
             self.energy_name = "energy" if "energy" in readouts else next(iter(readouts))
-            energies = on_output(readouts[self.energy_name])
+            energies = on_output(readouts[self.energy_name], select)
             self.add("atom_energy", "node", 1, "energies of atoms, normalised", energies)
         else:
             several = ", ".join(f"atom_energy@{name}" for name in readouts)
@@ -173,7 +180,7 @@ class Architecture(ABC):
             return
         for name, module in readouts.items():
             words = f"what atoms give to {name}, normalised"
-            self.add(f"atom_energy@{name}", "node", 1, words, on_output(module))
+            self.add(f"atom_energy@{name}", "node", 1, words, on_output(module, select))
 
     def specs(self) -> dict[str, FeatureSpec]:
         """Every offered address with its spec, aliases among them."""
@@ -235,6 +242,14 @@ def energy_name_of(model: nn.Module) -> str | None:
         return architecture_of(model).energy_name
     except UserError:
         return None
+
+
+def draws_numbers(model: nn.Module) -> bool:
+    """Whether a forward in eval mode may draw random numbers; True of models that are not known."""
+    try:
+        return architecture_of(model).draws_numbers
+    except UserError:
+        return True
 
 
 def common_energy(student: str | None, teacher: str | None) -> str | None:

@@ -1,9 +1,10 @@
 """Registered models that return features with their outputs.
 
-``painn_kd``, ``schnet_kd`` and ``gemnet_oc_kd`` are the stock models with one more argument,
-``features``: a list of feature addresses. Their forward then adds ``outputs["features"]``, a
-dictionary from address to `fairchem_kd.features.Feature`. Parameters, state_dict, random numbers
-and outputs are those of the stock model. Distillation needs none of this: it taps stock models.
+``painn_kd``, ``schnet_kd``, ``gemnet_oc_kd``, ``equiformer_v2_kd`` and ``escn_kd`` are the stock
+models with one more argument, ``features``: a list of feature addresses. Their forward then adds
+``outputs["features"]``, a dictionary from address to `fairchem_kd.features.Feature`. Parameters,
+state_dict, random numbers and outputs are those of the stock model. Distillation needs none of
+this: it taps stock models.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from fairchem.core.common.registry import registry
+from fairchem.core.models.equiformer_v2.equiformer_v2_deprecated import EquiformerV2
+from fairchem.core.models.escn.escn import eSCN
 from fairchem.core.models.gemnet_oc.gemnet_oc import GemNetOC
 from fairchem.core.models.painn.painn import PaiNN
 from fairchem.core.models.schnet import SchNetWrap
@@ -94,9 +97,31 @@ class SchNetKD(_WithFeatures, SchNetWrap):
     """SchNet with the ``features`` argument."""
 
 
+@registry.register_model("equiformer_v2_kd")
+class EquiformerV2KD(_WithFeatures, EquiformerV2):
+    """EquiformerV2 with the ``features`` argument."""
+
+
+@registry.register_model("escn_kd")
+class ESCNKD(_WithFeatures, eSCN):
+    """eSCN with the ``features`` argument."""
+
+
 #: Registered name of each wrapper, and that of the stock model inside.
-STOCK_NAMES = {"gemnet_oc_kd": "gemnet_oc", "painn_kd": "painn", "schnet_kd": "schnet"}
-_CLASSES = {"GemNetOCKD": "gemnet_oc", "PaiNNKD": "painn", "SchNetKD": "schnet"}
+STOCK_NAMES = {
+    "gemnet_oc_kd": "gemnet_oc",
+    "painn_kd": "painn",
+    "schnet_kd": "schnet",
+    "equiformer_v2_kd": "equiformer_v2",
+    "escn_kd": "escn",
+}
+_CLASSES = {
+    "GemNetOCKD": "gemnet_oc",
+    "PaiNNKD": "painn",
+    "SchNetKD": "schnet",
+    "EquiformerV2KD": "equiformer_v2",
+    "ESCNKD": "escn",
+}
 
 
 def stock_model_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.features import Captured, FeatureExtractor, architecture_of, energy_name_of
+from fairchem_kd.features.architecture import draws_numbers
 from fairchem_kd.models.build import _unfitted, build_model, check_finite, read_units
 from fairchem_kd.models.elements import _known_elements
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import modern_config, predicts_relaxed_energy
 from fairchem_kd.models.units import Units
-from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.random_state import isolated_random_state, same_draws
 from fairchem_kd.stock.gradient_forces import has_gradient_forces
 from fairchem_kd.stock.neighbours import refuse_isolated
 
@@ -81,6 +83,7 @@ class Teacher:
         #: the output that its ``atom_energy`` is of; None where it has none, or several may be
         self.energy_name = energy_name_of(model)
         self._embedded = _embedded_elements(model)
+        self._draws = draws_numbers(model)
         known = set(range(1, self._embedded + 1))
         if self.elements is not None:
             known &= self.elements
@@ -182,7 +185,9 @@ class Teacher:
     ) -> TeacherOutput:
         """Outputs and, with an extractor made for ``self.model``, features of one batch.
 
-        The batch is left as it was. Forces that the teacher makes by autograd are made so here:
+        The batch is left as it was, and so are the global generators: a model that draws random
+        numbers draws the same ones for every batch, so that its answers are a function of that.
+        Forces that the teacher makes by autograd are made so here:
         fairchem's models switch gradients on for their own forward.
 
         Args:
@@ -193,11 +198,13 @@ class Teacher:
             self.model.eval()
         view = copy.copy(batch)  # models set keys (pbc) and ask for gradients with respect to pos
         view.pos = batch.pos.detach().clone()
+        drawing = same_draws(batch.pos.device) if self._draws else nullcontext()
         try:
             if extractor is None:
-                return TeacherOutput(self._outputs(self.model(view), batch), None)
+                with drawing:
+                    return TeacherOutput(self._outputs(self.model(view), batch), None)
             out: Mapping[str, Any] = {}
-            with extractor.capture(detach=True, stop=not outputs) as features:
+            with drawing, extractor.capture(detach=True, stop=not outputs) as features:
                 out = self.model(view)
         except Exception:
             refuse_isolated(batch, self.model)
@@ -205,22 +212,8 @@ class Teacher:
         return TeacherOutput(self._outputs(out, batch) if outputs else {}, features)
 
     def _outputs(self, out: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
-        """Shaped as the trainer shapes its own."""
-        systems, atoms = batch.natoms.numel(), batch.pos.shape[0]
-        raw = {}
-        for name, config in self.outputs.items():
-            value = out.get(name)
-            if isinstance(value, Mapping):  # a hydra model: head, then property
-                value = value.get(config.get("property"))
-            if value is None:
-                raise UserError(
-                    f"{self.name} says that it predicts '{name}', but its model gives "
-                    f"{_given(out)}: outputs.{name}.property in its config has to name what its "
-                    "head gives."
-                )
-            rows = atoms if config.get("level", "system") == "atom" else systems
-            raw[name] = value.detach().view(rows, -1)
-        return raw
+        shaped = shaped_outputs(out, self.outputs, batch, self.name)
+        return {name: value.detach() for name, value in shaped.items()}
 
     def denormalized(self, output: TeacherOutput, batch: Batch) -> dict[str, Tensor]:
         """The outputs in physical units: energies ``(B,)`` in eV, forces ``(N, 3)`` in eV/Å."""
@@ -270,6 +263,40 @@ def given_outputs(
             continue
         for part, own in parts.items():
             yield part, {"level": config.get("level", "system"), **own}
+
+
+def shaped_outputs(
+    out: Mapping[str, Any], outputs: Mapping[str, Mapping[str, Any]], batch: Batch, name: str
+) -> dict[str, Tensor]:
+    """What a model's forward gave, shaped as fairchem's trainer shapes it: rows by level.
+
+    Args:
+        out: of the forward; of a hydra by head and then by property.
+        outputs: the ``outputs`` block of its config.
+        batch: of B structures and N atoms.
+        name: what errors call the model.
+
+    Returns:
+        ``(B, C)`` of structures and ``(N, C)`` of atoms, by output.
+
+    Raises:
+        UserError: an output is not there.
+    """
+    systems, atoms = batch.natoms.numel(), batch.pos.shape[0]
+    shaped = {}
+    for key, config in outputs.items():
+        value = out.get(key)
+        if isinstance(value, Mapping):  # a hydra model: head, then property
+            value = value.get(config.get("property"))
+        if value is None:
+            raise UserError(
+                f"{name} says that it predicts '{key}', but its model gives "
+                f"{_given(out)}: outputs.{key}.property in its config has to name what its "
+                "head gives."
+            )
+        rows = atoms if config.get("level", "system") == "atom" else systems
+        shaped[key] = value.view(rows, -1)
+    return shaped
 
 
 def _given(out: Mapping[str, Any]) -> str:

@@ -9,7 +9,13 @@ from captures import FLAVOURS, all_requests, batch, extract, small
 from captures import float64 as float64
 
 
-@pytest.mark.parametrize("flavour", ["painn_gradient", "schnet", "gemnet_oc_gradient", "painn"])
+@pytest.mark.parametrize(
+    "flavour",
+    [
+        *("painn_gradient", "schnet", "gemnet_oc_gradient", "painn"),
+        *("equiformer_v2", "escn", "esen_hydra", "esen_hydra_gradient"),
+    ],
+)
 def test_gradients_flow_through_student_features_and_forces(flavour: str) -> None:
     """Along a random direction of the weights: autograd against a central difference."""
     model = small(flavour)

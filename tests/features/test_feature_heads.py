@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import models
 import pytest
 import torch
 from captures import FLAVOURS, batch, extract, small
@@ -23,6 +24,10 @@ def test_atom_energies_sum_to_the_energy_and_node_gives_it_through_the_head(flav
         again = head.lin2(head.act(head.lin1(node)))
     elif flavour.startswith("gemnet_oc"):
         again = head.out_energy(node.float())
+    elif flavour.startswith("esen"):
+        again = head.energy_block(node)
+    elif flavour in models.SPHERICAL:
+        again = atoms[:, None]  # their heads take in all degrees: see test_spherical.py
     else:
         again = head.out_energy(node)
     for values in (atoms, again.squeeze(1)):

@@ -141,7 +141,13 @@ def test_stock_model_config(flavour: str) -> None:
     assert stock_model_config(wrapped) == stock
     assert wrapped == before
     assert stock_model_config(stock) == stock
-    kind = {"painn": "PaiNNKD", "schnet": "SchNetKD", "gemnet_oc": "GemNetOCKD"}[stock["name"]]
+    kind = {
+        "painn": "PaiNNKD",
+        "schnet": "SchNetKD",
+        "gemnet_oc": "GemNetOCKD",
+        "equiformer_v2": "EquiformerV2KD",
+        "escn": "ESCNKD",
+    }[stock["name"]]
     dotted = {**wrapped, "name": f"fairchem_kd.features.wrappers.{kind}"}
     assert stock_model_config(dotted) == stock
     assert STOCK_NAMES[before["name"]] == stock["name"]

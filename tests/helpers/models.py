@@ -27,6 +27,8 @@ from fairchem.core.modules.scaling import ScaleFactor
 from torch import nn
 from torch_geometric.data import Batch, Data
 
+from fairchem_kd.features.architecture import draws_numbers
+
 PAINN = {
     "name": "painn",
     "hidden_channels": 16,
@@ -121,6 +123,104 @@ GEMNET_OC_HYDRA = {
         "forces": {"module": "gemnet_oc_force_head", "num_global_out_layers": 1},
     },
 }
+EQUIFORMER_V2 = {
+    "name": "equiformer_v2",
+    "num_layers": 2,
+    "sphere_channels": 8,
+    "attn_hidden_channels": 8,
+    "num_heads": 2,
+    "attn_alpha_channels": 4,
+    "attn_value_channels": 3,
+    "ffn_hidden_channels": 10,
+    "edge_channels": 6,
+    "lmax_list": [2],
+    "mmax_list": [2],
+    "grid_resolution": 18,  # of a coarser grid, activations are not equivariant
+    "num_sphere_samples": 8,
+    "alpha_drop": 0.0,
+    "drop_path_rate": 0.0,
+    "max_radius": 4.5,
+    "max_neighbors": 200,
+    "use_pbc": True,
+    "otf_graph": True,
+    "regress_forces": True,
+}
+ESCN = {
+    "name": "escn",
+    "num_layers": 2,
+    "sphere_channels": 8,
+    "hidden_channels": 7,
+    "edge_channels": 6,
+    "lmax_list": [2],
+    "mmax_list": [2],
+    "resolution": 18,
+    "num_sphere_samples": 128,
+    "distance_resolution": 0.2,
+    "cutoff": 4.5,
+    "max_neighbors": 200,
+    "use_pbc": True,
+    "otf_graph": True,
+    "regress_forces": True,
+}
+ESEN_BACKBONE = {
+    "model": "esen_backbone",
+    "num_layers": 2,
+    "sphere_channels": 8,
+    "hidden_channels": 7,
+    "edge_channels": 6,
+    "lmax": 2,
+    "mmax": 2,
+    "grid_resolution": 18,
+    "num_distance_basis": 16,
+    "cutoff": 4.5,
+    "max_neighbors": 200,
+    "use_pbc": True,
+    "otf_graph": True,
+    "regress_forces": True,
+    "direct_forces": True,
+}
+EQUIFORMER_V2_HYDRA = {
+    "name": "hydra",
+    "pass_through_head_outputs": True,
+    "backbone": {
+        "model": "equiformer_v2_backbone",
+        **{k: v for k, v in EQUIFORMER_V2.items() if k != "name"},
+    },
+    "heads": {
+        "energy": {"module": "equiformerV2_scalar_head"},
+        "forces": {"module": "equiformerV2_vector_head"},
+    },
+}
+ESCN_HYDRA = {
+    "name": "hydra",
+    "pass_through_head_outputs": True,
+    "backbone": {"model": "escn_backbone", **{k: v for k, v in ESCN.items() if k != "name"}},
+    "heads": {
+        "energy": {"module": "escn_energy_head"},
+        "forces": {"module": "escn_force_head"},
+    },
+}
+ESEN_HYDRA = {
+    "name": "hydra",
+    "pass_through_head_outputs": True,
+    "backbone": ESEN_BACKBONE,
+    "heads": {
+        "energy": {"module": "esen_mlp_energy_head"},
+        "forces": {"module": "esen_linear_force_head"},
+    },
+}
+ESEN_GRADIENT = {
+    **ESEN_HYDRA,
+    "backbone": {
+        **ESEN_BACKBONE,
+        "direct_forces": False,
+        "distance_function": "bessel",
+        "use_envelope": True,
+        "act_type": "gate",
+        "mlp_type": "spectral",
+    },
+    "heads": {"energy": {"module": "esen_mlp_efs_head"}},
+}
 
 #: Every flavour by name: the `model` block of a fairchem config.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -134,7 +234,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemnet_oc_gradient": {**GEMNET_OC, "direct_forces": False},
     "gemnet_oc_energy": {**GEMNET_OC, "direct_forces": False, "regress_forces": False},
     "gemnet_oc_hydra": GEMNET_OC_HYDRA,
+    "equiformer_v2": EQUIFORMER_V2,
+    "equiformer_v2_hydra": EQUIFORMER_V2_HYDRA,
+    "escn": ESCN,
+    "escn_hydra": ESCN_HYDRA,
+    "esen_hydra": ESEN_HYDRA,
+    "esen_hydra_gradient": ESEN_GRADIENT,
 }
+#: Those whose states are irreps of SO(3).
+SPHERICAL = tuple(name for name in CONFIGS if name.startswith(("equiformer", "escn", "esen")))
 
 
 def model_config(flavour: str, **overrides: Any) -> dict[str, Any]:
@@ -169,7 +277,14 @@ def _build_once(block: str, seed: int, fitted: bool, _dtype: torch.dtype) -> nn.
         warnings.filterwarnings("ignore", "'PaiNNMessage.jittable' is deprecated")
         torch.manual_seed(seed)
         model = registry.get_model_class(config.pop("name"))(**config)
+    if draws_numbers(model):
+        model.register_forward_pre_hook(_draw_the_same)
     return fit_scales(model) if fitted else model
+
+
+def _draw_the_same(*_: Any) -> None:
+    """Edges get the same frames in every forward, so that two can be compared bit for bit."""
+    torch.manual_seed(0)
 
 
 def small_model(
