@@ -1,0 +1,98 @@
+"""A student for torch-sim, which moves many structures at once.
+
+Needs ``torch-sim-atomistic`` (0.3 or later), which is not installed with this package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.md.calculator import SKIN, StudentCalculator
+
+try:
+    from torch_sim.models.interface import ModelInterface
+    from torch_sim.state import SimState
+except ImportError as error:
+    raise UserError(
+        f"torch-sim cannot be imported ({error}): pip install torch-sim-atomistic."
+    ) from error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class StudentModel(ModelInterface):
+    """A checkpoint as torch-sim has models: energies and forces of a batch, by one forward.
+
+    It computes as :class:`StudentCalculator` does, in float32 whatever ``dtype`` the states have,
+    and searches neighbours as seldom. There is no stress, so that the cell cannot be relaxed.
+
+    Args:
+        path, skin, device, trust: as :class:`StudentCalculator` takes them.
+        dtype: of the states and of what is returned; float64 keeps what integrators sum up.
+
+    Raises:
+        UserError: as :class:`StudentCalculator`; or the model predicts no forces.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        skin: float = SKIN,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float64,
+        trust: bool = False,
+    ) -> None:
+        super().__init__()
+        self._calculator = StudentCalculator(path, skin=skin, device=device, trust=trust)
+        if "forces" not in self._calculator.implemented_properties:
+            raise UserError(f"{path} predicts no forces, and torch-sim moves atoms by them.")
+        self._device = self._calculator.device
+        self._dtype = dtype
+        self._compute_forces = True
+        self._compute_stress = False
+        self._structures: list[Atoms] = []
+
+    def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
+        """``energy`` ``(B,)`` in eV and ``forces`` ``(N, 3)`` in eV/Å of a state.
+
+        Raises:
+            Exploded: the model has no finite answer for one of the structures.
+        """
+        if isinstance(state, dict):
+            state = SimState(masses=torch.ones_like(state["positions"][:, 0]), **state)
+        found = self._calculator.calculate_batch(self._of(state))
+        energy = torch.tensor([one["energy"] for one in found])
+        forces = torch.from_numpy(np.concatenate([one["forces"] for one in found]))
+        return {
+            "energy": energy.to(self._device, self._dtype),
+            "forces": forces.to(self._device, self._dtype),
+        }
+
+    def _of(self, state: Any) -> list[Atoms]:
+        """The state's structures; those of the last one, moved, where only positions changed."""
+        positions = state.positions.detach().double().cpu().numpy()
+        numbers = state.atomic_numbers.cpu().numpy()
+        cells = state.row_vector_cell.detach().double().cpu().numpy()
+        pbc = np.broadcast_to(np.asarray(torch.as_tensor(state.pbc).cpu(), bool), 3)
+        sizes = torch.bincount(state.system_idx, minlength=len(cells)).tolist()
+        stops = np.cumsum(sizes)
+        known = self._structures if [len(one) for one in self._structures] == sizes else []
+        found = []
+        for system, (size, stop) in enumerate(zip(sizes, stops, strict=True)):
+            rows = slice(stop - size, stop)
+            atoms = known[system] if known else Atoms(numbers=numbers[rows])
+            atoms.numbers[:] = numbers[rows]
+            atoms.positions[:] = positions[rows]
+            atoms.cell[:] = cells[system]
+            atoms.pbc = pbc
+            found.append(atoms)
+        self._structures = found
+        return found
