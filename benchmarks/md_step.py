@@ -208,6 +208,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             values = [row[f"{name} (ms)"] for row in own]
             panel.loglog([row["atoms"] for row in own], values, "o-", markersize=3, label=name)
         panel.set(title=f"{structure}, {forces} forces", xlabel="atoms")
+        sizes = [row["atoms"] for row in own]
+        panel.set_xticks(sizes, labels=map(str, sizes), minor=False)
+        panel.set_xticks([], minor=True)
         panel.grid(which="major", alpha=0.3)
     np.atleast_1d(axes)[0].set_ylabel("ms per step")
     np.atleast_1d(axes)[0].legend(fontsize=7)

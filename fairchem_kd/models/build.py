@@ -89,8 +89,11 @@ def build_model(checkpoint: Mapping[str, Any], name: str) -> nn.Module:
             "fairchem-core: use a checkpoint of a model that this one has."
         ) from error
     load_weights(model, checkpoint, name)
-    if is_conservative(checkpoint["config"]):
-        give_gradient_forces(model, read_units(checkpoint)[0])
+    try:
+        if is_conservative(checkpoint["config"]):
+            give_gradient_forces(model, read_units(checkpoint)[0])
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     return model
 
 

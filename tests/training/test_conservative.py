@@ -37,7 +37,7 @@ from fairchem_kd.commands.fairchem import main as fairchem
 from fairchem_kd.commands.main import main
 from fairchem_kd.distillation.trainer import DistillationTrainer
 from fairchem_kd.errors import UserError
-from fairchem_kd.models.file import read_checkpoint
+from fairchem_kd.models.file import read_checkpoint, write_checkpoint
 from fairchem_kd.models.frozen import Teacher
 from fairchem_kd.training.restartable import RestartableTrainer
 
@@ -283,3 +283,14 @@ def test_two_ranks_learn_as_one(tmp_path: Path, data: Path) -> None:
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_file_that_claims_what_its_model_is_not(tmp_path: Path, data: Path) -> None:
+    with trainer(config(tmp_path, data, model="painn")) as built:
+        fit_scales(built.model)
+        path = built.save(checkpoint_file="direct.pt", training_state=False)
+    contents = read_checkpoint(path)
+    contents["config"]["task"] = {"conservative": True}
+    write_checkpoint(contents, tmp_path / "claims.pt")
+    with pytest.raises(UserError, match=r"claims\.pt: task\.conservative takes forces"):
+        load_model(read_model(tmp_path / "claims.pt"))
