@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from fairchem_kd.features import Feature, FeatureExtractor, Request, available_features
+from fairchem_kd.features import Feature, FeatureExtractor, Kind, Request, available_features
 from fairchem_kd.random_state import same_draws
 
 #: How a structure can be moved without becoming another one, for most models.
@@ -69,8 +69,9 @@ def features_of(
 ) -> tuple[dict[Request, Feature], Mapping[str, Any]]:
     """Every feature in every form that it can have, detached, and the outputs of the forward."""
     requests = []
+    every: tuple[Kind, ...] = ("node", "vector", "edge")
     for address, spec in available_features(model).items():
-        forms = ("node", "vector", "edge") if spec.kind == "edge" else (spec.kind,)
+        forms = every if spec.kind == "edge" else (spec.kind,)
         requests += [Request(address, form) for form in forms]
     with FeatureExtractor(model, requests).capture(detach=True) as captured:
         outputs = _forward(model, samples)
