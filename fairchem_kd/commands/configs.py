@@ -58,10 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy them to DEST/yaml_configs; without it, list them",
     )
     parser.add_argument("--force", action="store_true", help="overwrite files that differ")
+    parser.add_argument(
+        "--schema",
+        metavar="FILE",
+        type=Path,
+        help="write the JSON schema of a config to FILE, for editors, and do nothing else",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """List or copy the shipped configs."""
+    """List or copy the shipped configs, or write the schema of one."""
+    if args.schema is not None:
+        return _write_schema(args.schema, force=args.force)
     if args.copy is None:
         root = shipped_configs()
         print(f"# in {root}")
@@ -70,4 +78,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     written = copy_configs(args.copy, force=args.force)
     print(f"{len(written)} files written to {args.copy / 'yaml_configs'}")
+    return 0
+
+
+def _write_schema(path: Path, *, force: bool) -> int:
+    from fairchem_kd.distillation.json_schema import config_schema
+    from fairchem_kd.files import write_json
+
+    if path.exists() and not force:
+        raise UserError(f"{path} exists; name another file, or overwrite it with --force.")
+    try:
+        write_json(path, config_schema())
+    except OSError as error:
+        raise UserError(f"the schema cannot be written to {path}: {error.strerror}.") from error
+    print(f"{path}: name it in an editor, or at the head of a config by a line")
+    print(f"# yaml-language-server: $schema={path}")
     return 0

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import Batch
 
-from fairchem_kd.features import Feature, FeatureExtractor, Request, available_features
+from fairchem_kd.features import Feature, FeatureExtractor, Kind, Request, available_features
 from fairchem_kd.random_state import same_draws
-from fairchem_kd.stock.datasets import collate
 
 #: How a structure can be moved without becoming another one, for most models.
 MOVES = ("rotation", "reflection", "translation", "permutation")
@@ -58,7 +58,7 @@ def check_architecture(
     request = Request("atom_energy", "node")
     energy = outputs.get("energy")
     if request in whole and isinstance(energy, Tensor):
-        batch = collate(copy.deepcopy(list(samples)))
+        batch = _batch(samples)
         atoms = whole[request].values.squeeze(1)
         total = atoms.new_zeros(len(samples)).index_add(0, batch.batch, atoms)
         _assert_near(total, energy.view(-1).to(total), tolerance, "the sum of atom_energy")
@@ -69,8 +69,9 @@ def features_of(
 ) -> tuple[dict[Request, Feature], Mapping[str, Any]]:
     """Every feature in every form that it can have, detached, and the outputs of the forward."""
     requests = []
+    every: tuple[Kind, ...] = ("node", "vector", "edge")
     for address, spec in available_features(model).items():
-        forms = ("node", "vector", "edge") if spec.kind == "edge" else (spec.kind,)
+        forms = every if spec.kind == "edge" else (spec.kind,)
         requests += [Request(address, form) for form in forms]
     with FeatureExtractor(model, requests).capture(detach=True) as captured:
         outputs = _forward(model, samples)
@@ -113,7 +114,7 @@ def check_edges(model: nn.Module, samples: Sequence[Any], *, tolerance: float = 
         AssertionError: naming the feature.
     """
     features, _ = features_of(model, samples)
-    batch = collate(copy.deepcopy(list(samples)))
+    batch = _batch(samples)
     for request, feature in features.items():
         if request.form != "edge":
             continue
@@ -185,8 +186,13 @@ def _check_batch(
         start = stop
 
 
+def _batch(samples: Sequence[Any]) -> Batch:
+    """A batch of copies, in their own precision; models make its graph."""
+    return Batch.from_data_list(copy.deepcopy(list(samples)))
+
+
 def _forward(model: nn.Module, samples: Sequence[Any]) -> Mapping[str, Any]:
-    batch = collate(copy.deepcopy(list(samples)))
+    batch = _batch(samples)
     device = next(model.parameters()).device
     with same_draws(device):  # one forward has the numbers of another
         out = model(batch.to(device))

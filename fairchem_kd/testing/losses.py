@@ -115,7 +115,15 @@ class _Case:
             for number in self.natoms
         ]
         batch = Batch.from_data_list(samples)
-        return LossInputs(batch, student, teacher, *sides, *shares)
+        return LossInputs(
+            batch,
+            student=student,
+            teacher=teacher,
+            student_outputs=sides[0],
+            teacher_outputs=sides[1],
+            student_atom_energies=shares[0],
+            teacher_atom_energies=shares[1],
+        )
 
     def parts(self, inputs: LossInputs | None = None) -> list[Part]:
         return self.term(self.inputs if inputs is None else inputs)
@@ -132,10 +140,13 @@ class _Case:
 
         return LossInputs(
             batch,
-            *(each(b) for b in (own.student, own.teacher, own.student_outputs)),
-            *(each(b) for b in (own.teacher_outputs, own.student_atom_energies)),
-            each(own.teacher_atom_energies),
-            systems,
+            student=each(own.student),
+            teacher=each(own.teacher),
+            student_outputs=each(own.student_outputs),
+            teacher_outputs=each(own.teacher_outputs),
+            student_atom_energies=each(own.student_atom_energies),
+            teacher_atom_energies=each(own.teacher_atom_energies),
+            systems=systems,
         )
 
     def permuted(self) -> LossInputs:
@@ -202,7 +213,7 @@ def _joined(parts: Sequence[Part]) -> Part:
     count = None
     if None not in counts:
         count = sum(torch.as_tensor(c, dtype=torch.float64) for c in counts if c is not None)
-    return Part(parts[0].name, parts[0].weight, total, count)  # type: ignore[arg-type]
+    return Part(parts[0].name, parts[0].weight, total, count)
 
 
 def _check_gradient(case: _Case, tolerance: float) -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from fairchem.core.common.registry import registry
 from fairchem.core.trainers import OCPTrainer
-from models import batch
+from models import batch, samples
 from trainings import config, trainer, write_lmdb, write_teacher
 
 from fairchem_kd import Teacher, available_features
@@ -64,7 +64,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             path = built.save(checkpoint_file="teacher.pt", training_state=False)
         Path(path).rename(folder / "my_dimenet.pt")
         yield folder
-    for name in ("my_losses", "my_features"):
+    for name in ("my_losses", "my_features", "test_mine"):
         sys.modules.pop(name, None)
 
 
@@ -135,6 +135,14 @@ def test_an_architecture_of_ones_own(home: Path) -> None:
     products = edge.values[:, None, :] * unit[:, :, None]
     summed = torch.zeros(len(data.pos), 3, 16).index_add(0, target, products)
     torch.testing.assert_close(vector.values, summed, atol=1e-5, rtol=1e-5)
+
+
+def test_tests_of_ones_own(home: Path) -> None:
+    import test_mine
+
+    test_mine.test_my_loss()
+    model = Teacher.from_checkpoint(str(home / "my_dimenet.pt")).model
+    test_mine.test_my_features(model, samples(2))
 
 
 def test_first_steps(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

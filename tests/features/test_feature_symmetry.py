@@ -38,7 +38,7 @@ def transformed(slabs: list, kind: str) -> tuple[list, torch.Tensor, torch.Tenso
 
 
 #: The activations of EquiformerV2 are functions on a grid on the sphere.
-ON_A_GRID = 5e-5
+ON_A_GRID = 2e-4
 
 
 @pytest.mark.parametrize("kind", MOVES)
