@@ -106,13 +106,14 @@ def keep(
         first = next(b for i in range(10**9) if (b := wanted[0].source.make(i)) is not None)
         _check(live)(first)
         one = pick(first, [0]).to(device)
-        columns = columns_for(live, one, requests, config.store_features)
+        columns, edges_per_atom = columns_for(live, one, requests, config.store_features)
         place = _find(live, folder, config, columns, first, requests, device)
     place = _told_by_first(place)
     if place.why and not place.was_there:
         _say(f"What the teacher says is not kept: {place.why}.")
         return None
     teacher = StoredTeacher(live, folder, requests, columns)
+    teacher.edges_per_atom = edges_per_atom
     if place.was_there:
         _verify(teacher, place.dependence or {}, device)
     if place.why:
@@ -189,7 +190,7 @@ def _fill(
     number = sum(source.structures for source in missing)
     _say(
         f"Keeping what the teacher says of {number} structures ({_names(missing)}) in "
-        f"{teacher.folder}: about {_estimate(teacher, missing) / 1e6:.0f} MB"
+        f"{teacher.folder}: about {_estimate(teacher, missing)}"
     )
     began = time.perf_counter()
     with refused_by_all():
@@ -230,16 +231,29 @@ def _check(live: LiveTeacher) -> Callable[[Batch], None]:
     return check
 
 
-def _estimate(teacher: StoredTeacher, sources: Sequence[Source]) -> float:
-    """Bytes of the records of all these, from a group of each."""
-    whole = 0.0
+def _estimate(teacher: StoredTeacher, sources: Sequence[Source]) -> str:
+    """Megabytes of the records of all these in words, from a group of each."""
+    whole = of_edges = 0.0
     for source in sources:
         batch = source.make(source.groups // 2)
         if batch is not None:
             atoms = batch.natoms.double().mean().item()
-            record = sum(column.size(round(atoms)) for column in (*STRUCTURE, *teacher.columns))
+            rows = round(atoms), round(atoms * teacher.edges_per_atom)
+            record = sum(column.size(*rows) for column in (*STRUCTURE, *teacher.columns))
             whole += source.structures * (record + ENTRY.itemsize)
-    return whole
+            edges = sum(column.size(*rows) for column in teacher.columns if column.per == "edge")
+            of_edges += source.structures * edges
+    words = _megabytes(whole)
+    if of_edges:
+        words += (
+            f", {_megabytes(of_edges)} of it for edges ({teacher.edges_per_atom:.0f} an atom), "
+            "which a loss on the teacher's edges compares"
+        )
+    return words
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.0f} MB" if size > 1e7 else f"{size / 1e6:.2g} MB"
 
 
 def _names(sources: Sequence[Source]) -> str:

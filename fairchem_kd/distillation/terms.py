@@ -93,6 +93,7 @@ class Distillation:
         self.terms = config.active_terms
         self.labels = config.labels
         self.statistics_samples = config.statistics_samples
+        self.student = student
         self.teacher = teacher
         self.units = units
         self.max_force = config.rattle.max_force if config.rattle is not None else None
@@ -204,12 +205,16 @@ class Distillation:
         """
         with torch.autocast(self.device.type, enabled=False):
             inputs = self._inputs(batch, out, features)
-            parts = {
-                f"{name}.{part.name}" if part.name else name: (self._weight(term, step), part)
-                for name, term in self.running(step).items()
-                for part in term(inputs)
-            }
+            inputs.step = step
+            parts: dict[str, tuple[float, Part]] = {}
             noted: dict[str, Part] = {}
+            for name, term in self.running(step).items():
+                for part in term(inputs):
+                    full = f"{name}.{part.name}" if part.name else name
+                    if part.weight is None:
+                        noted[full] = part
+                    else:
+                        parts[full] = self._weight(term, step) * part.weight, part
             if labels is not None:
                 noted[LABEL_LOSS] = Part("", 1.0, labels.detach(), 1)
             if (
@@ -224,7 +229,7 @@ class Distillation:
             counts, means = sums.chunk(2)
             counts = counts.clamp(min=1.0)
             means = means / counts
-            weights = [weight * part.weight for weight, part in parts.values()]
+            weights = [weight for weight, _ in parts.values()]
             weight = torch.tensor(weights, dtype=torch.float64).to(self.device, non_blocking=True)
             own = slice(len(parts))
             self._note(parts, means[own], weight)

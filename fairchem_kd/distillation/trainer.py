@@ -28,6 +28,7 @@ from fairchem_kd.distillation.companions import (
 )
 from fairchem_kd.distillation.companions.join import labelled_part
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
+from fairchem_kd.distillation.first_look import check_pair
 from fairchem_kd.distillation.keeping import Wanted, keep, wanted_structures
 from fairchem_kd.distillation.opening import open_teacher, teacher_seen
 from fairchem_kd.distillation.prediction import prediction_of
@@ -111,6 +112,14 @@ class DistillationTrainer(RestartableTrainer):
                 self._fit_zero()
                 self._check_agreement()
                 self.distillation.fit_statistics(self.train_dataset, self.collater)
+                self._check_pair()
+
+    def _check_pair(self) -> None:
+        """Refuse terms to which these two models give nothing; on the first rank, for all."""
+        assert self.distillation is not None
+        with refused_by_all():
+            if rank() == 0:
+                check_pair(self.distillation, self.train_dataset, self.collater)
 
     def _check_agreement(self) -> None:
         """Say how the teacher does on the labels; on the first rank, for all."""

@@ -11,6 +11,7 @@ from fairchem_kd.features import (  # noqa: F401  (they register themselves)
     schnet,
 )
 from fairchem_kd.features.address import (
+    GRAPH,
     Feature,
     FeatureSpec,
     Kind,
@@ -38,6 +39,7 @@ from fairchem_kd.features.extractor import Captured, FeatureExtractor, available
 from fairchem_kd.features.wrappers import STOCK_NAMES, stock_model_config
 
 __all__ = [
+    "GRAPH",
     "MEAN_READOUT",
     "STOCK_NAMES",
     "Architecture",

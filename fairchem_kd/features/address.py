@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -29,6 +29,9 @@ class FeatureSpec:
     kind: Kind
     channels: int
     description: str
+    #: ``(C,)``, the weights of the linear head that makes an output of this feature, where the
+    #: model has one: energies of atoms of a node feature, forces of a vector feature
+    readout: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def shape(self) -> str:
@@ -67,6 +70,11 @@ class Request(NamedTuple):
 
     address: str
     form: Kind
+
+
+#: A model's edges themselves, ``(E, 5)`` whole numbers: source, target, and the source's cell
+#: offset along the three axes (as `Feature.cell_offsets`). Edge features have a row for each.
+GRAPH = Request("graph", "edge")
 
 
 def atom_energy(output: str) -> Request:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from fairchem.core.models.base import HydraModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -69,6 +70,10 @@ class Graph(NamedTuple):
     edge_vectors: Tensor  # (E, 3), unit, source to target
     cell_offsets: Tensor  # (E, 3)
 
+    def rows(self) -> Tensor:
+        """The edges as whole numbers, ``(E, 5)``: source, target, cell offset."""
+        return torch.cat([self.edge_index.T, self.cell_offsets.round().long()], dim=1)
+
 
 Emit = Callable[[Any], None]
 
@@ -122,6 +127,11 @@ class Architecture(ABC):
         """Make every forward call ``emit(graph)`` before any edge feature is there."""
         raise NotImplementedError(f"{type(self).__name__} has no edges")
 
+    @property
+    def has_graph(self) -> bool:
+        """Whether the edges of a forward can be had."""
+        return type(self).watch_graph is not Architecture.watch_graph
+
     def add(
         self,
         address: str,
@@ -130,9 +140,10 @@ class Architecture(ABC):
         description: str,
         attach: Callable[[Emit], Handle],
         to_edges: Callable[[Tensor, Graph], Tensor] | None = None,
+        readout: Tensor | None = None,
     ) -> None:
-        """Offer a feature."""
-        spec = FeatureSpec(address, kind, channels, description)
+        """Offer a feature; ``readout`` as in `FeatureSpec`."""
+        spec = FeatureSpec(address, kind, channels, description, readout)
         self.taps[address] = Tap(spec, attach, to_edges)
 
     def heads(self, name: str, output: str) -> dict[str, nn.Module]:
@@ -192,6 +203,7 @@ class Architecture(ABC):
                 "vector",
                 spec.channels,
                 f"'{address}' times unit edge vectors, summed onto the target atoms",
+                spec.readout,
             )
         return specs
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.features.address import (
+    GRAPH,
     Feature,
     FeatureSpec,
     Kind,
@@ -80,10 +81,14 @@ class FeatureExtractor:
         self._forms: dict[str, set[Kind]] = {}  # what is wanted of each tap
         self._seen_whole = False  # a forward in which every tap fired once and no more
         wanted = dict.fromkeys(Request(*r) for r in requests)
+        self._graph = GRAPH in wanted
         if not wanted:
             return  # of a model of any architecture
         self._architecture = architecture_of(model)
         for request in wanted:
+            if request == GRAPH:
+                self.specs[GRAPH] = _graph_spec(self._architecture)
+                continue
             self._sources[request] = _resolve(self._architecture, request)
             self.specs[request] = self._spec(request)
         for sources in self._sources.values():
@@ -98,7 +103,10 @@ class FeatureExtractor:
                 " with the edges' unit vectors" if request.form == "vector" else ""
             )
         channels = sum(spec.channels for spec in specs)
-        return FeatureSpec(request.address, request.form, channels, description)
+        readout = specs[0].readout if len(specs) == 1 else None
+        if specs[0].kind == "edge" and request.form != "vector":
+            readout = None  # a head that reads edges makes forces of them, with their unit vectors
+        return FeatureSpec(request.address, request.form, channels, description, readout)
 
     @contextmanager
     def capture(self, detach: bool = False, *, stop: bool = False) -> Iterator[Captured]:
@@ -117,12 +125,12 @@ class FeatureExtractor:
                 than promised.
         """
         captured = Captured()
-        if not self._forms:
+        if not self.specs:
             captured._features = {}
             yield captured
             return
         stop = stop and self._seen_whole
-        run = _Run(self._architecture, self._forms, detach, self.around, stop)
+        run = _Run(self._architecture, self._forms, self._graph, detach, self.around, stop)
         with suppress(_Enough), ExitStack() as stack:
             run.attach(stack)
             yield captured
@@ -130,7 +138,24 @@ class FeatureExtractor:
             request: run.feature(self.specs[request], sources)
             for request, sources in self._sources.items()
         }
+        if self._graph:
+            graph = run._the_graph(GRAPH.address)
+            captured._features[GRAPH] = Feature(self.specs[GRAPH], graph.rows(), *graph)
         self._seen_whole = True
+
+
+def _graph_spec(architecture: Architecture) -> FeatureSpec:
+    """What :data:`GRAPH` gives.
+
+    Raises:
+        UserError: the edges of this architecture cannot be had.
+    """
+    if not architecture.has_graph:
+        raise UserError(
+            f"the edges of {type(architecture.backbone).__name__} cannot be had; take the other "
+            "model's, or a loss without edges"
+        )
+    return FeatureSpec(*GRAPH, 5, "the model's edges: source, target, cell offset of the source")
 
 
 def _resolve(architecture: Architecture, request: Request) -> list[_Source]:
@@ -186,12 +211,14 @@ class _Run:
         self,
         architecture: Architecture,
         forms: dict[str, set[Kind]],
+        needs_graph: bool,
         detach: bool,
         around: Callable[[], AbstractContextManager[Any]] | None,
         stop: bool,
     ) -> None:
         self.architecture = architecture
         self.forms = forms
+        self.needs_graph = needs_graph
         self.detach = detach
         self.around = around
         self.stop = stop
@@ -206,7 +233,7 @@ class _Run:
         embedding = self.architecture.atom_embedding
         stack.callback(embedding.register_forward_pre_hook(self._count_atoms).remove)
         taps = {name: self.architecture.taps[name] for name in self.forms}
-        if any(tap.spec.kind == "edge" for tap in taps.values()):
+        if self.needs_graph or any(tap.spec.kind == "edge" for tap in taps.values()):
             stack.callback(self.architecture.watch_graph(self._set_graph).remove)
         for name, tap in taps.items():
             stack.callback(self._attach(name, tap))
@@ -217,10 +244,13 @@ class _Run:
         def receive(values: Any) -> None:
             with around():
                 self._receive(name, tap, values)
-            if self.stop and all(self.fired.values()):
-                raise _Enough
+            self._leave_if_enough()
 
         return tap.attach(receive).remove
+
+    def _leave_if_enough(self) -> None:
+        if self.stop and all(self.fired.values()) and (self.graph or not self.needs_graph):
+            raise _Enough
 
     def _count_atoms(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.num_atoms = args[0].shape[0]
@@ -229,6 +259,7 @@ class _Run:
         if self.detach:
             graph = Graph(*(tensor.detach() for tensor in graph))
         self.graph = graph
+        self._leave_if_enough()
 
     def _receive(self, name: str, tap: Tap, values: Any) -> None:
         self.fired[name] += 1

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fairchem.core.models.gemnet_oc.gemnet_oc import GemNetOC
-from torch import nn
+from torch import Tensor, nn
 
 from fairchem_kd.features.architecture import (
     MEAN_READOUT,
@@ -23,6 +23,13 @@ from fairchem_kd.features.architecture import (
     register_architecture,
     wrap_method,
 )
+
+
+def _weights(head: nn.Module | None) -> Tensor | None:
+    """``(C,)``: what a linear head without bias multiplies its input with; None for another one."""
+    linear = getattr(head, "linear", None)
+    plain = isinstance(linear, nn.Linear) and linear.bias is None and len(linear.weight) == 1
+    return linear.weight.detach()[0] if plain and linear is not None else None
 
 
 @register_architecture
@@ -50,13 +57,15 @@ class GemNetOCFeatures(Architecture):
             final_forces = None
 
         if final_energy is not None:
-            self.add(
-                "node", "node", atom, "x_E, the input of the energy head", on_output(final_energy)
-            )
+            words = "x_E, the input of the energy head"
+            readout = _weights(self.head("out_energy", "energy"))
+            self.add("node", "node", atom, words, on_output(final_energy), readout=readout)
         if final_forces is not None:
-            self.add(
-                "edge", "edge", edge, "x_F, the input of the force head", on_output(final_forces)
-            )
+            words = "x_F, the input of the force head"
+            # coupled forces are made of the mean over an edge and its reverse: no sum over targets
+            coupled = getattr(model, "forces_coupled", False)
+            readout = None if coupled else _weights(self.head("out_forces", "forces"))
+            self.add("edge", "edge", edge, words, on_output(final_forces), readout=readout)
         for k in range(blocks + 1):
             where = f"after interaction block {k}" if k else "after the embedding block"
             node = on_output(model.int_blocks[k - 1], 0) if k else on_output(model.atom_emb)

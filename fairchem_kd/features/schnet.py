@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fairchem.core.models.schnet import SchNetWrap
 from torch import nn
 
 from fairchem_kd.features.architecture import (
     MEAN_READOUT,
     Architecture,
+    Graph,
+    Handle,
     on_input,
     on_output,
     register_architecture,
+    wrap_method,
 )
 
 
@@ -48,3 +54,22 @@ class SchNetFeatures(Architecture):
     @property
     def num_elements(self) -> int:
         return self.backbone.embedding.num_embeddings - 1  # row 0 is padding
+
+    def watch_graph(self, emit: Callable[[Graph], None]) -> Handle:
+        """fairchem's edges where it is periodic, else those of PyG's SchNet inside it."""
+        if self.backbone.use_pbc:
+
+            def receive(graph: Any) -> None:
+                # from the target to the source, as in PaiNN
+                unit = -graph.edge_distance_vec / graph.edge_distance[:, None]
+                emit(Graph(graph.edge_index, unit, graph.cell_offsets))
+
+            return wrap_method(self.backbone, "generate_graph", receive)
+
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
+            pos, (source, target) = args[0], output[0]
+            vectors = pos[target] - pos[source]
+            unit = vectors / vectors.norm(dim=1, keepdim=True)
+            emit(Graph(output[0], unit, vectors.new_zeros(len(vectors), 3)))
+
+        return self.backbone.interaction_graph.register_forward_hook(hook)

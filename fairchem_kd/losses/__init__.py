@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fairchem_kd.losses.alignment import LinearCKA
 from fairchem_kd.losses.base import (
     ElementwiseOptions,
     Labels,
@@ -14,6 +15,7 @@ from fairchem_kd.losses.base import (
     masked_sum,
     register_loss,
 )
+from fairchem_kd.losses.edges import EdgeToEdge, match_edges
 from fairchem_kd.losses.elementwise import elementwise
 from fairchem_kd.losses.features import (
     EdgeToNode,
@@ -23,30 +25,45 @@ from fairchem_kd.losses.features import (
     VectorToVector,
 )
 from fairchem_kd.losses.gather import gather_rows
+from fairchem_kd.losses.geometric import GeometricVectors
+from fairchem_kd.losses.metric import NodesByHead, VectorsByHead
 from fairchem_kd.losses.outputs import PerAtomEnergy, Vanilla
+from fairchem_kd.losses.pairs import PairLoss
 from fairchem_kd.losses.projection import projection
+from fairchem_kd.losses.relational import Relational
 from fairchem_kd.losses.standardize import Standardizer
+from fairchem_kd.losses.structure import GlobalStructure, LocalStructure
 
 __all__ = [
+    "EdgeToEdge",
     "EdgeToNode",
     "ElementwiseOptions",
     "FeatureLoss",
     "FeatureOptions",
+    "GeometricVectors",
+    "GlobalStructure",
     "Labels",
+    "LinearCKA",
+    "LocalStructure",
     "Loss",
     "LossInputs",
     "LossOptions",
     "NodeToNode",
+    "NodesByHead",
+    "PairLoss",
     "Part",
     "PerAtomEnergy",
+    "Relational",
     "Standardizer",
     "Vanilla",
     "VectorToVector",
+    "VectorsByHead",
     "elementwise",
     "gather_rows",
     "known_losses",
     "loss_class",
     "masked_sum",
+    "match_edges",
     "projection",
     "register_loss",
 ]

@@ -53,7 +53,9 @@ class Part:
     """
 
     name: str  # within the term; empty where it has but one part
-    weight: float  # within the term; the term's coefficient and schedule come on top
+    #: within the term; the term's coefficient and schedule come on top. None: no part of the loss,
+    #: a number for the records alone
+    weight: float | None
     total: Tensor  # (), local sum over elements, with its gradient
     count: Tensor | int | None  # local number of elements
 
@@ -86,6 +88,7 @@ class LossInputs:
     student_atom_energies: Mapping[str, Tensor] = field(default_factory=dict)
     teacher_atom_energies: Mapping[str, Tensor] = field(default_factory=dict)
     systems: Tensor | None = None  # (B,), true where a system counts; None: all of them
+    step: int = 0  # of the optimiser, from 1: what is drawn at random depends on it alone
 
     def atoms(self, *, free: bool = False) -> Tensor | None:
         """``(N,)``, true for the atoms that count, or the free ones of them; None: all atoms."""
@@ -119,6 +122,8 @@ class Loss(nn.Module):
     default_coefficient: ClassVar[float] = 1.0
     #: Options that a written config shows, with their values.
     telling: ClassVar[tuple[str, ...]] = ()
+    #: Whether it wants to see what the two models say of some structures before the first step.
+    checks_pair: ClassVar[bool] = False
 
     def __init__(self, options: LossOptions, where: str) -> None:
         super().__init__()
@@ -227,6 +232,18 @@ class Loss(nn.Module):
     def forward(self, inputs: LossInputs) -> list[Part]:
         raise NotImplementedError
 
+    def check_pair(self, found: Mapping[str, float]) -> None:
+        """Look at what it noted of the first structures of a training, before the first step.
+
+        Only where :attr:`checks_pair`.
+
+        Args:
+            found: by name, its parts without weight.
+
+        Raises:
+            UserError: the pair of models gives it nothing to compare.
+        """
+
 
 def masked_sum(values: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | int]:
     """Sum and number of the elements of ``values`` ``(N, ...)``, in the ``rows`` ``(N,)`` or all.
@@ -258,8 +275,8 @@ def register_loss(kind: str) -> Callable[[_L], _L]:
 
 
 def known_losses() -> dict[str, type[Loss]]:
-    """Every registered kind and its class."""
-    return dict(_LOSSES)
+    """Every registered kind and its class, by name."""
+    return dict(sorted(_LOSSES.items()))
 
 
 def loss_class(kind: str, where: str) -> type[Loss]:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.features import Request
+from fairchem_kd.features import GRAPH, Request
 from fairchem_kd.losses.base import (
     ElementwiseOptions,
-    Labels,
-    Loss,
     LossInputs,
     LossOptions,
     Part,
@@ -26,6 +24,7 @@ from fairchem_kd.losses.base import (
     register_loss,
 )
 from fairchem_kd.losses.elementwise import elementwise
+from fairchem_kd.losses.pairs import PairLoss
 from fairchem_kd.losses.projection import PROJECTIONS, projection
 from fairchem_kd.losses.standardize import Standardizer
 from fairchem_kd.schema import option
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FeatureOptions(ElementwiseOptions):
-    """Options of n2n; the defaults of e2n and v2v differ."""
+    """Options of n2n; the defaults of e2n, v2v and e2e differ."""
 
     student: str = option("node", help="the student's feature: <feature>[@<layer>[+<layer>...]]")
     teacher: str = option("node", help="the teacher's feature, in the same form")
@@ -60,50 +59,23 @@ class V2VOptions(FeatureOptions):
     teacher: str = option("vector", help="the teacher's vector feature, or an edge feature")
 
 
-class FeatureLoss(Loss):
+class FeatureLoss(PairLoss):
     """The mean over atoms and channels (and xyz) of ``fn(M h_s, h_t)``."""
 
     Options: ClassVar[type[LossOptions]] = FeatureOptions
     default_coefficient: ClassVar[float] = 100.0
     telling: ClassVar[tuple[str, ...]] = ("standardize",)
-    form: ClassVar[Literal["node", "vector"]] = "node"
 
     def __init__(self, options: LossOptions, where: str) -> None:
         super().__init__(options, where)
-        self.student_request = Request(self.options.student, self.form)
-        self.teacher_request = Request(self.options.teacher, self.form)
         self.projection: torch.nn.Module | None = None
         self.standardizer: Standardizer | None = None
-
-    @classmethod
-    def addresses(cls) -> dict[str, str]:
-        options: Any = cls.Options()
-        return {"student": options.student, "teacher": options.teacher}
-
-    def student_requests(self) -> list[Request]:
-        return [self.student_request]
-
-    def teacher_requests(self) -> list[Request]:
-        return [self.teacher_request]
 
     @property
     def needs_statistics(self) -> bool:
         return self.options.standardize
 
-    def build(
-        self,
-        student_specs: Mapping[Request, FeatureSpec],
-        teacher_specs: Mapping[Request, FeatureSpec],
-        generator: torch.Generator,
-        labels: Labels | None = None,
-    ) -> None:
-        student, teacher = student_specs[self.student_request], teacher_specs[self.teacher_request]
-        for side, spec in (("student", student), ("teacher", teacher)):
-            if spec.kind != self.form:
-                raise UserError(
-                    f"{self.where}.{side}: {self.kind} compares {self.form} features, but "
-                    f"'{spec.address}' of the {side} is of the kind {spec.kind}."
-                )
+    def make(self, student: FeatureSpec, teacher: FeatureSpec, generator: torch.Generator) -> None:
         if self.options.projection == "identity" and student.channels != teacher.channels:
             raise UserError(
                 f"{self.where}.projection: identity needs equal channels, but the student's "
@@ -120,9 +92,10 @@ class FeatureLoss(Loss):
     def update_statistics(self, teacher: Mapping[Request, Tensor], batch: Any) -> None:
         if self.standardizer is not None:
             values = teacher[self.teacher_request]
-            self.standardizer.update(
-                values[batch.fixed == 0] if self.options.atoms == "free" else values
-            )
+            if self.options.atoms == "free":
+                rows = batch.fixed == 0
+                values = values[rows[teacher[GRAPH][:, 1]] if self.form == "edge" else rows]
+            self.standardizer.update(values)
 
     def finalize_statistics(self) -> None:
         if self.standardizer is not None:
@@ -131,21 +104,23 @@ class FeatureLoss(Loss):
             except ValueError as error:
                 raise UserError(f"{error}: {self.where} cannot be standardised.") from error
 
+    def projected(self, inputs: LossInputs) -> Tensor:
+        """``M h_s``, in the teacher's channels."""
+        assert self.projection is not None, "build() comes before the first batch"
+        return self.projection(self.student_values(inputs))
+
+    def standardized(self, inputs: LossInputs) -> Tensor:
+        """``h_t``, standardised where it is to be."""
+        teacher = self.teacher_values(inputs)
+        return teacher if self.standardizer is None else self.standardizer(teacher)
+
     def compared(self, inputs: LossInputs) -> Tensor:
         """``fn(M h_s, h_t)`` of every element: ``(N, C)``, of vectors ``(N, 3, C)``."""
-        assert self.projection is not None, "build() comes before the first batch"
-        student = inputs.student[self.student_request]
-        # a half type where the student ran under autocast; the projection and the loss do not
-        student = student.to(torch.promote_types(student.dtype, torch.float32))
-        student = self.projection(student)
-        teacher = inputs.teacher[self.teacher_request].detach()
-        if self.standardizer is not None:
-            teacher = self.standardizer(teacher)
-        return elementwise(self.options.fn, student, teacher, self.options.delta)
+        return self.elementwise(self.projected(inputs), self.standardized(inputs))
 
-    def rows(self, inputs: LossInputs) -> Tensor | None:
-        """``(N,)``, true for the atoms that count; None: all."""
-        return inputs.atoms(free=self.options.atoms == "free")
+    def elementwise(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Its ``fn`` of two tensors of one shape."""
+        return elementwise(self.options.fn, student, teacher, self.options.delta)
 
     def forward(self, inputs: LossInputs) -> list[Part]:
         return [Part("", 1.0, *masked_sum(self.compared(inputs), self.rows(inputs)))]

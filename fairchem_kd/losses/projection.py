@@ -17,6 +17,8 @@ from torch.nn.utils import skip_init
 from fairchem_kd.errors import UserError
 
 PROJECTIONS = ("linear", "mlp", "identity")
+#: Where features of different widths can be compared without one.
+NONE = "none"
 
 
 def projection(
@@ -29,7 +31,7 @@ def projection(
     """The projection ``name`` for features of ``kind``, on CPU.
 
     Args:
-        name: ``linear``, ``mlp`` or ``identity``.
+        name: ``linear``, ``mlp``, ``identity`` or ``none``.
         kind: ``vector``: acts on the last axis of ``(N, 3, H)``; else of ``(N, H)``.
         student_channels: H.
         teacher_channels: D, the channels of its result.
@@ -44,6 +46,8 @@ def projection(
     if name == "mlp":
         mlp = VectorMLP if vector else ScalarMLP
         return mlp(student_channels, teacher_channels, generator)
+    if name == NONE:
+        return nn.Identity()
     if name == "identity":
         if student_channels != teacher_channels:
             raise UserError(

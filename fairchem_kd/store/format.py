@@ -35,18 +35,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = 1
+#: Of a shard with columns of edges. The rest of the store is as before, and code that knows format
+#: 1 alone passes over such a shard.
+EDGE_FORMAT = 2
 CARD = "store.json"
 SHARDS = "shards"
 
 Array = NDArray[Any]
 
-#: Of each record: its structure's key, where its bytes start, how many atoms it has, and the CRC-32
-#: of its bytes and of the 32 bytes of the entry before it.
+#: Of each record: its structure's key, where its bytes start, how many atoms it has, the CRC-32 of
+#: its bytes and of the 32 bytes of the entry before it, and how many edges it has (0 in shards of
+#: format 1; with a wrong number the bytes do not have their CRC).
 ENTRY = np.dtype(
     {
-        "names": ["key", "offset", "atoms", "data_crc", "entry_crc"],
-        "formats": [("u1", 16), "<u8", "<u4", "<u4", "<u4"],
-        "offsets": [0, 16, 24, 28, 32],
+        "names": ["key", "offset", "atoms", "data_crc", "entry_crc", "edges"],
+        "formats": [("u1", 16), "<u8", "<u4", "<u4", "<u4", "<u4"],
+        "offsets": [0, 16, 24, 28, 32, 36],
         "itemsize": 40,
     }
 )
@@ -55,20 +59,23 @@ CHECKED = 32  # bytes of an entry that entry_crc is of
 
 @dataclass(frozen=True)
 class Column:
-    """One quantity of a record: ``(*shape)`` of a structure, or ``(N, *shape)`` of its N atoms."""
+    """One quantity of a record.
+
+    ``(*shape)`` of a structure, ``(N, *shape)`` of its N atoms or ``(E, *shape)`` of its E edges.
+    """
 
     name: str
-    per: Literal["structure", "atom"]
+    per: Literal["structure", "atom", "edge"]
     shape: tuple[int, ...]
     dtype: str  #: a little-endian numpy type, or ``bf16``: the upper half of a ``<f4``
 
-    def size(self, atoms: int) -> int:
-        """Its bytes in a record of so many atoms."""
-        return atoms * self._row if self.per == "atom" else self._row
+    def size(self, atoms: int, edges: int = 0) -> int:
+        """Its bytes in a record of so many atoms and edges."""
+        return {"structure": 1, "atom": atoms, "edge": edges}[self.per] * self._row
 
     @cached_property
     def _row(self) -> int:
-        """Its bytes for one atom, or for the structure."""
+        """Its bytes for one atom, for one edge, or for the structure."""
         return math.prod(self.shape) * self.stored.itemsize
 
     @cached_property
@@ -76,7 +83,7 @@ class Column:
         return np.dtype("<u2" if self.dtype == "bf16" else self.dtype)
 
     def encode(self, values: Array) -> bytes:
-        """The bytes of ``(*shape)`` or ``(N, *shape)``."""
+        """The bytes of ``(*shape)``, ``(N, *shape)`` or ``(E, *shape)``."""
         if self.dtype == "bf16":  # to the nearest, ties to even
             bits = np.ascontiguousarray(values, "<f4").view("<u4")
             rounded = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -84,13 +91,14 @@ class Column:
         return np.ascontiguousarray(values, self.stored).tobytes()
 
     def decode(self, contents: bytes | memoryview) -> Array:
-        """``(*shape)`` or ``(N, *shape)``; halves as ``float32``."""
+        """``(*shape)``, ``(N, *shape)`` or ``(E, *shape)``; halves as ``float32``."""
         values = np.frombuffer(contents, self.stored)
         if self.dtype == "bf16":
             values = (values.astype("<u4") << 16).view("<f4")
         elif self.dtype == "<f2":
             values = values.astype("<f4")
-        return values.reshape(-1, *self.shape) if self.per == "atom" else values.reshape(self.shape)
+        own = self.per == "structure"
+        return values.reshape(self.shape) if own else values.reshape(-1, *self.shape)
 
 
 #: What every record holds of its structure, so that it can be asked again; pbc and tags are -1
@@ -153,9 +161,13 @@ class Writer:
         self._end = 0
         self._records = 0
 
-    def size(self, atoms: int) -> int:
-        """The bytes of a record of so many atoms, its index entry included."""
-        return sum(column.size(atoms) for column in self.columns) + ENTRY.itemsize
+    @property
+    def format(self) -> int:
+        return EDGE_FORMAT if any(column.per == "edge" for column in self.columns) else FORMAT
+
+    def size(self, atoms: int, edges: int = 0) -> int:
+        """The bytes of a record of so many atoms and edges, its index entry included."""
+        return sum(column.size(atoms, edges) for column in self.columns) + ENTRY.itemsize
 
     def append(self, records: Sequence[tuple[Structure, Mapping[str, Array]]]) -> None:
         """Add records: each a structure, and its values by column.
@@ -170,6 +182,7 @@ class Writer:
             record = self._encode(structure, values)
             entry["key"] = np.frombuffer(structure.key(), "u1")
             entry["offset"], entry["atoms"] = end, len(structure.numbers)
+            entry["edges"] = self.edges_of(values)
             entry["data_crc"] = zlib.crc32(record)
             entry["entry_crc"] = zlib.crc32(entry.tobytes()[:CHECKED])
             contents.append(record)
@@ -194,12 +207,19 @@ class Writer:
                 os.fsync(file.fileno())
                 file.close()
 
+    def edges_of(self, values: Mapping[str, Array]) -> int:
+        """The edges of a record with these values."""
+        found = (len(values[column.name]) for column in self.columns if column.per == "edge")
+        return next(found, 0)
+
     def _encode(self, structure: Structure, values: Mapping[str, Array]) -> bytes:
-        atoms, given = len(structure.numbers), {**structure.columns(), **values}
+        given = {**structure.columns(), **values}
+        rows = {"structure": (), "atom": (len(structure.numbers),)}
+        rows["edge"] = (self.edges_of(values),)
         parts = []
         for column in self.columns:
             value = np.asarray(given[column.name])
-            shape = (atoms, *column.shape) if column.per == "atom" else column.shape
+            shape = (*rows[column.per], *column.shape)
             if value.shape != shape:
                 raise ValueError(f"{column.name} has the shape {value.shape}, not {shape}")
             parts.append(column.encode(value))
@@ -212,7 +232,7 @@ class Writer:
         # unbuffered: what could not be written is not tried again when the file is closed
         self._data = (self.folder / f"{self.name}.data").open("wb", buffering=0)
         self._index = (self.folder / f"{self.name}.index").open("wb", buffering=0)
-        header = {"format": FORMAT, "columns": [asdict(column) for column in self.columns]}
+        header = {"format": self.format, "columns": [asdict(column) for column in self.columns]}
         aside = self.folder / f".{self.name}.part"
         aside.write_text(json.dumps(header))
         os.replace(aside, self.folder / f"{self.name}.json")  # readers look for this one

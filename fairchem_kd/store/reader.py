@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fairchem_kd.json_file import read_json
 from fairchem_kd.store.format import (
     CHECKED,
+    EDGE_FORMAT,
     ENTRY,
     FORMAT,
     SHARDS,
@@ -42,9 +43,12 @@ class Shard:
 
     def __init__(self, header: Path) -> None:
         told = read_json(header)
-        if told.get("format") != FORMAT:
+        if told.get("format") not in (FORMAT, EDGE_FORMAT):
             raise ValueError("another format")
         self.columns = [_column(one) for one in told["columns"]]
+        edges = any(column.per == "edge" for column in self.columns)
+        if edges != (told["format"] == EDGE_FORMAT):
+            raise ValueError("columns of another format")
         self.names = frozenset(column.name for column in self.columns)
         if (*self.columns[: len(STRUCTURE)],) != STRUCTURE or len(self.names) < len(self.columns):
             raise ValueError("other columns than a structure's, or one of them twice")
@@ -75,7 +79,7 @@ class Shard:
         entry = self.entries[row]
         if zlib.crc32(entry.tobytes()[:CHECKED]) != entry["entry_crc"]:
             return None
-        size = sum(column.size(int(entry["atoms"])) for column in self.columns)
+        size = sum(column.size(*self._rows(row)) for column in self.columns)
         offset = int(entry["offset"])
         try:
             if self._file < 0:
@@ -94,13 +98,17 @@ class Shard:
         record = self.record(row)
         if record is None:
             return None
-        values, start, atoms = {}, 0, int(self.entries[row]["atoms"])
+        values, start, rows = {}, 0, self._rows(row)
         for column in self.columns:
-            stop = start + column.size(atoms)
+            stop = start + column.size(*rows)
             if column.name in wanted:
                 values[column.name] = column.decode(record[start:stop])
             start = stop
         return values
+
+    def _rows(self, row: int) -> tuple[int, int]:
+        """How many atoms and edges a record has."""
+        return int(self.entries[row]["atoms"]), int(self.entries[row]["edges"])
 
     def close(self) -> None:
         if self._file >= 0:
@@ -120,7 +128,7 @@ def _column(told: Any) -> Column:
     column = Column(told["name"], told["per"], tuple(told["shape"]), told["dtype"])
     whole = (
         isinstance(column.name, str)
-        and column.per in ("structure", "atom")
+        and column.per in ("structure", "atom", "edge")
         and isinstance(column.dtype, str)
         and _DTYPE.fullmatch(column.dtype)
         and all(type(extent) is int and 0 < extent <= _WIDEST for extent in column.shape)

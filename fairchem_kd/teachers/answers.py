@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairchem_kd.features import Request
+from fairchem_kd.features import GRAPH, Request
 from fairchem_kd.stock import periodicity
 from fairchem_kd.store import Column, Structure, names
 from fairchem_kd.store.names import atom_energy_column, output_column
 from fairchem_kd.teachers.base import Taught
+from fairchem_kd.teachers.edges import by_ends, systems_of
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -26,6 +27,10 @@ PRECISIONS = {"fp32": "<f4", "fp16": "<f2", "bf16": "bf16"}
 
 def feature_column(request: Request) -> str:
     return names.feature_column(request.address, request.form)
+
+
+#: The column of the edges; those of features of edges have a row for each of its rows.
+EDGES = feature_column(GRAPH)
 
 
 def requests_of(columns: Iterable[str]) -> list[Request]:
@@ -82,25 +87,38 @@ def columns_of(said: Taught, levels: Mapping[str, str], precision: str) -> list[
     for name, values in said.atom_energies.items():
         columns.append(Column(atom_energy_column(name), "atom", tuple(values.shape[1:]), "<f8"))
     for request, values in said.features.items():
-        shape, dtype = tuple(values.shape[1:]), PRECISIONS[precision]
-        columns.append(Column(feature_column(request), "atom", shape, dtype))
+        shape = tuple(values.shape[1:])
+        dtype = "<i4" if request == GRAPH else PRECISIONS[precision]
+        rows: Literal["atom", "edge"] = "edge" if request.form == "edge" else "atom"
+        columns.append(Column(feature_column(request), rows, shape, dtype))
     return columns
 
 
 def by_column(said: Taught) -> dict[str, Tensor]:
-    """An answer's values by column."""
+    """An answer's values by column, those of edges in the order of `by_ends`."""
     values = {output_column(name): value for name, value in said.outputs.items()}
     values |= {atom_energy_column(name): value for name, value in said.atom_energies.items()}
-    return values | {feature_column(request): value for request, value in said.features.items()}
+    features = dict(said.features)
+    if GRAPH in features:
+        order = by_ends(features[GRAPH])
+        features |= {r: v[order] for r, v in features.items() if r.form == "edge"}
+    return values | {feature_column(request): value for request, value in features.items()}
 
 
 def by_structure(said: Taught, columns: Sequence[Column]) -> list[dict[str, np.ndarray]]:
     """An answer's values by column, for each of its B structures."""
     values, natoms = by_column(said), said.natoms.tolist()
+    rows = {"atom": natoms}
+    if EDGES in values:
+        systems = systems_of(values[EDGES], said.natoms)
+        rows["edge"] = systems.bincount(minlength=len(natoms)).tolist()
+        values[EDGES] = values[EDGES].clone()
+        values[EDGES][:, :2] -= (said.natoms.cumsum(0) - said.natoms)[systems][:, None]
     cut: list[dict[str, np.ndarray]] = [{} for _ in natoms]
     for column in columns:
         value = values[column.name].cpu()
-        parts = _split(value, natoms) if column.per == "atom" else list(value.numpy())
+        own = column.per in rows
+        parts = _split(value, rows[column.per]) if own else list(value.numpy())
         for one, part in zip(cut, parts, strict=True):
             one[column.name] = part
     return cut
@@ -112,10 +130,14 @@ def fits(record: Mapping[str, np.ndarray], natoms: int, columns: Sequence[Column
     A shard's header and index say how a record is to be read, and may have been written for
     another model, or for another structure.
     """
+    edges = len(record[EDGES]) if EDGES in record else 0
+    rows = {"atom": (natoms,), "edge": (edges,), "structure": ()}
+    if edges:
+        ends = record[EDGES][:, :2]
+        if ends.min() < 0 or ends.max() >= natoms:
+            return False
     return all(
-        record[column.name].shape
-        == ((natoms, *column.shape) if column.per == "atom" else column.shape)
-        for column in columns
+        record[column.name].shape == (*rows[column.per], *column.shape) for column in columns
     )
 
 
@@ -124,9 +146,15 @@ def joined(
     natoms: Sequence[int],
     columns: Sequence[Column],
 ) -> dict[str, Tensor]:
-    """Values by column of B structures, row after row; zeros where a structure has no record."""
+    """Values by column of B structures, row after row; zeros where a structure has no record.
+
+    Such a structure has no edges.
+    """
     values = {}
     for column in columns:
+        if column.per == "edge":
+            values[column.name] = _edges_joined(records, natoms, column)
+            continue
         atoms = column.per == "atom"
         rows = sum(natoms) if atoms else len(natoms)
         dtype = np.float64 if column.dtype == "<f8" else np.float32
@@ -139,6 +167,23 @@ def joined(
             start = stop
         values[column.name] = torch.from_numpy(whole)
     return values
+
+
+def _edges_joined(
+    records: Sequence[dict[str, np.ndarray] | None], natoms: Sequence[int], column: Column
+) -> Tensor:
+    graph = column.name == EDGES
+    dtype = np.int64 if graph else np.float32
+    parts: list[Any] = [np.zeros((0, *column.shape), dtype)]
+    start = 0
+    for record, number in zip(records, natoms, strict=True):
+        if record is not None:
+            part: Any = np.array(record[column.name], dtype)
+            if graph:
+                part[:, :2] += start
+            parts.append(part)
+        start += number
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def taught(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from fairchem_kd.features import Request
+from fairchem_kd.features import GRAPH, Request
+from fairchem_kd.teachers.edges import pick_edges, systems_of
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -25,7 +26,8 @@ class Taught:
     #: float64, by name, in the units of its labels: ``(B, C)`` of structures, ``(N, C)`` of atoms;
     #: energies ``(B, 1)`` in eV, forces ``(N, 3)`` in eV/Å
     outputs: Mapping[str, Tensor]
-    features: Mapping[Request, Tensor]  #: ``(N, C)`` or ``(N, 3, C)``, by request
+    #: ``(N, C)`` or ``(N, 3, C)``, by request; ``(E, C)`` in the form edge, with `GRAPH` ``(E, 5)``
+    features: Mapping[Request, Tensor]
     #: ``(N, 1)``, float64, what atoms give to an output of a structure, where it was requested
     atom_energies: Mapping[str, Tensor] = field(default_factory=dict)
     trusted: Tensor | None = None  #: ``(B,)``, true where it can be relied on; None: everywhere
@@ -51,11 +53,20 @@ class Taught:
         return Taught(
             self.natoms[chosen],
             {name: rows(values) for name, values in self.outputs.items()},
-            {request: values[atoms] for request, values in self.features.items()},
+            self._features_of(structures, atoms),
             {name: values[atoms] for name, values in self.atom_energies.items()},
             None if self.trusted is None else self.trusted[chosen],
             self.origin,
         )
+
+    def _features_of(self, structures: Sequence[int], atoms: Tensor) -> dict[Request, Tensor]:
+        """The features of some structures, whose atoms are named too."""
+        found = {r: v[atoms] for r, v in self.features.items() if r.form != "edge"}
+        if GRAPH in self.features:
+            edges, graph = pick_edges(self.features[GRAPH], self.natoms, structures)
+            found |= {r: v[edges] for r, v in self.features.items() if r.form == "edge"}
+            found[GRAPH] = graph
+        return {request: found[request] for request in self.features}
 
     def sound(self, outputs: Iterable[str]) -> Taught:
         """Itself; or where anything is not finite, an answer that does not trust that structure.
@@ -67,8 +78,12 @@ class Taught:
             outputs: those that are looked at, beside all features.
         """
         values = [self.outputs[name] for name in outputs]
-        values += [*self.features.values(), *self.atom_energies.values()]
-        if not self.natoms.is_cuda and all(bool(torch.isfinite(v).all()) for v in values):
+        values += [v for r, v in self.features.items() if r.form != "edge"]
+        values += self.atom_energies.values()
+        of_edges = [v for r, v in self.features.items() if r.form == "edge" and r != GRAPH]
+        if not self.natoms.is_cuda and all(
+            bool(torch.isfinite(v).all()) for v in (*values, *of_edges)
+        ):
             return self
         systems = len(self.natoms)
         of = torch.repeat_interleave(torch.arange(systems, device=self.natoms.device), self.natoms)
@@ -76,6 +91,9 @@ class Taught:
         for value in values:
             rows = (~torch.isfinite(value)).flatten(1).any(1).to(wrong)
             wrong = wrong + rows if len(rows) == systems else wrong.index_add(0, of, rows)
+        for value in of_edges:
+            rows = (~torch.isfinite(value)).flatten(1).any(1).to(wrong)
+            wrong = wrong.index_add(0, systems_of(self.features[GRAPH], self.natoms), rows)
         trusted = wrong == 0 if self.trusted is None else self.trusted & (wrong == 0)
 
         def clean(value: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def contents(folder: Path) -> str:
     if failed:
         lines.append(f"  {len(failed)} structures of which it could say nothing: {folder / FAILED}")
     for name, column in sorted(columns.items()):
-        rows = "N" if column.per == "atom" else ""
+        rows = {"atom": "N", "edge": "E"}.get(column.per, "")
         shape = ", ".join([*([rows] if rows else []), *map(str, column.shape)])
         dependence = card.dependence.get(name)
         told = "" if dependence is None else f", {dependence:.1e} by what shares the batch"

@@ -16,7 +16,7 @@ from torch_geometric.data import Batch, Data
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.store import Column, Structure
-from fairchem_kd.teachers.answers import by_structure, fits, output_column
+from fairchem_kd.teachers.answers import EDGES, by_structure, fits, output_column
 from fairchem_kd.teachers.stored import StoredTeacher
 
 #: How far an answer may be off whatever the teacher's own dependence on its batch: energies in eV
@@ -24,6 +24,8 @@ from fairchem_kd.teachers.stored import StoredTeacher
 #: else relative to its root mean square.
 TOLERANCE = 1e-3
 _ENERGY = output_column("energy")
+#: The share of edges that rounding may put on the other side of a cutoff.
+_AT_THE_CUTOFF = 0.02
 _SLACK = 10.0  # times the dependence that was measured when the store was made
 
 
@@ -65,6 +67,10 @@ def difference(
         atoms: of the structure.
         spread: of an output of structures, where that is known.
     """
+    if column.name == EDGES:
+        return max(0.0, _not_shared(one, other) - _AT_THE_CUTOFF)
+    if one.shape != other.shape:
+        return 0.0  # other edges, which is told of the edges themselves
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         same = np.array_equal(np.isfinite(one), np.isfinite(other))
         return 0.0 if same else float("inf")
@@ -76,6 +82,12 @@ def difference(
     scale = float(np.sqrt(np.mean(np.square(other, dtype=np.float64)))) if other.size else 0.0
     floor = 0.01 if column.name.startswith(("output:", "atom_energy")) else 1e-6
     return worst / max(scale, floor)
+
+
+def _not_shared(one: np.ndarray, other: np.ndarray) -> float:
+    """The share of the edges, ``(E, 5)`` of each, that only one of the two has."""
+    ours, theirs = ({tuple(edge) for edge in edges.tolist()} for edges in (one, other))
+    return len(ours ^ theirs) / max(len(ours | theirs), 1)
 
 
 def _spread(teacher: StoredTeacher, column: Column) -> float | None:

@@ -150,12 +150,16 @@ class Filling:
         if not missing:
             return
         self.check(batch)
-        size = sum(self._writer.size(len(structures[i].numbers)) for i in missing)
+        sizes = [len(structures[i].numbers) for i in missing]
+        edges = [round(teacher.edges_per_atom * size) for size in sizes]  # not known before asking
+        size = sum(map(self._writer.size, sizes, edges))
         if size > self._left:
             self.ended = "it has reached task.distillation.teacher.max_gb"
             return
         said = teacher.live.teach(batch.to(device), teacher.requests)
         answers = by_structure(said, teacher.columns)
+        edges = [self._writer.edges_of(answers[i]) for i in missing]
+        size = sum(map(self._writer.size, sizes, edges))
         try:
             self._writer.append([(structures[i], answers[i]) for i in missing])
         except OSError as error:

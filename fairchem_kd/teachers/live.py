@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fairchem_kd.features import FeatureExtractor, FeatureSpec, Request, output_of
+from fairchem_kd.features import GRAPH, FeatureExtractor, FeatureSpec, Request, output_of
 from fairchem_kd.features.architecture import needs_autograd, refuse_wrong_forces
 from fairchem_kd.machine import FP32
 from fairchem_kd.teachers.base import Taught
@@ -94,8 +94,10 @@ class LiveTeacher:
         return self.frozen.energy_name
 
     def extractor(self, requests: Sequence[Request]) -> FeatureExtractor:
-        """The taps for these features, made once."""
+        """The taps for these features, made once; features of edges come with the edges."""
         key = tuple(requests)
+        if any(request.form == "edge" for request in key) and GRAPH not in key:
+            key = (*key, GRAPH)
         if key not in self._extractors:
             self._extractors[key] = FeatureExtractor(self.frozen.model, list(key))
         return self._extractors[key]

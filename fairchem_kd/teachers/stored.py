@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fairchem_kd.features import FeatureSpec, Request
+from fairchem_kd.features import GRAPH, FeatureSpec, Request
 from fairchem_kd.stock.kept_samples import Memo, memo_of
 from fairchem_kd.stock.structures import pick
 from fairchem_kd.store import STRUCTURE, Column, Reader
 from fairchem_kd.teachers.answers import (
+    EDGES,
     by_column,
     columns_of,
     fits,
@@ -60,6 +61,8 @@ class StoredTeacher:
         self.columns = list(columns)
         self.names = [column.name for column in self.columns]
         self.reader = Reader(folder)
+        #: edges of an atom, where the store keeps edges: of the structures that were asked for them
+        self.edges_per_atom = 0.0
         self._told = False
 
     @property
@@ -146,9 +149,17 @@ class StoredTeacher:
         systems[missing] = True
         systems = systems.to(batch.pos.device)
         rows = {"structure": systems, "atom": systems[batch.batch]}
+        if EDGES in asked:  # numbered as in the batch
+            asked[EDGES] = asked[EDGES].clone()
+            atoms = rows["atom"].nonzero()[:, 0]
+            asked[EDGES][:, :2] = atoms[asked[EDGES][:, :2]]
         for column in self.columns:
-            kept = values[column.name] = values[column.name].clone()
-            kept[rows[column.per]] = asked[column.name].to(kept.dtype)
+            kept, new = values[column.name], asked[column.name]
+            if column.per == "edge":  # of which these structures have none yet
+                values[column.name] = torch.cat([kept, new.to(kept.dtype)])
+                continue
+            kept = values[column.name] = kept.clone()
+            kept[rows[column.per]] = new.to(kept.dtype)
 
 
 class _Reading:
@@ -166,28 +177,36 @@ class _Reading:
 
 def columns_for(
     live: LiveTeacher, batch: Batch, requests: Sequence[Request], precision: str
-) -> list[Column]:
+) -> tuple[list[Column], float]:
     """The columns that hold this teacher's answers, found by asking it once.
 
     Args:
         batch: any structures, on the teacher's device.
         precision: of the features, as in `answers.PRECISIONS`.
+
+    Returns:
+        The columns, and how many edges an atom has (0 where edges are not asked for).
     """
-    return columns_of(live.teach(batch, requests), live.levels, precision)
+    said = live.teach(batch, requests)
+    edges = len(said.features[GRAPH]) if GRAPH in said.features else 0
+    return columns_of(said, live.levels, precision), edges / max(len(batch.pos), 1)
 
 
-def join_said(parts: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
+def join_said(parts: Sequence[tuple[Mapping[str, Any], Batch]]) -> dict[str, Any]:
     """What was read of several batches, for all of them joined in this order.
 
     Args:
-        parts: of each batch what was read, and how many structures it has.
+        parts: of each batch what was read, and the batch.
     """
     names = [name for name in parts[0][0] if name != MISSING]
     joint: dict[str, Any] = {name: torch.cat([said[name] for said, _ in parts]) for name in names}
-    joint[MISSING], start = [], 0
-    for said, systems in parts:
+    joint[MISSING], start, atoms, edges = [], 0, 0, 0
+    for said, batch in parts:
         joint[MISSING] += [start + system for system in said[MISSING]]
-        start += systems
+        start += len(batch.natoms)
+        if EDGES in names:
+            joint[EDGES][edges : edges + len(said[EDGES]), :2] += atoms
+            edges, atoms = edges + len(said[EDGES]), atoms + len(batch.pos)
     return joint
 
 

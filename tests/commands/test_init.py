@@ -165,7 +165,7 @@ def test_refusals(
 
     sentence = say(root / "schnet.yml", "--strategy", "v2v")
     assert "vector" in sentence
-    assert "This pair can have: n2n, e2n, vanilla, per_atom_energy" in sentence
+    assert "This pair can have: cka, e2n, gsp, lsp, n2n, n2n_by_head, per_atom_" in sentence
     assert "unknown kind 'n3n' (did you mean 'n2n'?)" in say(
         root / "painn.yml", "--strategy", "n3n"
     )

@@ -36,6 +36,17 @@ LOSSES: dict[str, Any] = {
     "early": {"kind": "n2n", "student": "node@1"},  # reaches some of the parameters only
 }
 
+#: Those of one step beside them: on edges, and over the atoms of all ranks.
+MORE_LOSSES: dict[str, Any] = {
+    "e2e": {"atoms": "free"},
+    "cka": {"atoms": "free"},
+    "gsp": {},
+    "lsp": {"edges": "teacher"},
+    "relational": {"pairs": 50},
+    "v2v_geometric": {"atoms": "free"},
+    "n2n_by_head": {},
+}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -75,7 +86,7 @@ def step(rank: int, world: int, root: Path, data: Path, teacher: Path) -> dict[s
         root / str(world),
         data,
         teacher=teacher,
-        losses=LOSSES,
+        losses=LOSSES | MORE_LOSSES,
         distillation={"rattle": {"copies": 1}},
         clip_grad_norm=0.5,
     )

@@ -100,7 +100,7 @@ class Mark:
 def distilled_pairs(file: ModelFile) -> list[Mark]:
     """The pairs of features that the student of ``file`` was distilled with, by its config."""
     from fairchem_kd.distillation.config import parse_distillation
-    from fairchem_kd.losses import FeatureLoss
+    from fairchem_kd.losses import PairLoss
 
     try:
         terms = parse_distillation(file.config.get("task")).active_terms
@@ -109,7 +109,7 @@ def distilled_pairs(file: ModelFile) -> list[Mark]:
     return [
         Mark(name, term.form, term.student_request.address, term.teacher_request.address)
         for name, term in terms.items()
-        if isinstance(term, FeatureLoss)
+        if isinstance(term, PairLoss) and term.form in FORMS
     ]
 
 

@@ -3,19 +3,9 @@
 Linear CKA (Kornblith et al. 2019, arXiv 1905.00414) of features X ``(N, D)`` and Y ``(N, E)`` is
 ``HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))`` with ``K = X X^T`` and ``L = Y Y^T``. The plain
 estimator of HSIC is biased: independent features of a small sample score well above 0. Here it is
-the unbiased one of Song et al. (2012, JMLR 13, equation 5), in which no sample meets itself. With
-K and L stripped of their diagonals it reads
-
-    HSIC = [ tr(KL) + 1'K1 1'L1 / ((N-1)(N-2)) - 2/(N-2) 1'KL1 ] / (N(N-3)).
-
-No N x N matrix is needed for it. With k_i = |x_i|^2, l_i = |y_i|^2, C = X^T Y, s = sum_i x_i and
-t = sum_i y_i, and every diagonal taken out by hand,
-
-    tr(KL) = |C|^2 - sum_i k_i l_i          1'K1 = |s|^2 - sum_i k_i
-    1'KL1  = s'Ct - s' sum_i l_i x_i - t' sum_i k_i y_i + sum_i k_i l_i
-
-so that sums over samples, added up batch by batch in O(N D E), give the value of the whole sample:
-it is no average of values of batches, and does not depend on how the sample was cut.
+the unbiased one (:mod:`fairchem_kd.losses.hsic`), in which no sample meets itself, out of sums over
+samples. Added up batch by batch these give the value of the whole sample: it is no average of
+values of batches, and does not depend on how the sample was cut.
 
 Vectors ``(N, 3, D)`` are samples of three rows each, x, y and z. A shift of x, y and z would not
 turn with the structure, so they are not centred (over orientations their mean is 0), and where no
@@ -34,9 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fairchem_kd.losses.hsic import Sums, scalar_hsic, scalar_sums
+
 Form = Literal["node", "vector"]
 Key = Any  # hashable; of the user's own choosing
-Sums = dict[str, Tensor]
 
 GROUPS = 8  #: parts of the sample that take turns in being left out, for the errors
 MEMORY = 2**30  #: bytes of sums; where so many parts would need more, there are fewer of them
@@ -118,7 +109,7 @@ class Similarity:
                 self._shifts[key] = shift
             values[key] = value - self._shifts[key]
         group = min(int(position * self.groups), self.groups - 1)
-        count = _scalar_sums if self.form == "node" else _vector_sums
+        count = scalar_sums if self.form == "node" else _vector_sums
         for (first, second), sums in self._sums.items():
             new = count(values[first], values[second])
             old = sums.get(group)
@@ -147,34 +138,9 @@ class Similarity:
             samples = [whole]
             if len(parts) > 1:
                 samples += [{key: whole[key] - part[key] for key in whole} for part in parts]
-            value = _scalar_hsic if self.form == "node" else _vector_hsic
+            value = scalar_hsic if self.form == "node" else _vector_hsic
             self._known[pair] = np.array([float(value(sums)) for sums in samples])
         return self._known[pair]
-
-
-def _scalar_sums(x: Tensor, y: Tensor) -> Sums:
-    k, l = x.square().sum(1), y.square().sum(1)  # noqa: E741  (the letters of the formula)
-    return {
-        "count": k.new_tensor(len(k)),
-        "C": x.T @ y,
-        "s": x.sum(0),
-        "t": y.sum(0),
-        "k": k.sum(),
-        "l": l.sum(),
-        "kl": k @ l,
-        "lx": l @ x,
-        "ky": k @ y,
-    }
-
-
-def _scalar_hsic(sums: Sums) -> Tensor:
-    n, s, t = sums["count"], sums["s"], sums["t"]
-    if n < 4:
-        return n.new_tensor(float("nan"))
-    trace = sums["C"].square().sum() - sums["kl"]
-    rows = (s.square().sum() - sums["k"]) * (t.square().sum() - sums["l"])
-    mixed = s @ sums["C"] @ t - s @ sums["lx"] - t @ sums["ky"] + sums["kl"]
-    return (trace + rows / ((n - 1) * (n - 2)) - 2 * mixed / (n - 2)) / (n * (n - 3))
 
 
 def _vector_sums(x: Tensor, y: Tensor) -> Sums:

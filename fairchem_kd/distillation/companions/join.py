@@ -53,9 +53,7 @@ class Companions:
         """``whole``, with what has been read of its parts; copies are read here."""
         if self.said is not None:
             read = [part[SAID] if SAID in part else self.said(part) for part in parts]
-            whole[SAID] = join_said(
-                [(said, len(part.natoms)) for said, part in zip(read, parts, strict=True)]
-            )
+            whole[SAID] = join_said(list(zip(read, parts, strict=True)))
         return whole
 
 
