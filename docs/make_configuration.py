@@ -16,6 +16,7 @@ from fairchem_kd.distillation.config import (
     ProjectionOptim,
     TeacherConfig,
 )
+from fairchem_kd.distillation.gradients import DiagnosticOptions
 from fairchem_kd.losses import known_losses
 from fairchem_kd.losses.schedule import Schedule
 
@@ -110,6 +111,14 @@ def page() -> str:
         "## `task.distillation.projections`\n",
         _text(ProjectionOptim),
         _table(ProjectionOptim),
+        "## `task.distillation.diagnostics`\n",
+        _first_line(DiagnosticOptions),
+        _table(DiagnosticOptions),
+        "Every so many steps the records have `<term>_grad_norm` and `label_loss_grad_norm`, the "
+        "lengths of the gradients of each weighted term and of the labels' loss with respect to the "
+        "student, and `<term>_grad_cosine`, the cosine of the two: below 0, the term pulls the "
+        "student away from its labels. Such a step takes one backward more for each term and one "
+        "for the labels.\n",
         "## `task.distillation.losses.<name>`\n",
         "`<name>` is yours; `kind` says which loss it is and may be left out where the name does. "
         "`<name>: {}` takes every default, `<name>: null` switches off a term of an included "

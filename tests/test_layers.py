@@ -34,6 +34,7 @@ ROOMS = (
 #: What every room stands on.
 GROUND = (
     "_version",
+    "entry_points",
     "errors",
     "files",
     "json_file",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
+from fairchem_kd.distillation.gradients import DiagnosticOptions
 from fairchem_kd.errors import UserError
 from fairchem_kd.losses import Loss, loss_class
 from fairchem_kd.losses.schedule import Schedule
@@ -108,6 +109,9 @@ class DistillationConfig:
     projections: ProjectionOptim = option(factory=ProjectionOptim, help="their optimiser")
     statistics_samples: int = option(
         256, ge=1, help="training samples, evenly spread, from which features are standardised"
+    )
+    diagnostics: DiagnosticOptions = option(
+        factory=DiagnosticOptions, help="each term's gradient beside the labels', in the records"
     )
     validate: bool = option(False, help="report the distillation losses on the validation set too")
     flush_denormal: bool = option(True, help="CPU only: flush denormal numbers to zero")

@@ -13,6 +13,7 @@ class Values:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._latest: dict[str, Tensor] = {}
         self._steps = 0
 
     def note(self, name: str, value: Tensor) -> None:
@@ -20,21 +21,26 @@ class Values:
         value = value.detach()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
+    def note_now(self, name: str, value: Tensor) -> None:
+        """Take a value ``()`` of this step alone, in place of an earlier one."""
+        self._latest[name] = value.detach()
+
     def end_step(self) -> None:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """The mean of each over the steps since the last reading."""
+        """The mean of each over the steps since the last reading, or its one value."""
         means = {name: float(value) / self._steps for name, value in self._sums.items()}
-        self._sums, self._steps = {}, 0
+        means |= {name: float(value) for name, value in self._latest.items()}
+        self._sums, self._latest, self._steps = {}, {}, 0
         return means
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Within the block, values are kept apart from those of the steps around it."""
-        kept = self._sums, self._steps
-        self._sums, self._steps = {}, 0
+        kept = self._sums, self._latest, self._steps
+        self._sums, self._latest, self._steps = {}, {}, 0
         try:
             yield
         finally:
-            self._sums, self._steps = kept
+            self._sums, self._latest, self._steps = kept

@@ -7,6 +7,7 @@ a capture begins, and everything is detached when it ends.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fairchem.core.models.base import HydraModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fairchem_kd.entry_points import offered
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.address import FeatureSpec, Kind
 from fairchem_kd.stock.conservative import WHERE
@@ -208,6 +210,8 @@ class Architecture(ABC):
         return specs
 
 
+#: The group of entry points under which other packages offer architectures.
+ENTRY_POINTS = "fairchem_kd.architectures"
 _ARCHITECTURES: list[type[Architecture]] = []
 
 
@@ -230,6 +234,19 @@ def backbone_of(model: nn.Module) -> Any:
     return root.backbone if isinstance(root, HydraModel) else root
 
 
+def _offered() -> list[type[Architecture]]:
+    """The architectures of other packages: looked for where no registered one fits."""
+    found = []
+    for name, architecture in offered(ENTRY_POINTS).items():
+        if not (isinstance(architecture, type) and issubclass(architecture, Architecture)):
+            logging.warning(
+                f"The entry point '{name}' of {ENTRY_POINTS} is no architecture: left out."
+            )
+        elif architecture not in _ARCHITECTURES:
+            found.append(architecture)
+    return found
+
+
 def architecture_of(model: nn.Module) -> Architecture:
     """The features that ``model`` (bare, in DDP, or a hydra with a supported backbone) offers.
 
@@ -237,10 +254,11 @@ def architecture_of(model: nn.Module) -> Architecture:
         UserError: if there is no extractor for this architecture.
     """
     root, backbone = unwrap(model), backbone_of(model)
-    for architecture in _ARCHITECTURES:
-        if isinstance(backbone, architecture.model_class):
-            return architecture(root)
-    known = ", ".join(sorted(a.model_class.__name__ for a in _ARCHITECTURES))
+    for architectures in (lambda: _ARCHITECTURES, _offered):
+        for architecture in architectures():
+            if isinstance(backbone, architecture.model_class):
+                return architecture(root)
+    known = ", ".join(sorted(a.model_class.__name__ for a in (*_ARCHITECTURES, *_offered())))
     raise UserError(
         f"features of {type(backbone).__name__} cannot be extracted; supported architectures: "
         f"{known} (and hydra models with one of them as backbone); a loss on outputs, vanilla, "

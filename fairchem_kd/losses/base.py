@@ -2,12 +2,14 @@
 
 A new loss is a subclass of :class:`Loss` under ``@register_loss("name")``; a config then uses it
 as ``kind: name``. A loss of another package is named by its dotted path, ``kind:
-package.module.Class``, which imports it in every process.
+package.module.Class``, which imports it in every process, or by the name under which the package
+offers it as an entry point (:data:`ENTRY_POINTS`).
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fairchem_kd.entry_points import offered
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.losses.elementwise import FUNCTIONS
 from fairchem_kd.losses.schedule import Schedule
@@ -257,6 +260,8 @@ def masked_sum(values: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | in
     return torch.where(shaped, values, 0).sum(), rows.sum() * per_row
 
 
+#: The group of entry points under which other packages offer losses: names and classes.
+ENTRY_POINTS = "fairchem_kd.losses"
 _LOSSES: dict[str, type[Loss]] = {}
 _L = TypeVar("_L", bound=type[Loss])
 
@@ -275,12 +280,27 @@ def register_loss(kind: str) -> Callable[[_L], _L]:
 
 
 def known_losses() -> dict[str, type[Loss]]:
-    """Every registered kind and its class, by name."""
+    """Every registered kind and its class, by name; those of other packages too."""
+    _register_offered()
     return dict(sorted(_LOSSES.items()))
 
 
+def _register_offered() -> None:
+    """Register what other packages offer; ours keep their names."""
+    for name, found in offered(ENTRY_POINTS).items():
+        if not (isinstance(found, type) and issubclass(found, Loss)):
+            logging.warning(f"The entry point '{name}' of {ENTRY_POINTS} is no loss: left out.")
+        elif _LOSSES.setdefault(name, found) is not found:
+            logging.warning(
+                f"The entry point '{name}' of {ENTRY_POINTS} has the name of another loss, which "
+                f"stays: name yours by its path, {found.__module__}.{found.__qualname__}."
+            )
+        elif "kind" not in vars(found):
+            found.kind = name
+
+
 def loss_class(kind: str, where: str) -> type[Loss]:
-    """The class of a kind, or of the dotted path of a class.
+    """The class of a kind, of ours or of an entry point, or of the dotted path of a class.
 
     Raises:
         UserError: no such kind, or nothing of that path that is a :class:`Loss`.
@@ -289,6 +309,8 @@ def loss_class(kind: str, where: str) -> type[Loss]:
         return _LOSSES[kind]
     module, _, name = kind.rpartition(".")
     if not module:
+        if kind in known_losses():
+            return _LOSSES[kind]
         raise UserError(f"{where} has the unknown kind '{kind}'{did_you_mean(kind, _LOSSES)}.")
     try:
         found = getattr(importlib.import_module(module), name)

@@ -51,8 +51,8 @@ class Relational(FeatureLoss):
     The mean over pairs p of ``-log(exp(cos(r_s,p, r_t,p) / T) / sum_q exp(cos(r_s,p, r_t,q) / T))``
     with ``r = z_i - z_j`` of the two atoms and T the temperature. Pairs are those of an edge, each
     direction once however many images of an atom are near; of more than ``pairs`` so many are drawn
-    anew at every step, by a generator of the loss's own that starts from seed and step. All ranks
-    share them, and their table of cosines takes ``pairs``^2 numbers.
+    anew at every step: those with the lowest lots, which follow from ``seed``, the step and the
+    atoms' positions, whatever the number of ranks. The table of cosines takes ``pairs``^2 numbers.
     """
 
     Options: ClassVar[type[LossOptions]] = RelationalOptions
@@ -63,7 +63,9 @@ class Relational(FeatureLoss):
 
     def forward(self, inputs: LossInputs) -> list[Part]:
         side = inputs.student if self.options.edges == "student" else inputs.teacher
-        pairs = self._chosen(neighbours(side[GRAPH], self.rows(inputs)), inputs.step)
+        pairs = self._chosen(
+            neighbours(side[GRAPH], self.rows(inputs)), inputs.batch.pos, inputs.step
+        )
         ours = gather_rows(_directions(self.projected(inputs), pairs))
         theirs = gather_rows(_directions(self.standardized(inputs).to(ours), pairs))
         if len(ours) < 2:  # with nothing to be told apart from
@@ -73,24 +75,34 @@ class Relational(FeatureLoss):
         # every rank has the whole value, so each counts once
         return [Part("", 1.0, torch.nn.functional.cross_entropy(cosines, same), 1)]
 
-    def _chosen(self, pairs: Tensor, step: int) -> Tensor:
+    def _chosen(self, pairs: Tensor, pos: Tensor, step: int) -> Tensor:
         """Those of this rank's ``(P, 2)`` that are drawn out of the pairs of all ranks."""
-        own = torch.tensor([len(pairs)], device=pairs.device)
-        counts = gather_rows(own).tolist()
-        total = sum(counts)
-        if total <= self.options.pairs:
+        # torch's generators would make the draw depend on how structures are dealt out to ranks
+        digest = hashlib.blake2b(f"{self.options.seed}/{step}".encode(), digest_size=7).digest()
+        own = lots(pos, pairs, int.from_bytes(digest, "little"))
+        everyone = gather_rows(own)
+        if len(everyone) <= self.options.pairs:
             return pairs
-        # torch's generator on CPUs looks at 32 bits of its seed, so seed and step are mixed
-        digest = hashlib.blake2b(f"{self.options.seed}/{step}".encode(), digest_size=4).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        drawn = torch.randperm(total, generator=generator)[: self.options.pairs].sort().values
-        start = sum(counts[: _rank(counts)])
-        mine = drawn[(drawn >= start) & (drawn < start + len(pairs))] - start
-        return pairs[mine.to(pairs.device)]
+        return pairs[own <= everyone.kthvalue(self.options.pairs).values]
 
 
-def _rank(counts: list[int]) -> int:
-    return torch.distributed.get_rank() if len(counts) > 1 else 0
+def lots(pos: Tensor, pairs: Tensor, seed: int) -> Tensor:
+    """``(P,)``: a pseudo-random number for each pair, out of where its atoms are and the seed.
+
+    The mixing is that of SplitMix64 (Steele et al. 2014), with sums and products modulo 2^64.
+    """
+
+    def mixed(state: Tensor) -> Tensor:
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+            state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        return state ^ ((state >> 31) & ((1 << 33) - 1))
+
+    bits = pos.detach().float().contiguous().view(torch.int32).long()
+    of_atoms = torch.full_like(bits[:, 0], seed)
+    for component in bits.unbind(1):
+        of_atoms = mixed(of_atoms ^ component)
+    # the second atom goes in differently from the first: a pair and its reverse are two
+    return mixed(mixed(of_atoms[pairs[:, 0]]) + of_atoms[pairs[:, 1]])
 
 
 def neighbours(graph: Tensor, rows: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every teacher with every student and every loss: it trains, or is refused for the right reason."""
+"""Every teacher with every student and every loss: it trains, or is refused, and rightly."""
 
 from __future__ import annotations
 

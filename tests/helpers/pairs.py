@@ -42,7 +42,7 @@ def pair_inputs(term: Any, *, mask: list[bool] | None = None, seed: int = 0) -> 
     fixed = 1 - torch.tensor(FREE)
     batch = SimpleNamespace(
         natoms=torch.tensor(NATOMS), fixed=fixed, batch=torch.tensor(SYSTEMS),
-        atomic_numbers=torch.ones(ATOMS),
+        atomic_numbers=torch.ones(ATOMS), pos=random(ATOMS, 3, seed=99),
     )  # fmt: skip
     inputs = LossInputs(
         batch,

@@ -75,7 +75,7 @@ def test_draws_follow_from_seed_and_step_alone() -> None:
     values = [drawn(step) for step in range(1, 9)]
     assert values == [drawn(step) for step in range(1, 9)]
     assert len(set(values)) > 4
-    assert drawn(3, seed=1) != values[2]
+    assert [drawn(step, seed=1) for step in range(1, 9)] != values
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -89,10 +89,12 @@ def test_no_more_pairs_than_asked_for_are_compared() -> None:
     assert int((student.grad.abs().sum(1) > 0).sum()) <= 8
     seen = []
     for step in range(1, 60):
-        chosen = term._chosen(neighbours(torch.tensor(EDGES), None), step)
+        chosen = term._chosen(neighbours(torch.tensor(EDGES), None), inputs.batch.pos, step)
         assert len(chosen) == 4
         seen += map(tuple, chosen.tolist())
-    assert set(seen) == set(pairs_of([True] * ATOMS))  # each has its turn
+    everyone = pairs_of([True] * ATOMS)
+    for pair in everyone:  # each as often as the others: 20 times of 59, give or take 3.6
+        assert 7 < seen.count(pair) < 36
 
 
 def test_equal_features_have_finite_gradients() -> None:
@@ -119,6 +121,7 @@ def part_of(term: Any, whole: LossInputs, systems: list[int]) -> LossInputs:
         fixed=batch.fixed[atoms],
         batch=batch.batch[atoms] - min(systems, default=0),
         atomic_numbers=batch.atomic_numbers[atoms],
+        pos=batch.pos[atoms],
     )
     inputs = LossInputs(own, step=whole.step)
     for side, mine in (("student", inputs.student), ("teacher", inputs.teacher)):
