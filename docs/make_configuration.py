@@ -115,8 +115,8 @@ def page() -> str:
         _first_line(DiagnosticOptions),
         _table(DiagnosticOptions),
         "Every so many steps the records have `<term>_grad_norm` and `label_loss_grad_norm`, the "
-        "lengths of the gradients of each weighted term and of the labels' loss with respect to the "
-        "student, and `<term>_grad_cosine`, the cosine of the two: below 0, the term pulls the "
+        "lengths of the gradients of each weighted term and of the labels' loss with respect to "
+        "the student, and `<term>_grad_cosine`, the cosine of the two: below 0, the term pulls the "
         "student away from its labels. Such a step takes one backward more for each term and one "
         "for the labels.\n",
         "## `task.distillation.losses.<name>`\n",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fairchem_kd.distillation.values import Values
 from fairchem_kd.schema import option
 from fairchem_kd.training.ranks import all_sum, world_size
 
@@ -60,6 +61,24 @@ def compared_gradients(
             scale > 0, gradient @ own / scale.where(scale > 0, torch.ones_like(scale)), 0.0
         )
     return found
+
+
+def note_gradients(
+    values: Values, losses: Mapping[str, Tensor], labels: tuple[str, Tensor], student: nn.Module
+) -> None:
+    """Note `compared_gradients` of terms, all parts of each together.
+
+    Args:
+        losses: by part, ``TERM`` or ``TERM.PART``, weighted.
+        labels: name and weighted loss of the labels.
+    """
+    terms: dict[str, Tensor] = {}
+    for name, loss in losses.items():
+        term = name.partition(".")[0]
+        terms[term] = terms[term] + loss if term in terms else loss
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    for name, value in compared_gradients(terms, labels, parameters).items():
+        values.note_now(name, value)
 
 
 def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fairchem_kd.distillation.agreement import Agreement, agreement
 from fairchem_kd.distillation.config import DistillationConfig
-from fairchem_kd.distillation.gradients import compared_gradients
+from fairchem_kd.distillation.gradients import note_gradients
 from fairchem_kd.distillation.projections import Projections
 from fairchem_kd.distillation.statistics import Collate, fit_statistics
 from fairchem_kd.distillation.values import Values
@@ -240,19 +240,9 @@ class Distillation:
             self.values.end_step()
             losses = weight * totals[own] * (world_size() / counts[own])
             if labels is not None and labels.requires_grad and self.diagnostics.due(step):
-                self._note_gradients(dict(zip(parts, losses, strict=True)), labels)
+                own_losses = dict(zip(parts, losses, strict=True))
+                note_gradients(self.values, own_losses, (LABEL_LOSS, labels), self.student)
             return losses.sum().float()
-
-    def _note_gradients(self, losses: dict[str, Tensor], labels: Tensor) -> None:
-        """Note how the gradients of the terms, all parts of each together, lie to the labels'."""
-        terms: dict[str, Tensor] = {}
-        for name, loss in losses.items():
-            term = name.partition(".")[0]
-            terms[term] = terms[term] + loss if term in terms else loss
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        found = compared_gradients(terms, (LABEL_LOSS, labels), parameters)
-        for name, value in found.items():
-            self.values.note_now(name, value)
 
     def _note(self, names: Iterable[str], values: Tensor, weights: Tensor) -> None:
         """Note each term's raw and weighted value."""

@@ -17,7 +17,7 @@ from fairchem_kd.features.address import parse_address
 from fairchem_kd.store import Card, Column
 from fairchem_kd.store.failures import failures
 from fairchem_kd.store.names import atom_energy_column, output_column
-from fairchem_kd.teachers.answers import feature_column, structures_of, taught
+from fairchem_kd.teachers.answers import EDGES, feature_column, structures_of, taught
 from fairchem_kd.teachers.base import Taught
 from fairchem_kd.teachers.stored import requests_in
 
@@ -174,11 +174,12 @@ class RecordedTeacher:
                 f"{KEY}: {self.folder} does not hold {len(strange)} of {len(batch.natoms)} "
                 f"structures of a batch, and nobody can be asked about them: {self.mend} fills it."
             )
-        rows = {"structure": len(batch.natoms), "atom": len(batch.pos)}
+        rows = {"structure": len(batch.natoms), "atom": len(batch.pos), "edge": 0}
+        types = {"<f8": torch.float64, "<i4": torch.long}  # edges, of which there are none
         nothing = {
             column.name: torch.full(
-                (rows[column.per], *column.shape), torch.nan, device=batch.pos.device,
-                dtype=torch.float64 if column.dtype == "<f8" else torch.float32,
+                (rows[column.per], *column.shape), 0 if column.name == EDGES else torch.nan,
+                device=batch.pos.device, dtype=types.get(column.dtype, torch.float32),
             )
             for column in self.columns(requests)
         }  # fmt: skip

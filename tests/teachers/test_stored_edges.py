@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainings import config, trainer, weights, write_lmdb
+from trainings import assert_equal, config, trainer, weights, write_lmdb
 from trainings import data as data
 from trainings import teacher as teacher
 
@@ -18,10 +18,18 @@ from fairchem_kd.features import GRAPH, Request
 from fairchem_kd.losses import match_edges
 from fairchem_kd.store import Column, Reader, Structure, Writer
 from fairchem_kd.teachers import Taught, filling
-from fairchem_kd.teachers.answers import EDGES, by_structure, columns_of, fits, joined
+from fairchem_kd.teachers.answers import (
+    EDGES,
+    by_structure,
+    columns_of,
+    fits,
+    joined,
+    structures_of,
+)
 from fairchem_kd.teachers.contents import check_records, contents
 from fairchem_kd.teachers.drift import difference
 from fairchem_kd.teachers.place import FOLDER
+from fairchem_kd.teachers.recorded import RecordedTeacher
 from fairchem_kd.teachers.stored import MISSING, StoredTeacher, join_said
 
 EDGE = Request("edge", "edge")
@@ -152,6 +160,25 @@ def test_edges_that_lie_are_asked_for_again(tmp_path: Path, data: Path, teacher:
     index.write_bytes(spoiled)
     assert check_records(store_in(tmp_path)) == (10, 1)
     assert_near(trained(given), live)
+
+
+def test_a_store_alone_teaches_edges(tmp_path: Path, data: Path, teacher: Path) -> None:
+    store = {"store": str(tmp_path / "store")}
+    expected = trained(arguments(tmp_path, data, teacher, own=store))
+    alone = arguments(tmp_path, data, teacher)
+    alone["task"]["distillation"]["teacher"] = store
+    with trainer(alone) as built:
+        built.train(disable_eval_tqdm=True)
+        assert_equal(weights(built), expected)
+        batch = built.collater([built.train_dataset[0]])
+    # of structures of which the teacher could say nothing there are no edges either
+    recorded = RecordedTeacher(tmp_path / "store")
+    recorded._failed = {one.key(): "why" for one in structures_of(batch)}
+    said = recorded.teach(batch, [EDGE, GRAPH])
+    assert said.features[GRAPH].shape == (0, 5)
+    assert said.features[GRAPH].dtype == torch.long
+    assert said.features[EDGE].shape == (0, 20)
+    assert said.sound(["energy"]).trusted.tolist() == [False]
 
 
 COLUMNS = [
