@@ -126,7 +126,9 @@ class _Case:
         )
 
     def parts(self, inputs: LossInputs | None = None) -> list[Part]:
-        return self.term(self.inputs if inputs is None else inputs)
+        """Those that are of the loss; numbers for the records alone are left out."""
+        found = self.term(self.inputs if inputs is None else inputs)
+        return [part for part in found if part.weight is not None]
 
     def value(self, inputs: LossInputs | None = None) -> Tensor:
         return _mean(self.parts(inputs))
@@ -202,6 +204,7 @@ def _mean(parts: Sequence[Part]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for part in parts:
         value = part.total if part.count is None else part.total / torch.as_tensor(part.count)
+        assert part.weight is not None
         total = total + part.weight * value
     return total
 
