@@ -15,7 +15,7 @@ from fairchem_kd.losses import LossInputs, Part, VectorToVector, loss_class, mas
 from fairchem_kd.losses.features import NodeToNode
 from fairchem_kd.testing import MOVES, check_architecture, check_loss, check_symmetry, moved
 
-OURS = ["n2n", "e2n", "v2v", "vanilla", "per_atom_energy"]
+OURS = ["n2n", "e2n", "v2v", "vanilla", "per_atom_energy", "gsp", "v2v_geometric", "cka"]
 
 
 def term(cls: Any, **options: Any) -> Any:
@@ -24,10 +24,9 @@ def term(cls: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("kind", OURS)
 def test_our_losses_are_losses(kind: str) -> None:
-    check_loss(term(loss_class(kind, "")))
-    if kind in ("n2n", "v2v"):
-        fn = "huber" if kind == "n2n" else "mse"  # others take the components of a vector apart
-        check_loss(term(loss_class(kind, ""), standardize=False, atoms="free", fn=fn))
+    check_loss(term(loss_class(kind, "")), over_batch=kind == "cka")
+    if kind == "n2n":  # v2v looks at components one by one, but with mse
+        check_loss(term(loss_class(kind, ""), standardize=False, atoms="free", fn="huber"))
 
 
 @pytest.mark.parametrize("flavour", ["painn", "schnet", "gemnet_oc", "esen_hydra"])
