@@ -25,7 +25,7 @@ from fairchem_kd.losses.base import (
 )
 from fairchem_kd.losses.elementwise import elementwise
 from fairchem_kd.losses.pairs import PairLoss
-from fairchem_kd.losses.projection import PROJECTIONS, projection
+from fairchem_kd.losses.projection import PROJECTIONS, projection, without_shift
 from fairchem_kd.losses.standardize import Standardizer
 from fairchem_kd.schema import option
 
@@ -65,6 +65,8 @@ class FeatureLoss(PairLoss):
     Options: ClassVar[type[LossOptions]] = FeatureOptions
     default_coefficient: ClassVar[float] = 100.0
     telling: ClassVar[tuple[str, ...]] = ("standardize",)
+    #: Whether it compares differences of atoms alone: a shift of the features changes nothing.
+    of_differences: ClassVar[bool] = False
 
     def __init__(self, options: LossOptions, where: str) -> None:
         super().__init__(options, where)
@@ -85,6 +87,8 @@ class FeatureLoss(PairLoss):
         self.projection = projection(
             self.options.projection, self.form, student.channels, teacher.channels, generator
         )
+        if self.of_differences:
+            without_shift(self.projection)
         if self.options.standardize:
             name = f"The teacher's feature '{teacher.address}' ({self.where}.teacher)"
             self.standardizer = Standardizer(self.form, teacher.channels, name)

@@ -58,6 +58,14 @@ def projection(
     raise UserError(f"projection cannot be '{name}'; known: {', '.join(PROJECTIONS)}.")
 
 
+def without_shift(module: nn.Module) -> nn.Module:
+    """The projection without the bias at its end, which cancels where atoms are compared."""
+    last = module.last if isinstance(module, ScalarMLP) else module
+    if isinstance(last, nn.Linear):
+        last.register_parameter("bias", None)
+    return module
+
+
 class ScalarMLP(nn.Module):
     """Linear, SiLU, Linear: ``(N, H)`` to ``(N, D)``, hidden width D."""
 

@@ -57,6 +57,7 @@ class Relational(FeatureLoss):
 
     Options: ClassVar[type[LossOptions]] = RelationalOptions
     default_coefficient: ClassVar[float] = 1.0
+    of_differences = True
 
     def graphs(self) -> tuple[bool, bool]:
         return self.options.edges == "student", self.options.edges == "teacher"

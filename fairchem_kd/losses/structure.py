@@ -54,6 +54,7 @@ class GlobalStructure(FeatureLoss):
     """
 
     Options: ClassVar[type[LossOptions]] = GSPOptions
+    of_differences = True
 
     def forward(self, inputs: LossInputs) -> list[Part]:
         batch, rows = inputs.batch, self.rows(inputs)
@@ -111,6 +112,7 @@ class LocalStructure(FeatureLoss):
     """
 
     Options: ClassVar[type[LossOptions]] = LSPOptions
+    of_differences = True
 
     def graphs(self) -> tuple[bool, bool]:
         return self.options.edges == "student", self.options.edges == "teacher"
