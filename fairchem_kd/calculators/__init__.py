@@ -5,9 +5,3 @@
 """
 
 from __future__ import annotations
-
-from fairchem_kd.calculators.asking import Calculator, NoAnswer
-from fairchem_kd.calculators.factory import Factory
-from fairchem_kd.calculators.filling import CalculatorFilling, Item, prepare
-
-__all__ = ["Calculator", "CalculatorFilling", "Factory", "Item", "NoAnswer", "prepare"]

@@ -32,6 +32,7 @@ MODULES = (
     "calculators.structures_file",
     "calculators.ase_files",
     "calculators.options",
+    "calculators.given",
     "calculators.standalone",
 )
 _HEAD = '''\

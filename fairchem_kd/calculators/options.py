@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from fairchem_kd.calculators.asking import Calculator, parse_features
 from fairchem_kd.calculators.factory import Factory
 from fairchem_kd.errors import UserError
 
@@ -43,18 +42,6 @@ def factory_of(args: argparse.Namespace) -> Factory | None:
                 "given."
             )
     return None
-
-
-def calculator_of(args: argparse.Namespace) -> Calculator:
-    """The calculator that the options name.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    factory = factory_of(args)
-    if factory is None:
-        raise UserError("--calculator MODULE:FACTORY is missing.")
-    return Calculator(factory, parse_features(args.features))
 
 
 def parse_part(given: str | None) -> tuple[int, int] | None:

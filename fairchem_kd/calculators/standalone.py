@@ -15,7 +15,8 @@ from pathlib import Path
 
 from fairchem_kd.calculators.ase_files import AseFiles
 from fairchem_kd.calculators.filling import CalculatorFilling, prepare
-from fairchem_kd.calculators.options import add_calculator_arguments, calculator_of, parse_part
+from fairchem_kd.calculators.given import calculator_of
+from fairchem_kd.calculators.options import add_calculator_arguments, parse_part
 from fairchem_kd.calculators.structures_file import StructuresFile
 from fairchem_kd.errors import UserError, of_disk, report
 

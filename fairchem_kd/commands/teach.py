@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairchem_kd.calculators.asking import parse_features
 from fairchem_kd.calculators.options import add_calculator_arguments, factory_of, parse_part
 from fairchem_kd.commands.arguments import add_cluster_arguments, at_least, more_than
 from fairchem_kd.commands.teach_calculator import (
@@ -134,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_teacher(args: argparse.Namespace) -> None:
     """Refuse options of one kind of teacher beside the other."""
+    from fairchem_kd.calculators.asking import parse_features
+
     if factory_of(args) is None:
         return
     others = ("teacher", "precision", "trust")

@@ -102,7 +102,7 @@ def ask(args: argparse.Namespace, part: tuple[int, int] | None) -> Path:
     Raises:
         UserError: see :mod:`fairchem_kd.distillation.asking`.
     """
-    from fairchem_kd.calculators.options import calculator_of
+    from fairchem_kd.calculators.given import calculator_of
     from fairchem_kd.distillation.asking import Asking, ask_for_samples, ask_for_training
 
     logging.getLogger().setLevel(logging.INFO)
@@ -138,7 +138,8 @@ def verify(store: Path, card: Card, samples: int) -> None:
     Raises:
         UserError: it says something else, or cannot be made here.
     """
-    from fairchem_kd.calculators import Calculator, Factory
+    from fairchem_kd.calculators.asking import Calculator
+    from fairchem_kd.calculators.factory import Factory
     from fairchem_kd.distillation.asking import verify_calculator
 
     assert card.calculator is not None

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fairchem_kd.calculators import Calculator, CalculatorFilling, Item, NoAnswer, prepare
+from fairchem_kd.calculators.asking import Calculator, NoAnswer
+from fairchem_kd.calculators.filling import CalculatorFilling, Item, prepare
 from fairchem_kd.calculators.structures_file import write_structures
 from fairchem_kd.distillation.agreement import Agreement, agreement, evenly
 from fairchem_kd.distillation.relying import refuse_new_copies

@@ -13,10 +13,10 @@ from ase.build import bulk, fcc111, molecule
 from ase.calculators.emt import EMT
 from toy_calculators import Toy
 
-from fairchem_kd.calculators import Calculator, Factory, NoAnswer
 from fairchem_kd.calculators.ase_files import structure_of
-from fairchem_kd.calculators.asking import as_atoms, parse_features
+from fairchem_kd.calculators.asking import Calculator, NoAnswer, as_atoms, parse_features
 from fairchem_kd.calculators.checks import check_forces, check_turning
+from fairchem_kd.calculators.factory import Factory
 from fairchem_kd.errors import UserError
 from fairchem_kd.store import Structure
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from configs import ROOT
 
-from fairchem_kd.calculators import Item
 from fairchem_kd.calculators.bundle import MODULES, bundled, names_at_the_top
+from fairchem_kd.calculators.filling import Item
 from fairchem_kd.calculators.options import parse_part
 from fairchem_kd.calculators.structures_file import StructuresFile, write_structures
 from fairchem_kd.errors import UserError

@@ -24,7 +24,11 @@ class _Numbers(torch.utils.data.Dataset):
 
 
 def dealt(
-    monkeypatch: pytest.MonkeyPatch, steps: list[int], ranks: int = 1, **options: Any
+    monkeypatch: pytest.MonkeyPatch,
+    steps: list[int],
+    ranks: int = 1,
+    seed: int = 0,
+    **options: Any,
 ) -> list:
     """The samples of each step, of all ranks in their order."""
     monkeypatch.setattr(
@@ -34,7 +38,7 @@ def dealt(
         UnlabelledLoader(
             UnlabelledOptions(dataset={}, **options),
             labelled=6 // ranks,
-            seed=0,
+            seed=seed,
             rank=rank,
             ranks=ranks,
             make_loader=lambda dataset, sampler: torch.utils.data.DataLoader(
@@ -70,6 +74,11 @@ def test_ranks_share_what_one_rank_would_get(monkeypatch: pytest.MonkeyPatch) ->
     expected = dealt(monkeypatch, steps, share=0.5)
     assert dealt(monkeypatch, steps, ranks=2, share=0.5) == expected
     assert dealt(monkeypatch, steps, ranks=3, share=0.5) == expected
+
+
+def test_runs_with_other_seeds_get_other_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = [str(dealt(monkeypatch, [1, 2, 3], share=0.5, seed=seed)) for seed in (0, 1, 2, 2**40)]
+    assert len(set(orders)) == 4
 
 
 def test_a_resumed_run_goes_on_in_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:

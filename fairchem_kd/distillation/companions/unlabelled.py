@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -120,5 +121,7 @@ class _Dealer(Sampler[list[int]]):
             start += self.ranks * self.number
 
     def _permutation(self, turn: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + turn)
+        # torch's generator takes the lower 32 bits of what it is seeded with
+        digest = hashlib.sha256(f"{self.seed} {turn}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         return torch.randperm(self.size, generator=generator).tolist()
