@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--strategy", metavar="KIND[,KIND]",
-        help="n2n, e2n, v2v, vanilla, per_atom_energy (default: what models and data suggest)",
+        help="losses such as n2n, e2n, v2v, vanilla (default: what models and data suggest)",
     )  # fmt: skip
     parser.add_argument(
         "--unlabelled", type=Path, metavar="LMDB",

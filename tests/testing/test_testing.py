@@ -25,8 +25,9 @@ def term(cls: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("kind", OURS)
 def test_our_losses_are_losses(kind: str) -> None:
     check_loss(term(loss_class(kind, "")), over_batch=kind == "cka")
-    if kind == "n2n":  # v2v looks at components one by one, but with mse
-        check_loss(term(loss_class(kind, ""), standardize=False, atoms="free", fn="huber"))
+    if kind in ("n2n", "v2v"):  # v2v looks at components one by one, but with mse
+        fn = "huber" if kind == "n2n" else "mse"
+        check_loss(term(loss_class(kind, ""), standardize=False, atoms="free", fn=fn))
 
 
 @pytest.mark.parametrize("flavour", ["painn", "schnet", "gemnet_oc", "esen_hydra"])
