@@ -179,6 +179,11 @@ class Vanilla(Loss):
                     weight = own * (weight / whole if whole > 0 else 1 / len(infos))
                 if weight == 0:
                     continue
+                if target not in labels.outputs:
+                    raise UserError(
+                        f"{self.where}: loss_functions compares '{target}', which is not under "
+                        "outputs: add it there, or remove the loss."
+                    )
                 self._check_taught(target, labels)
                 # only atoms have a mask; what a system has belongs to all its atoms
                 output = labels.outputs[target]

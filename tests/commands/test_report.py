@@ -115,7 +115,7 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     assert re.search(r"# seed 3: checkpoints/\S+-n2n/best_checkpoint.pt", text)
     assert "coefficient" in text
     # errors, Pareto, learning curves, two parities; two maps of either form; the cost
-    assert text.count("<img") == 5 + 4 + 1
+    assert text.count("<img") == 6 + 4 + 1
 
 
 def test_a_study_that_was_written_is_read_back(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_browser_shows_it(size: str, tmp_path: Path) -> None:
     assert found.pop("tables") >= 8
     assert found.pop("width") == int(size.partition(",")[0])
     assert found.pop("overflow") <= 0
-    assert found == {"errors": [], "images": 10, "broken": 0, "dead": 0, "mode": "CSS1Compat"}
+    assert found == {"errors": [], "images": 11, "broken": 0, "dead": 0, "mode": "CSS1Compat"}
     assert "CONSOLE" not in done.stderr, done.stderr
     done = browse(f"--screenshot={tmp_path / 'page.png'}", Path("report.html").resolve().as_uri())
     assert "CONSOLE" not in done.stderr, done.stderr

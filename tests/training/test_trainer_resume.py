@@ -166,7 +166,7 @@ def test_a_training_starts_anew_from_one_that_has_ended(
 def test_a_painn_whose_forces_are_no_gradient_of_its_energy_is_refused(
     tmp_path: Path, data: Path, teacher: Path
 ) -> None:
-    message = "PaiNN with direct_forces: false.*SchNet"
+    message = "PaiNN with direct_forces: false.*task.conservative: true"
     with (
         pytest.raises(UserError, match=f"The student .* is a {message}"),
         trainer(config(tmp_path, data, model="painn_gradient")),
