@@ -33,6 +33,7 @@ MODULES = (
     "calculators.ase_files",
     "calculators.options",
     "calculators.given",
+    "calculators.parts",
     "calculators.standalone",
 )
 _HEAD = '''\

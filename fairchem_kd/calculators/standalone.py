@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from fairchem_kd.calculators.ase_files import AseFiles
 from fairchem_kd.calculators.filling import CalculatorFilling, prepare
 from fairchem_kd.calculators.given import calculator_of
 from fairchem_kd.calculators.options import add_calculator_arguments, parse_part
+from fairchem_kd.calculators.parts import run_parts
 from fairchem_kd.calculators.structures_file import StructuresFile
 from fairchem_kd.errors import UserError, of_disk, report
 
@@ -104,20 +104,4 @@ def _in_processes(words: Sequence[str], number: int) -> None:
             skip = not skip and word == "--processes"
             continue
         kept.append(word)
-    command = [sys.executable, sys.argv[0], *kept]
-    children = [
-        subprocess.Popen([*command, "--part", f"{part + 1}/{number}"]) for part in range(number)
-    ]
-    try:
-        failed = [child.wait() for child in children]
-    except BaseException:
-        for child in children:
-            child.terminate()
-        for child in children:
-            child.wait()
-        raise
-    if any(failed):
-        raise UserError(
-            f"{sum(map(bool, failed))} of {number} processes failed; what the others kept is kept. "
-            "Start the same command again."
-        )
+    run_parts([sys.executable, sys.argv[0], *kept], number)

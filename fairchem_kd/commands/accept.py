@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fairchem_kd.commands.arguments import at_least, more_than
+from fairchem_kd.commands.arguments import add_physics_arguments, more_than
 from fairchem_kd.commands.output import deliver
 from fairchem_kd.errors import UserError
 
@@ -48,27 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--structures", type=more_than(0), default=5, metavar="N", help="how many of them (5)"
     )
-    parser.add_argument(
-        "--method",
-        choices=("auto", "emt", "xtb", "none"),
-        default="auto",
-        help="of the labels (default: what the data set's card says)",
-    )
-    parser.add_argument(
-        "--md-steps", type=more_than(1), default=200, metavar="N", help="of MD (200)"
-    )
-    parser.add_argument(
-        "--time-step", type=more_than(0.0), default=0.5, metavar="FS", help="of MD (0.5)"
-    )
-    parser.add_argument(
-        "--temperature", type=at_least(0.0), default=300.0, metavar="K", help="of MD (300)"
-    )
-    parser.add_argument(
-        "--fmax", type=more_than(0.0), default=0.05, help="of relaxations, eV/Å (0.05)"
-    )
-    parser.add_argument(
-        "--relax-steps", type=more_than(0), default=100, metavar="N", help="of a relaxation (100)"
-    )
+    add_physics_arguments(parser)
     parser.add_argument("--out", type=Path, help="a folder for accept.md and accept.json")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")

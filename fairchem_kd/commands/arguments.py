@@ -109,3 +109,32 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
         finally:
             self._intermixing = False
+
+
+def add_physics_arguments(parser: argparse.ArgumentParser) -> None:
+    """The method, dynamics and relaxations by which a model is looked at as a potential."""
+    parser.add_argument(
+        "--method",
+        choices=("auto", "emt", "xtb", "none"),
+        default="auto",
+        help="of the labels (default: what the data set's card says)",
+    )
+    parser.add_argument(
+        "--md-steps", type=more_than(1), default=200, metavar="N", help="of MD (200)"
+    )
+    parser.add_argument(
+        "--time-step", type=more_than(0.0), default=0.5, metavar="FS", help="of MD (0.5)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=at_least(0.0),
+        default=300.0,
+        metavar="K",
+        help="of the velocities (300)",
+    )
+    parser.add_argument(
+        "--fmax", type=more_than(0.0), default=0.05, help="of relaxations, eV/Å (0.05)"
+    )
+    parser.add_argument(
+        "--relax-steps", type=more_than(0), default=100, metavar="N", help="of a relaxation (100)"
+    )

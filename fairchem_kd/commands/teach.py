@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.calculators.options import add_calculator_arguments, factory_of, parse_part
+from fairchem_kd.calculators.parts import run_parts
 from fairchem_kd.commands.arguments import add_cluster_arguments, at_least, more_than
 from fairchem_kd.commands.teach_calculator import (
     ask,
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         return _submit(args)
     is_config = _is_config(args)
     if args.processes > 1:
-        _in_processes(args)
+        run_parts([sys.executable, "-c", _CHILD, *_words(args)], args.processes)
         args.retry = False
     if args.calculator is not None:
         store = ask(args, part)
@@ -221,32 +221,6 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _in_processes(args: argparse.Namespace) -> None:
-    """The same command in several processes, each with its part.
-
-    Raises:
-        UserError: one of them failed.
-    """
-    number = args.processes
-    command = [sys.executable, "-c", _CHILD, *_words(args)]
-    children = [
-        subprocess.Popen([*command, "--part", f"{part + 1}/{number}"]) for part in range(number)
-    ]
-    try:
-        failed = [child.wait() for child in children]
-    except BaseException:
-        for child in children:
-            child.terminate()
-        for child in children:
-            child.wait()
-        raise
-    if any(failed):
-        raise UserError(
-            f"{sum(map(bool, failed))} of {number} processes failed; what the others kept is kept. "
-            "Start the same command again."
-        )
 
 
 def _for_training(path: Path, args: argparse.Namespace, part: tuple[int, int] | None) -> int:

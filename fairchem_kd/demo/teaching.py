@@ -15,13 +15,23 @@ from typing import Any
 import torch
 import yaml
 
-from fairchem_kd.demo.children import POLL, STORE, environment, signals_raised, stop, tail
+from fairchem_kd.demo.children import (
+    CONFIG,
+    DONE,
+    LOG,
+    POLL,
+    STORE,
+    environment,
+    signals_raised,
+    stop,
+    tail,
+)
 from fairchem_kd.demo.plan import teacher_digest
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_text
 from fairchem_kd.reading import read_json
 
-FOLDER, DONE, LOG, CONFIG = "teach", "done.json", "log.txt", "config.yml"
+FOLDER = "teach"
 
 _COMMAND = "import sys; from fairchem_kd.commands.main import main; sys.exit(main())"
 
