@@ -348,7 +348,7 @@ def test_an_interruption_ends_in_a_sentence(
         (["mine=none*.pt"], r"Nothing in .* matches none\*.pt"),
         (["energy.pt"], "predicts no forces"),
         (["nothing.pt"], "nothing.pt does not exist"),
-        (["n2n.pt", "--md-steps", "0"], "--md-steps must be more than 0"),
+        (["n2n.pt", "--md-steps", "0"], "--md-steps must be more than 1"),
         (["n2n.pt", "--data", "none.traj"], "none.traj does not exist"),
     ],
 )
