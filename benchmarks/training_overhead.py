@@ -4,7 +4,9 @@
 
 Each row is one way of training one pair of models, without and with rattled copies, on data that
 are made here in seconds. Steps of all ways are taken in turn, in an order that is drawn anew every
-time, and batches are read as in a training, so that ratios hold on a machine with other work.
+time, and batches are read as in a training, so that ratios hold on a machine with other work. Each
+timed step follows one of the same way that is not timed, as steps follow each other in a training:
+right after a large model's step a small one's finds none of its code and weights in the caches.
 Ratios and goals go by the processor time of this one process with one thread, which other work
 stretches less than the clock.
 
@@ -153,6 +155,9 @@ def measure(pair: str, data: Path, scratch: Path, seconds: float) -> tuple[list[
             if way == WHOLE:
                 live.teach = _with_outputs(live)
             if way == STORED:
+                # read, as the other ways' first epoch does, and both models warm
+                samples = [trainer.train_samples[i] for i in range(len(trainer.train_dataset))]
+                live.teach(trainer.collater(samples), trainer.distillation.teacher_requests)
                 trainer.distillation_config.teacher.store = str(scratch / f"store-{time.time_ns()}")
                 fill = _filled(trainer, live)
             trainer.distillation.fit_statistics(trainer.train_dataset, trainer.collater)
@@ -248,6 +253,7 @@ def _in_turn(ways: dict[str, DistillationTrainer], seconds: float) -> dict[str, 
         batch = next(bare)
         draw.shuffle(order)
         for way in order:
+            step(way, turn, batch)
             clock, cpu = measured(way, turn, batch)
             if turn >= WARM_UP:
                 taken[way].clock.append(clock)

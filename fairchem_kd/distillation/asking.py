@@ -143,7 +143,7 @@ def ask_for_training(path: Path, asking: Asking) -> None:
     """
     with trainer_for_teaching(path, {"store": str(asking.out)}) as trainer:
         sources = _sources(trainer, path)
-        asking.prepare(sources, trainer.train_dataset)
+        asking.prepare(sources, trainer.train_samples)
         with isolated_random_state():
             teacher = trainer.make_distillation()  # refuses losses that the store cannot serve
         assert isinstance(teacher, RecordedTeacher)
@@ -214,11 +214,11 @@ def _sources(trainer: DistillationTrainer, path: Path) -> list[Source]:
 def _tell_labels(trainer: DistillationTrainer, say: Say) -> None:
     distillation = trainer.distillation
     assert distillation is not None
-    found = distillation.agreement(trainer.train_dataset, trainer.collater)
+    found = distillation.agreement(trainer.train_samples, trainer.collater)
     _tell(
         found,
         say,
-        lambda: distillation.fit_zero(trainer.train_dataset, trainer.collater),
+        lambda: distillation.fit_zero(trainer.train_samples, trainer.collater),
     )
 
 

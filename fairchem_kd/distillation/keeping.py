@@ -290,7 +290,7 @@ def wanted_structures(
         settings = dict(unlabelled.options.dataset) | {"skip": unlabelled.options.skip}
         share = unlabelled.options.share / (1 - unlabelled.options.share)
         draws = steps * per_step * share
-        named.append(("unlabelled.dataset", unlabelled.dataset, settings, draws))
+        named.append(("unlabelled.dataset", unlabelled.samples, settings, draws))
     wanted = [
         Wanted(source_of(name, dataset, collate, dataset_mark(settings, dataset)), draws)
         for name, dataset, settings, draws in named

@@ -50,6 +50,13 @@ LABEL_LOSS = "label_loss"
 _BEFORE = {"teacher.energy_zero": "teacher"}
 
 
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """``(n,)``, float64, of numbers ``()``; in one go where they are of one type."""
+    if len({value.dtype for value in values}) == 1:
+        return torch.stack(list(values)).double()
+    return torch.stack([value.double() for value in values])
+
+
 def _given(identity: Any) -> Any:
     """Without what is null: an option that was not there when a run began is null now."""
     if not isinstance(identity, dict):
@@ -225,8 +232,11 @@ class Distillation:
                 kept = (inputs.systems & batch.rattled).sum()
                 noted["rattle"] = Part("", 1.0, kept, batch.rattled.sum())
             summed = [*(part for _, part in parts.values()), *noted.values()]
-            totals = torch.stack([part.total.double() for part in summed])
-            counts = torch.stack([self._count(part.count) for part in summed])
+            totals = _stacked([part.total for part in summed])
+            # a plain sum over ranks: their counts add up to one
+            counts = self._counts(
+                [1.0 / world_size() if p.count is None else p.count for p in summed]
+            )
             sums = all_sum(torch.cat([counts, totals.detach()]))
             counts, means = sums.chunk(2)
             counts = counts.clamp(min=1.0)
@@ -235,8 +245,7 @@ class Distillation:
             weight = torch.tensor(weights, dtype=torch.float64).to(self.device, non_blocking=True)
             own = slice(len(parts))
             self._note(parts, means[own], weight)
-            for name, value in zip(noted, means[len(parts) :], strict=True):
-                self.values.note(name, value)
+            self.values.note(tuple(noted), means[len(parts) :])
             self.values.end_step()
             losses = weight * totals[own] * (world_size() / counts[own])
             if labels is not None and labels.requires_grad and self.diagnostics.due(step):
@@ -246,17 +255,21 @@ class Distillation:
 
     def _note(self, names: Iterable[str], values: Tensor, weights: Tensor) -> None:
         """Note each term's raw and weighted value."""
-        for name, value, weighted in zip(names, values, weights * values, strict=True):
-            self.values.note(name, value)
-            self.values.note(f"{name}_weighted", weighted)
+        both = tuple(full for name in names for full in (name, f"{name}_weighted"))
+        self.values.note(both, torch.stack([values, weights * values], dim=1).flatten())
 
     def _weight(self, term: Loss, step: int) -> float:
         return term.coefficient * term.schedule.factor(step, self.last_step)
 
-    def _count(self, count: Tensor | int | None) -> Tensor:
-        if count is None:  # a plain sum over ranks: their counts add up to one
-            count = 1.0 / world_size()  # type: ignore[assignment]
-        return torch.as_tensor(count, dtype=torch.float64).to(self.device, non_blocking=True)
+    def _counts(self, counts: Sequence[Tensor | float]) -> Tensor:
+        """``(n,)``, float64; in one go to the device where none of them is there."""
+        numbers = [0.0 if isinstance(count, Tensor) else count for count in counts]
+        known = torch.tensor(numbers, dtype=torch.float64).to(self.device, non_blocking=True)
+        if not any(isinstance(count, Tensor) for count in counts):
+            return known
+        return torch.stack(
+            [c.double() if isinstance(c, Tensor) else k for c, k in zip(counts, known, strict=True)]
+        )
 
     def _inputs(self, batch: Batch, out: dict[str, Tensor], student: Captured) -> LossInputs:
         needed = bool(self._outputs) or ("rattled" in batch and self.max_force is not None)
@@ -265,7 +278,7 @@ class Distillation:
         if self.zero is not None:
             taught = self.zero.applied(taught, batch)
         if taught.trusted is not None:
-            self.values.note(UNTRUSTED, 1.0 - taught.trusted.double().mean())
+            self.values.note((UNTRUSTED,), 1.0 - taught.trusted.double().mean().view(1))
         inputs = LossInputs(
             batch,
             student={r: student[r].values for r in self.student_tap.specs},

@@ -111,15 +111,20 @@ class DistillationTrainer(RestartableTrainer):
             if not self.continues_run:
                 self._fit_zero()
                 self._check_agreement()
-                self.distillation.fit_statistics(self.train_dataset, self.collater)
+                self.distillation.fit_statistics(self.train_samples, self.collater)
                 self._check_pair()
+
+    @property
+    def train_samples(self) -> Any:
+        """The training set, as the training itself reads it."""
+        return self.kept(self.train_dataset)
 
     def _check_pair(self) -> None:
         """Refuse terms to which these two models give nothing; on the first rank, for all."""
         assert self.distillation is not None
         with refused_by_all():
             if rank() == 0:
-                check_pair(self.distillation, self.train_dataset, self.collater)
+                check_pair(self.distillation, self.train_samples, self.collater)
 
     def _check_agreement(self) -> None:
         """Say how the teacher does on the labels; on the first rank, for all."""
@@ -127,7 +132,7 @@ class DistillationTrainer(RestartableTrainer):
         assert distillation is not None
         with refused_by_all():
             if rank() == 0 and not self.is_debug:
-                found = distillation.agreement(self.train_dataset, self.collater)
+                found = distillation.agreement(self.train_samples, self.collater)
                 tell_agreement(found, distillation.compares_energies)
 
     def look_at_labels(self) -> tuple[Agreement | None, bool]:
@@ -139,10 +144,10 @@ class DistillationTrainer(RestartableTrainer):
         distillation = self.distillation
         if distillation is None:
             return None, False
-        found = distillation.agreement(self.train_dataset, self.collater)
+        found = distillation.agreement(self.train_samples, self.collater)
         shifted = found is not None and found.other_zero and distillation.compares_energies
         if shifted:
-            distillation.fit_zero(self.train_dataset, self.collater)
+            distillation.fit_zero(self.train_samples, self.collater)
         return found, shifted
 
     def _fit_zero(self) -> None:
@@ -151,7 +156,7 @@ class DistillationTrainer(RestartableTrainer):
         if distillation.zero_of != "labels":
             return
         if distillation.compares_energies:
-            distillation.fit_zero(self.train_dataset, self.collater)
+            distillation.fit_zero(self.train_samples, self.collater)
             with refused_by_all():
                 if self.companions is not None and self.companions.unlabelled is not None:
                     self.companions.unlabelled.check(distillation.check_elements)
@@ -208,10 +213,12 @@ class DistillationTrainer(RestartableTrainer):
         """What this training will ask its teacher about."""
         config = self.config
         return wanted_structures(
-            (self.train_dataset, config["dataset"]),
+            (self.train_samples, config["dataset"]),
             self.collater,
             self.companions,
-            (self.val_dataset, config["val_dataset"]) if self._reports_validation else None,
+            (self.kept(self.val_dataset), config["val_dataset"])
+            if self._reports_validation
+            else None,
             steps=self.last_step,
             per_step=config["optim"].get("batch_size", 1) * world_size(),
         )
@@ -282,6 +289,7 @@ class DistillationTrainer(RestartableTrainer):
                 rank=rank(),
                 ranks=world_size(),
                 make_loader=self.get_dataloader,
+                keep=self.kept,
             )
             unlabelled.check(check_elements)
         rattler = None

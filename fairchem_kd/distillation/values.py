@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -12,14 +12,15 @@ class Values:
     """Sums of named values over steps, on the device: reading them is what waits for it."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        # values that come together are added and read together: one small kernel, not dozens
+        self._sums: dict[tuple[str, ...], Tensor] = {}
         self._latest: dict[str, Tensor] = {}
         self._steps = 0
 
-    def note(self, name: str, value: Tensor) -> None:
-        """Add a value ``()`` of this step."""
-        value = value.detach()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def note(self, names: Sequence[str], values: Tensor) -> None:
+        """Add values of this step: ``(n,)``, one for each of the names."""
+        names, values = tuple(names), values.detach()
+        self._sums[names] = self._sums[names] + values if names in self._sums else values
 
     def note_now(self, name: str, value: Tensor) -> None:
         """Take a value ``()`` of this step alone, in place of an earlier one."""
@@ -30,7 +31,10 @@ class Values:
 
     def read(self) -> dict[str, float]:
         """The mean of each over the steps since the last reading, or its one value."""
-        means = {name: float(value) / self._steps for name, value in self._sums.items()}
+        means: dict[str, float] = {}
+        for names, sums in self._sums.items():
+            for name, value in zip(names, sums.tolist(), strict=True):
+                means[name] = means.get(name, 0.0) + value / self._steps
         means |= {name: float(value) for name, value in self._latest.items()}
         self._sums, self._latest, self._steps = {}, {}, 0
         return means

@@ -54,6 +54,7 @@ class StockTrainer(OCPTrainer):
         self._run_dir = stock.get("run_dir") or os.getcwd()
         self._flush_denormal = flush_denormal
         self._room = Room()
+        self._kept: dict[int, KeptSamples] = {}  # by the identity of what they hold
         if flush_denormal and (stock.get("cpu", False) or not torch.cuda.is_available()):
             flush_denormals()
         super().__init__(**stock)
@@ -94,11 +95,19 @@ class StockTrainer(OCPTrainer):
         if is_conservative(self.config):
             give_gradient_forces(self._unwrapped_model, self.normalizers)
 
-    def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> DataLoader:
+    def kept(self, dataset: Any, workers: int | None = None) -> Any:
+        """A data set whose samples are kept once read, if this process reads them itself.
+
+        The same one for the same data set, so that whoever looks at it before training reads for
+        the training too.
+        """
         in_workers = self.config["optim"]["num_workers"] if workers is None else workers
-        if not in_workers and repeatable(dataset):
-            dataset = KeptSamples(dataset, self._room)
-        loader = super().get_dataloader(dataset, sampler, workers)
+        if in_workers or not repeatable(dataset):
+            return dataset
+        return self._kept.setdefault(id(dataset), KeptSamples(dataset, self._room))
+
+    def get_dataloader(self, dataset: Any, sampler: Any, workers: int | None = None) -> DataLoader:
+        loader = super().get_dataloader(self.kept(dataset, workers), sampler, workers)
         flush = self._flush_denormal and self.device.type == "cpu"
         return with_own_databases(loader, flush_worker if flush else None)
 

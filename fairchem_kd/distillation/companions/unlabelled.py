@@ -45,6 +45,7 @@ class UnlabelledLoader:
         seed: of the run.
         rank: of this process, of ``ranks``.
         make_loader: the trainer's, from data set and batch sampler.
+        keep: the trainer's, from data set to one whose samples may be kept once read.
 
     Raises:
         UserError: nothing is left after ``skip``.
@@ -59,6 +60,7 @@ class UnlabelledLoader:
         rank: int,
         ranks: int,
         make_loader: Callable[[Any, Any], DataLoader],
+        keep: Callable[[Any], Any] = lambda dataset: dataset,
     ) -> None:
         self.options = options
         ordered = open_in_order(options.dataset, "train")
@@ -68,6 +70,7 @@ class UnlabelledLoader:
                 "choose a smaller one."
             )
         self.dataset = Subset(ordered, range(options.skip, len(ordered)))
+        self.samples = keep(self.dataset)  #: as the training itself reads them
         self._sampler = _Dealer(
             len(self.dataset), options.per_step(labelled), seed=seed, rank=rank, ranks=ranks
         )
@@ -85,7 +88,7 @@ class UnlabelledLoader:
         number = min(CHECKED, size)
         try:
             for index in range(number):
-                check_elements(torch.as_tensor(self.dataset[index * size // number].atomic_numbers))
+                check_elements(torch.as_tensor(self.samples[index * size // number].atomic_numbers))
         except UserError as error:
             raise UserError(f"{WHERE}.dataset: {error}") from None
 
@@ -94,7 +97,7 @@ class UnlabelledLoader:
         if step != self._next_step:
             self._sampler.first_step = step
             with isolated_random_state():  # a loader draws a seed for its workers
-                self._batches = iter(self._make_loader(self.dataset, self._sampler))
+                self._batches = iter(self._make_loader(self.samples, self._sampler))
         self._next_step = step + 1
         return next(self._batches)
 
