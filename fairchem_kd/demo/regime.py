@@ -98,9 +98,11 @@ def _million(parameters: int) -> str:
 
 
 def _structures(dataset: Mapping[str, Any], skipped: int = 0) -> str:
-    """``3000 structures (data/slabs/train)``, without the number where the data is not there."""
+    """``3000 structures (data/slabs/train)``; the number as far as data or config tell it."""
     source = str(dataset.get("src", "unknown data"))
     if not Path(source).exists():
-        return f"structures ({source})"
+        build = dataset.get("build") or {}
+        planned = build.get(Path(source).name) if not skipped else None
+        return f"{planned} structures ({source})" if planned else f"structures ({source})"
     count = count_structures(dataset) - skipped
     return f"{count} structures ({source}{f' without its first {skipped}' if skipped else ''})"

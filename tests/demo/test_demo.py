@@ -24,7 +24,7 @@ from trainings import config, inside, write_home, write_yaml
 from fairchem_kd.commands import main as cli
 from fairchem_kd.demo import children, plan
 from fairchem_kd.demo.progress import Progress
-from fairchem_kd.demo.regime import regime
+from fairchem_kd.demo.regime import _structures, regime
 from fairchem_kd.errors import UserError
 from fairchem_kd.models.file import read_checkpoint
 
@@ -201,6 +201,12 @@ def test_the_regime_in_words(home: Path) -> None:
     assert (
         "6 structures (data/more without its first 2), of which the student sees no" in everything
     )
+
+
+def test_data_that_is_not_here_is_told_by_its_config() -> None:
+    settings = {"src": "nowhere/train", "build": {"recipe": "collisions", "train": 16000}}
+    assert _structures(settings) == "16000 structures (nowhere/train)"
+    assert _structures({"src": "nowhere/train"}) == "structures (nowhere/train)"
 
 
 def test_refusals(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
