@@ -15,6 +15,7 @@ ROOMS = (
     "demo",
     "testing",  # what others call in their tests
     "sweep",
+    "explore",  # new structures, and rounds of training with them
     "analysis",
     "launch",
     "distillation",

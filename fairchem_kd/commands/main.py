@@ -45,6 +45,9 @@ COMMANDS = {
     "doctor": Command(
         "fairchem_kd.commands.doctor", "check this installation and say what to mend", True
     ),
+    "explore": Command(
+        "fairchem_kd.commands.explore", "make new structures: rattled, relaxed, from dynamics"
+    ),
     "export": Command(
         "fairchem_kd.commands.export", "make a small, portable checkpoint of a run's best"
     ),
@@ -58,6 +61,9 @@ COMMANDS = {
     "inspect": Command("fairchem_kd.commands.inspect", "list the features that a model offers"),
     "physics": Command("fairchem_kd.commands.physics", "check how models do as potentials"),
     "report": Command("fairchem_kd.commands.report", "put a whole study on one HTML page"),
+    "rounds": Command(
+        "fairchem_kd.commands.rounds", "train, explore with the student, and train on"
+    ),
     "teach": Command(
         "fairchem_kd.commands.teach", "keep what a teacher says, for trainings to read"
     ),

@@ -1,0 +1,252 @@
+"""``fairchem-kd rounds``: train, explore with the student, train on, until nothing is left."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fairchem_kd.calculators.options import add_calculator_arguments, factory_of
+from fairchem_kd.commands.arguments import at_least
+from fairchem_kd.commands.explore import (
+    add_dynamics_arguments,
+    add_limit_arguments,
+    check_dynamics,
+    told_of_file,
+)
+from fairchem_kd.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fairchem_kd.explore.potentials import Potential
+    from fairchem_kd.explore.settings import Settings
+    from fairchem_kd.explore.starts import Source
+
+_BATCH, _CALCULATOR_BATCH = 16, 1
+EPILOG = """\
+Student 0 is trained with CONFIG.yml as it is. Each round runs the student's dynamics from given
+structures, keeps frames where its forces and its teacher's differ (see `fairchem-kd explore --mode
+student`), adds them to task.distillation.unlabelled, and trains on from that student. Rounds end
+when the dynamics find nothing within the window, or with --rounds or --budget. The last row of the
+table is a student with as many structures, in as many trainings, from rattling alone.
+
+  fairchem-kd rounds my_kd.yml --rounds 3 --out runs/rounds
+
+It can be stopped at any moment, and goes on where it was when the same command is given again.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fairchem-kd rounds``."""
+    parser.description = "Train a student, explore with it, and train on with what was found."
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("config", type=Path, metavar="CONFIG.yml", help="of a distillation")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of everything")
+    parser.add_argument("--rounds", type=at_least(1), default=3, metavar="N", help="(3)")
+    parser.add_argument(
+        "--frames", type=at_least(1), default=500, metavar="N",
+        help="structures that a round may add (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=at_least(1), metavar="N", help="structures that all rounds may add"
+    )
+    parser.add_argument(
+        "--epochs", type=at_least(1), metavar="N",
+        help="of the trainings after the first (as many as the config says)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--source", nargs="+", type=Path, metavar="SOURCE",
+        help="structures that dynamics begin with (task.distillation.unlabelled.dataset, or "
+        "dataset.train)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--splits", nargs="+", metavar="NAME", help="of SOURCE with several (train)"
+    )
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="so many structures of a source at most"
+    )
+    parser.add_argument(
+        "--no-control", action="store_true", help="train no student with rattled structures"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(0)")
+    add_dynamics_arguments(parser.add_argument_group("the student's dynamics"))
+    add_limit_arguments(parser)
+    teacher = parser.add_argument_group("a teacher that is no checkpoint, but has a store")
+    add_calculator_arguments(teacher, required=False)
+    parser.add_argument(
+        "--batch", type=at_least(1), metavar="N",
+        help=f"structures that are worked on together ({_BATCH})",
+    )  # fmt: skip
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the rounds, and print the table after each.
+
+    Raises:
+        UserError: a config, a teacher or structures that will not do.
+    """
+    import logging
+
+    from fairchem_kd.data.build import ensure_built
+    from fairchem_kd.explore.rounds.running import Rounds, check_same, run_rounds
+    from fairchem_kd.explore.rounds.trainings import claimed
+
+    factory_of(args)  # refuses what goes with a calculator alone
+    check_dynamics(args, "student")
+    logging.getLogger().setLevel(logging.WARNING)
+    config = _config(args.config)
+    ensure_built(config)
+    sources = _sources(args, config)
+    teacher, told, ask = _teacher(args, config)
+    settings = _settings(args)
+    options = {
+        "config": config,
+        "sources": [str(source.path) for source in sources],
+        "teacher": told,
+        "settings": settings.as_dict(),
+        **{name: getattr(args, name) for name in ("rounds", "budget", "epochs", "limit", "seed")},
+    }
+    with claimed(args.out) as lock:
+        check_same(args.out, {k: v for k, v in options.items() if k != "rounds"})
+        plan = Rounds(
+            config,
+            args.out,
+            sources,
+            _apart_from(args, config),
+            settings,
+            teacher,
+            told,
+            args.rounds,
+            limit=args.limit,
+            budget=args.budget,
+            epochs=args.epochs,
+            control=not args.no_control,
+            seed=args.seed,
+            cpu=args.cpu,
+            ask=ask,
+            say=lambda words: print(words, flush=True),
+        )
+        run_rounds(plan, lock)
+    return 0
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The config with what it includes, of a distillation to which structures can be added.
+
+    Raises:
+        UserError: it is none.
+    """
+    from fairchem_kd.distillation.config import parse_distillation
+    from fairchem_kd.explore.rounds.pool import check_pool
+    from fairchem_kd.stock.configs import load_config
+
+    if not path.is_file():
+        raise UserError(f"The config {path} does not exist.")
+    try:
+        config, _, conflicts = load_config(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The config {path} cannot be read: {error}.") from error
+    if conflicts:
+        raise UserError(f"The config {path} has includes that contradict each other: {conflicts}.")
+    config.pop("includes", None)
+    task = config.get("task")
+    block = task.get("distillation") if isinstance(task, dict) else None
+    if not isinstance(block, dict):
+        raise UserError(f"{path} has no task.distillation, so that there is no teacher to ask.")
+    parse_distillation(task)
+    check_pool((block.get("unlabelled") or {}).get("dataset") or {})
+    return config
+
+
+def _sources(args: argparse.Namespace, config: dict[str, Any]) -> list[Source]:
+    """The structures that dynamics begin with.
+
+    Raises:
+        UserError: there are none, or not as a folder of LMDBs.
+    """
+    from fairchem_kd.explore.starts import find_sources
+
+    if args.source is not None:
+        return find_sources(args.source, args.splits)
+    unlabelled = config["task"]["distillation"].get("unlabelled") or {}
+    dataset = unlabelled.get("dataset") or (config.get("dataset") or {}).get("train") or {}
+    if dataset.get("format", "lmdb") != "lmdb" or not isinstance(dataset.get("src"), str):
+        raise UserError(
+            f"{args.config}: dataset.train is no folder of LMDBs; name the structures that "
+            "dynamics begin with by --source."
+        )
+    return find_sources([Path(dataset["src"])], args.splits)
+
+
+def _apart_from(args: argparse.Namespace, config: dict[str, Any]) -> list[Source]:
+    """The splits that students are judged by, as far as they are LMDBs, and those given."""
+    from fairchem_kd.explore.starts import Source
+
+    named = list(args.apart_from)
+    for key in ("val", "test"):
+        split = (config.get("dataset") or {}).get(key) or {}
+        source = split.get("src")
+        if split.get("format", "lmdb") == "lmdb" and isinstance(source, str):
+            named.append(Path(source))
+    return [Source(path, path.name) for path in named]
+
+
+def _teacher(
+    args: argparse.Namespace, config: dict[str, Any]
+) -> tuple[Potential, dict[str, Any], Callable[[Path], None] | None]:
+    """Who is asked on the way, what it is known by, and how it speaks of a training's structures.
+
+    Raises:
+        UserError: the config's teacher cannot be asked, or there are two.
+    """
+    from fairchem_kd.explore.potentials import CalculatorPotential, ModelPotential
+
+    teacher = config["task"]["distillation"].get("teacher") or {}
+    checkpoint, store = teacher.get("checkpoint"), teacher.get("store")
+    if args.calculator is None:
+        if checkpoint is None:
+            raise UserError(
+                f"{args.config}: task.distillation.teacher names a store and no checkpoint, so "
+                "that there is nobody to ask on the way: give --calculator MODULE:FACTORY."
+            )
+        path = Path(checkpoint)
+        told = {"teacher": told_of_file(path)}
+        trust = teacher.get("trust_checkpoint") is True
+        return ModelPotential(path, cpu=args.cpu, trust=trust), told, None
+    if checkpoint is not None or store is None:
+        raise UserError(
+            f"{args.config}: with --calculator task.distillation.teacher must be {{store: FOLDER}} "
+            "without a checkpoint, which would be another teacher."
+        )
+    from fairchem_kd.calculators.asking import Calculator
+    from fairchem_kd.distillation.asking import Asking, ask_for_training
+
+    factory = factory_of(args)
+    assert factory is not None
+    calculator = Calculator(factory)
+
+    def ask(path: Path) -> None:
+        ask_for_training(path, Asking(Path(store), calculator, retry=args.retry))
+
+    told = {"teacher": [factory.name, factory.digest]}
+    return CalculatorPotential(calculator), told, ask
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from fairchem_kd.commands.explore import given_dynamics
+    from fairchem_kd.explore.guards import Limits
+    from fairchem_kd.explore.settings import STUDENT, Settings
+
+    batch = args.batch or (_BATCH if args.calculator is None else _CALCULATOR_BATCH)
+    return Settings(
+        mode=STUDENT,
+        seed=args.seed,
+        limits=Limits(args.min_distance, args.max_gap, args.max_force),
+        alike=args.alike,
+        most=args.frames,
+        batch=batch,
+        **given_dynamics(args),
+    )

@@ -1,0 +1,154 @@
+"""What gives energies and forces while structures move: a checkpoint, or an ASE calculator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ase
+import numpy as np
+from numpy.typing import NDArray
+
+from fairchem_kd.calculators.asking import Calculator, NoAnswer
+from fairchem_kd.errors import UserError
+from fairchem_kd.store.format import Structure
+
+Array = NDArray[np.float64]
+PROBED = 16  #: structures among which one is looked for that something can be said of
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is said of one structure."""
+
+    energy: float  #: eV
+    forces: Array  #: eV/Å, (N, 3), of fixed atoms too
+
+
+class Potential(Protocol):
+    """Whatever can be asked."""
+
+    @property
+    def name(self) -> str:
+        """What a user calls it."""
+
+    @property
+    def batch(self) -> int:
+        """How many structures it is best asked about at once."""
+
+    def __call__(self, structures: Sequence[ase.Atoms]) -> list[Answer | None]:
+        """What it says of each; None where nothing."""
+
+    def check_elements(self, numbers: NDArray[np.int64]) -> None:
+        """Refuse atoms that it knows nothing about, as far as it can tell.
+
+        Raises:
+            UserError: naming the elements.
+        """
+
+
+class ModelPotential:
+    """A checkpoint of fairchem's, asked about many structures by one forward.
+
+    Args:
+        path: a checkpoint, or the folder of a run.
+        cpu: use the CPU even where there is CUDA.
+        trust: unpickle a file that may run code.
+
+    Raises:
+        UserError: it cannot be read, or gives no energies and forces.
+    """
+
+    batch = 16
+
+    def __init__(self, path: Path, *, cpu: bool = False, trust: bool = False) -> None:
+        from fairchem_kd.md import StudentCalculator
+
+        self.name = str(path)
+        self._calculator = StudentCalculator(path, device="cpu" if cpu else None, trust=trust)
+        if "forces" not in self._calculator.implemented_properties:
+            raise UserError(f"{path} predicts no forces, and nothing moves without: name another.")
+
+    def __call__(self, structures: Sequence[ase.Atoms]) -> list[Answer | None]:
+        from fairchem_kd.md import Exploded
+
+        try:
+            return [_answer(one) for one in self._calculator.calculate_batch(structures)]
+        except Exploded:
+            if len(structures) == 1:
+                return [None]
+        return [self([one])[0] for one in structures]
+
+    def check_elements(self, numbers: NDArray[np.int64]) -> None:
+        import torch
+
+        self._calculator.model.check_elements(torch.from_numpy(numbers))
+
+
+class CalculatorPotential:
+    """An ASE calculator, asked about one structure after the other.
+
+    Args:
+        calculator: that is asked.
+    """
+
+    batch = 1
+
+    def __init__(self, calculator: Calculator) -> None:
+        self.calculator = calculator
+        self.name = calculator.factory.name
+
+    def __call__(self, structures: Sequence[ase.Atoms]) -> list[Answer | None]:
+        return [self._ask(atoms) for atoms in structures]
+
+    def _ask(self, atoms: ase.Atoms) -> Answer | None:
+        try:
+            return Answer(*self.calculator.raw(structure_of(atoms)))
+        except NoAnswer:
+            return None
+
+    def check_elements(self, numbers: NDArray[np.int64]) -> None:
+        """A calculator does not say which it knows; :func:`probe` and its failures tell."""
+
+
+def structure_of(atoms: ase.Atoms) -> Structure:
+    """As a store knows it."""
+    return Structure(
+        atoms.numbers,
+        atoms.positions,
+        np.array(atoms.cell),
+        atoms.pbc.astype(int),
+        atoms.get_tags(),
+    )
+
+
+def probe(calculator: Calculator, structures: Sequence[ase.Atoms]) -> list[str]:
+    """Look at a calculator before much is asked of it; what was found, in sentences.
+
+    Raises:
+        UserError: it can say nothing of any of the first structures, or its forces are not minus
+            the gradient of its energy in eV/Å.
+    """
+    from fairchem_kd.calculators.checks import check_forces
+
+    tried = [structure_of(atoms) for atoms in structures[:PROBED]]
+    why: NoAnswer | None = None
+    for structure in tried:
+        try:
+            calculator.raw(structure)
+            break
+        except NoAnswer as error:
+            why = error
+    else:
+        raise UserError(
+            f"--calculator {calculator.factory.path} can say nothing of the first {len(tried)} "
+            f"structures: {why}. Mend that, or take structures that it knows."
+        )
+    found = check_forces(calculator, tried)
+    return [] if found is None else [f"Looked at {found}."]
+
+
+def _answer(found: dict[str, Any]) -> Answer:
+    return Answer(float(found["energy"]), np.asarray(found["forces"], np.float64))

@@ -1,0 +1,345 @@
+"""``fairchem-kd explore``: whole explorations, through the command."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.io import write
+from commands import wait_until
+from explorations import FAST, samples
+from models import structures
+from trainings import PRELOAD, config, inside, trainer, write_home, write_lmdb
+
+from fairchem_kd.commands import explore as command
+from fairchem_kd.commands.explore import MODES
+from fairchem_kd.commands.main import main
+from fairchem_kd.data.metadata import check_metadata
+from fairchem_kd.explore import exploration, settings
+from fairchem_kd.npz import read_array
+from fairchem_kd.store import Reader
+
+EMT = ["--calculator", "ase.calculators.emt:EMT"]
+MD = ["--mode", "md", *EMT, "--steps", "6", "--every", "3", *FAST]
+TRAIN, TEST = 6, 4
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/train and data/test, whose first structure train has too, and teacher.pt."""
+    folder = tmp_path_factory.mktemp("explore")
+    with inside(folder):
+        write_home({"train": TRAIN, "val": 2}, model="painn")
+        write_lmdb(Path("data/test"), TEST, seed=60, sid=lambda sid, _: sid + 1000)
+        bare = [Atoms(a.numbers, a.positions, cell=a.cell, pbc=a.pbc, tags=a.get_tags())
+                for a in structures(3, seed=7, std=0.1)]  # fmt: skip
+        write("slabs_test.extxyz", bare)
+    return folder
+
+
+@pytest.fixture
+def home(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    shutil.copytree(made, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    yield tmp_path / "home"
+    logging.disable(logging.NOTSET)
+    gc.collect()
+
+
+def contents(split: str) -> list[tuple[Any, ...]]:
+    """All that samples hold, as plain values."""
+    return [
+        tuple(
+            (key, value.numpy().tobytes() if hasattr(value, "numpy") else value)
+            for key, value in sorted(one.to_dict().items())
+        )
+        for one in samples(split)
+    ]
+
+
+def test_the_commands_modes_are_those_of_explorations() -> None:
+    assert settings.MODES == MODES
+
+
+def test_copies_are_a_data_set_in_the_split_and_of_the_trajectory_of_what_they_came_of(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explore", "data", "--out", "new", "--copies", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "18 frames" in out
+    assert "unlabelled: {dataset: {format: lmdb, src: new/train}}" in out
+    assert sorted(path.name for path in Path("new").iterdir()) == ["card.json", "train"]
+    sources, found = samples("data/train"), samples("new/train")
+    assert len(found) == 18
+    for number, one in enumerate(found):
+        source = sources[number // 3]
+        assert (one.sid, one.fid) == (source.sid, number % 3)
+        assert (one.atomic_numbers == source.atomic_numbers).all()
+        assert (one.tags == source.tags).all()
+        assert (one.fixed == source.fixed).all()
+        assert (one.cell == source.cell).all()
+        assert (one.pos[source.fixed == 1] == source.pos[source.fixed == 1]).all()
+        assert (one.pos[source.fixed == 0] != source.pos[source.fixed == 0]).any()
+        assert "energy" not in one
+        assert "forces" not in one
+    check_metadata(Path("new/train/metadata.npz"), "here", 18)
+    assert read_array("new/train/metadata.npz", "value").tolist() == [0.03, 0.06, 0.12] * 6
+    card = json.loads(Path("new/card.json").read_text())
+    assert card["exploration"]["kinds"] == {"rattled": 18}
+    assert card["splits"]["train"]["trajectories"] == 6
+    given = config(Path(), Path("data"), teacher=Path("teacher.pt"), distillation={
+        "unlabelled": {"dataset": {"format": "lmdb", "src": "new/train"}}})  # fmt: skip
+    given["task"]["distillation"]["losses"] = {"vanilla": {}}
+    given["task"]["distillation"]["teacher"] = {"checkpoint": "teacher.pt"}
+    with trainer(given) as built:
+        built.train(disable_eval_tqdm=True)
+
+
+def test_a_calculators_dynamics_are_a_labelled_set_and_its_store_is_filled(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["explore", "data", "--out", "new", *MD, "--store", "store", "--alike", "0"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "Looked at forces against finite differences of the energy" in out
+    assert "normalizer" in out
+    found = samples("new/train")
+    assert len(found) == 12
+    for one in found:
+        atoms = Atoms(one.atomic_numbers.numpy(), one.pos.numpy().astype(float),
+                      cell=one.cell[0].numpy(), pbc=True)  # fmt: skip
+        from ase.calculators.emt import EMT as Emt
+
+        atoms.calc = Emt()
+        assert one.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-4)
+        np.testing.assert_allclose(one.forces, atoms.get_forces(), atol=1e-4)
+    reader = Reader(Path("store"))
+    assert sum(len(shard.entries) for shard in reader.shards) == 12
+    reader.close()
+    assert main(words) == 0  # it is there, and so is what the calculator said
+    assert "12 frames" in capsys.readouterr().out
+
+
+def test_a_checkpoints_modes_fill_the_store_of_trainings(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--teacher", "teacher.pt", "--cpu", "--limit", "4"]
+    assert main(["explore", "data", "--out", "relaxed", "--mode", "relax", *common,
+                 "--copies", "2", "--temperature", "3000", "--store", "store"]) == 0  # fmt: skip
+    relaxed = samples("relaxed/train")
+    assert {one.sid for one in relaxed} <= {one.sid for one in samples("data/train")}
+    reader = Reader(Path("store"))
+    assert sum(len(shard.entries) for shard in reader.shards) == len(relaxed) > 0
+    reader.close()
+    capsys.readouterr()
+    shutil.copy("teacher.pt", "student.pt")
+    words = ["explore", "data", "--mode", "student", "--student", "student.pt", *common,
+             "--steps", "4", "--every", "2", "--store", "off", *FAST]  # fmt: skip
+    # of a student that is its teacher the window is empty
+    assert main([*words, "--out", "none", "--window", "0.001", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "The window of 0.001 to 1 eV/Å is empty: in 8 frames" in error
+    assert not list(Path().glob(".none.exploring"))
+    assert main([*words, "--out", "all", "--window", "0", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "of 8 frames of the student's dynamics 8 are inside, 0 below, 0 beyond; 0 crashes" in out
+    assert read_array("all/train/metadata.npz", "kind").tolist() == ["student"] * 8
+
+
+def test_nothing_of_a_test_gets_into_train(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not by its trajectory, nor by a structure that is in both, turned or not."""
+    assert main(["explore", "data", "--out", "new", "--splits", "train", "test"]) == 0
+    capsys.readouterr()
+    train, test = samples("new/train"), samples("new/test")
+    own = {one.sid for one in samples("data/train")}, {one.sid for one in samples("data/test")}
+    assert {one.sid for one in train} == own[0]
+    assert {one.sid for one in test} == own[1]
+    assert not own[0] & own[1]
+    # A structure of the test whose copies are, for all that can be told, itself.
+    shutil.rmtree("data/test")
+    shutil.copytree("new/train", "data/test")
+    assert main(["explore", "data", "--out", "again", "--copies", "5"]) == 0
+    out = capsys.readouterr().out
+    assert f"{4 * TRAIN} there in a split for validation or tests" in out
+    assert len(samples("again/train")) == TRAIN
+
+
+def test_a_file_that_ase_reads_is_of_the_split_that_its_name_says(home: Path) -> None:
+    assert main(["explore", "slabs_test.extxyz", "--out", "new", "--copies", "2"]) == 0
+    assert len(samples("new/test")) == 6
+    assert [one.sid for one in samples("new/test")] == [0, 0, 1, 1, 2, 2]
+
+
+def test_frames_are_as_many_as_asked_for_and_from_all_over(home: Path) -> None:
+    assert main(["explore", "data", "--out", "new", "--copies", "8", "--frames", "6"]) == 0
+    assert [one.sid for one in samples("new/train")] == list(range(6))
+
+
+def test_parts_make_what_one_process_makes(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explore", "data", "--out", "one", *MD]) == 0
+    words: list[str] = []
+    monkeypatch.setattr(command, "run_parts", lambda argv, parts: words.extend(argv[3:]))
+    done: list[int] = []
+    make = exploration._make
+    monkeypatch.setattr(
+        exploration, "_make", lambda *args: (done.append(args[0][0].place), make(*args))[1]
+    )
+    assert main(["explore", "data", "--out", "two", *MD, "--part", "2/2"]) == 0
+    assert done == [1, 3, 5]
+    assert main(["explore", "data", "--out", "two", *MD, "--processes", "2"]) == 0
+    assert done == [1, 3, 5, 0, 2, 4]
+    assert contents("one/train") == contents("two/train")
+    assert words[:2] == ["explore", "data"]
+    assert command_of(words)["mode"] == "md"
+    assert command_of(words)["steps"] == 6
+
+
+def command_of(words: list[str]) -> dict[str, Any]:
+    """What a command would be told."""
+    from fairchem_kd.commands.arguments import Parser
+
+    parser = Parser()
+    command.add_arguments(parser)
+    return vars(parser.parse_args([*words[1:], "--part", "1/2"]))
+
+
+def _explore(cwd: Path, argv: list[str]) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    make = exploration._make
+
+    def slowly(*args: Any) -> Any:
+        import time
+
+        time.sleep(0.2)
+        return make(*args)
+
+    exploration._make = slowly
+    main(argv)
+
+
+def test_one_that_was_killed_ends_as_it_would_have(home: Path) -> None:
+    assert main(["explore", "data", "--out", "whole", *MD]) == 0
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    context = multiprocessing.get_context("forkserver")
+    argv = ["explore", "data", "--out", "cut", *MD]
+    process: ForkServerProcess = context.Process(target=_explore, args=(home, argv))
+    process.start()
+    done = Path(".cut.exploring/groups")
+    wait_until(lambda: len(list(done.glob("*.npz"))) >= 2, "the second group")
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    there = {file: file.stat().st_mtime_ns for file in done.glob("[0-9]*.npz")}
+    assert len(there) < TRAIN
+    first = min(there)
+    first.write_bytes(first.read_bytes()[:100])  # and one is damaged
+    made_anew: list[int] = []
+    make = exploration._make
+    exploration._make = lambda *args: (made_anew.append(args[0][0].place), make(*args))[1]
+    try:
+        assert main(argv) == 0
+    finally:
+        exploration._make = make
+    assert len(made_anew) == TRAIN - len(there) + 1
+    assert contents("cut/train") == contents("whole/train")
+    assert not Path(".cut.exploring").exists()
+
+
+def test_other_options_begin_anew_and_an_other_set_is_not_replaced(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explore", "data", "--out", "new", *MD, "--part", "1/2"]) == 0
+    assert main(["explore", "data", "--out", "new", *MD, "--seed", "1"]) == 0
+    assert "begun anew" in capsys.readouterr().err
+    assert main(["explore", "data", "--out", "new", *MD]) == 2
+    assert "new exists; give --force" in capsys.readouterr().err
+    before = contents("new/train")
+    assert main(["explore", "data", "--out", "new", *MD, "--force"]) == 0
+    assert contents("new/train") != before
+
+
+TOY = ["--calculator", "toy_calculators:Toy", "--calculator-args"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*MD[:2]], "--mode md needs a teacher"),
+        (["--mode", "md", "--calculator", "toy_calculators:WithoutForces"], "gives no forces"),
+        (["--mode", "md", *TOY, '{"forces": -1}'], "its forces point uphill"),
+        (["--mode", "md", *TOY, '{"fails": -1}'], "did not converge"),
+        ([*MD, "--every", "7"], "no frame would be taken"),
+        ([*MD, "--std", "0.1"], "--std is of --mode rattle and relax, and this is md"),
+        (["--window", "1", "2"], "--window is of --mode student"),
+        (["--student", "teacher.pt"], "--student FILE and --mode student go together"),
+        (["--mode", "student", "--teacher", "teacher.pt"], "go together"),
+        (["--mode", "student", "--teacher", "teacher.pt", "--student", "teacher.pt",
+          "--window", "2", "1"], "--window 2 1 is empty"),
+        (["--teacher", "nowhere.pt"], "nowhere.pt does not exist"),
+        (["--teacher", "teacher.pt", *EMT], "are two teachers"),
+        (["--store", "here"], "and none is given"),
+        ([*MD, "--features", "node"], "--store must name the folder"),
+        ([*MD, "--temperature", "1", "2", "3"], "takes one value"),
+        (["--splits", "trian"], "has no split trian (did you mean 'train'?)"),
+        (["--part", "3/2"], "must read I/N"),
+        (["--std", "nan"], "must be more than 0, not nan"),
+        (["--std", "5", "--max-gap", "0.1", "--min-distance", "3"], "No structure is left"),
+        (["--out", "data"], "holds the source"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said_in_a_sentence(
+    home: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    out = [] if "--out" in words else ["--out", "new"]
+    try:
+        code = main(["explore", "data", *out, *words])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"pos": lambda pos, index: pos * (np.nan if index == 2 else 1)}, "that is not finite"),
+        ({"atomic_numbers": lambda z, _: z * 0 + 110}, "which teacher.pt does not know"),
+    ],
+)
+def test_structures_that_will_not_do_are_named(
+    home: Path, capsys: pytest.CaptureFixture[str], edit: dict[str, Any], message: str
+) -> None:
+    write_lmdb(Path("bad"), 3, seed=1, **edit)
+    words = ["--mode", "relax", "--teacher", "teacher.pt", "--cpu"]
+    assert main(["explore", "bad", "--out", "new", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["explore", "nowhere", "--out", "new"]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_in_the_way_is_left_alone(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(".new.exploring").mkdir()
+    Path(".new.exploring/mine").touch()
+    assert main(["explore", "data", "--out", "new"]) == 2
+    assert "is in the way" in capsys.readouterr().err
+    assert Path(".new.exploring/mine").exists()

@@ -1,0 +1,225 @@
+"""``fairchem-kd rounds``: training, exploring and training on, through the command."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import Command, wait_until
+from explorations import FAST, samples
+from trainings import assert_same, config, inside, write_home, write_lmdb, write_yaml
+
+from fairchem_kd.commands.main import main
+from fairchem_kd.explore.rounds import trainings
+from fairchem_kd.explore.rounds.pool import make_pool
+from fairchem_kd.explore.rounds.table import Row, table_of
+from fairchem_kd.models.file import read_checkpoint
+from fairchem_kd.npz import read_array
+from fairchem_kd.reading import read_json
+
+WORDS = ["rounds", "config.yml", "--rounds", "1", "--steps", "4", "--every", "2", "--cpu",
+         "--frames", "5", "--limit", "4", "--window", "0", "1000", *FAST]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rounds")
+    with inside(folder):
+        write_home({"train": 6, "val": 2}, model="painn")
+        write_lmdb(Path("more"), 5, seed=90)
+        write_yaml(Path("config.yml"), arguments())
+    return folder
+
+
+def arguments(**distillation: Any) -> dict[str, Any]:
+    given = {
+        "teacher": {"checkpoint": "teacher.pt"},
+        "losses": {"vanilla": {}},
+        "unlabelled": {"dataset": {"format": "lmdb", "src": "more"}},
+    }
+    return config(
+        Path(), Path("data"), distillation={**given, **distillation}, checkpoint_every=1,
+        max_epochs=3, eval_every=2,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def home(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    shutil.copytree(made, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setattr(trainings, "run_command", forked(lambda _: None))
+    yield tmp_path / "home"
+    logging.disable(logging.NOTSET)
+    gc.collect()
+
+
+def forked(then: Callable[[Command], Any]) -> Callable[..., int]:
+    """Runs the training in a process that has the imports behind it.
+
+    Args:
+        then: is called with it while it runs.
+    """
+
+    def run(command: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> int:
+        words = list(command[command.index("main") :])
+        stores = {trainings.VARIABLE: environment[trainings.VARIABLE]}
+        training = Command(words, Path.cwd(), log.absolute(), **stores)
+        then(training)
+        return training.wait()
+
+    return run
+
+
+def test_a_student_is_trained_on_with_what_its_dynamics_found_and_so_is_a_control(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*WORDS, "--out", "out"]) == 0
+    told = read_json(Path("out/rounds.json"))
+    names = [row["name"] for row in told["rows"]]
+    assert names == ["student 0", "student 1", "rattled alone"]
+    assert [row["structures"] for row in told["rows"]] == [0, 5, 5]
+    for row in told["rows"]:
+        assert row["exploration"]["looked_at"] == 8
+        assert row["errors"].keys() == {"energy", "forces"}
+    out = capsys.readouterr().out
+    assert "rattled alone" in out
+    assert "errors in meV and meV/Å of val" in out
+    assert "| student 1 | 5 |" in Path("out/table.md").read_text()
+    # What was found stands behind what was there, in the config of the second training alone.
+    found, own = samples("out/round_0/frames/more"), samples("more")
+    assert len(found) == 5
+    assert not Path("out/round_0/pool").exists()
+    dataset = yaml.safe_load(Path("out/round_1/config.yml").read_text())["task"]["distillation"]
+    assert dataset["unlabelled"]["dataset"] == {"format": "lmdb", "src": "out/round_1/pool"}
+    sizes = [int(one.natoms) for one in (*own, *found)]
+    assert read_array("out/round_1/pool/metadata.npz", "natoms").tolist() == sizes
+    control = samples("out/rattled_1/frames/more")
+    assert len(control) == 5
+    # The trainings begin with the student before them.
+    for folder in ("round_1", "rattled_1"):
+        log = Path(f"out/{folder}/log.txt").read_text()
+        assert "out/round_0/checkpoints/student/best_checkpoint.pt" in log
+    # What has ended is not done again.
+    before = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/checkpoints/*/*.pt")}
+    assert main([*WORDS, "--out", "out"]) == 0
+    assert read_json(Path("out/rounds.json")) == told
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert main([*WORDS, "--out", "out", "--seed", "1"]) == 2
+    assert "has rounds with another seed (0, and now 1)" in capsys.readouterr().err
+
+
+def test_rounds_that_were_killed_end_as_they_would_have(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a teacher that has no checkpoint: a calculator, which is asked before the training."""
+    given = arguments(teacher={"store": "store"})
+    given["optimizer"].update(max_epochs=10, eval_every=10, checkpoint_every=2)
+    write_yaml(Path("config.yml"), given)
+    words = [*WORDS, "--no-control", "--window", "1000", "2000", "--before-crash", "0",
+             "--calculator", "ase.calculators.emt:EMT"]  # fmt: skip
+    assert main([*words, "--out", "whole"]) == 0
+    assert "The window is empty" in capsys.readouterr().out
+    assert not Path("whole/round_1").exists()
+
+    def kill(training: Command) -> None:
+        saved = Path("cut/round_0/checkpoints/student/checkpoint.pt")
+        wait_until(lambda: saved.is_file() or not training.running, "the first checkpoint")
+        training.kill()
+
+    monkeypatch.setattr(trainings, "run_command", forked(kill))
+    assert main([*words, "--out", "cut"]) == 2
+    assert "was killed by signal 9" in capsys.readouterr().err
+    monkeypatch.setattr(trainings, "run_command", forked(lambda _: None))
+    assert main([*words, "--out", "cut"]) == 0
+    ends = [
+        read_checkpoint(Path(f"{out}/round_0/checkpoints/student/checkpoint.pt"))["state_dict"]
+        for out in ("cut", "whole")
+    ]
+    assert_same(*ends, "the student")
+    rows = [read_json(Path(f"{out}/rounds.json"))["rows"] for out in ("cut", "whole")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("distillation", "words", "message"),
+    [
+        ({"unlabelled": {"dataset": {"format": "ase_db", "src": "x"}}}, [], "dataset.format"),
+        ({"unlabelled": {"dataset": {"src": "more", "first_n": 3}}}, [], "dataset.first_n"),
+        ({"teacher": {"store": "here"}}, [], "there is nobody to ask on the way"),
+        ({}, ["--calculator", "ase.calculators.emt:EMT"], "without a checkpoint"),
+        ({"losses": {"vanila": {}}}, [], "vanila"),
+        ({}, ["--every", "9"], "no frame would be taken"),
+        ({}, ["--out", "data"], "is no folder of rounds"),
+        ({}, ["--source", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_trained(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    distillation: dict[str, Any], words: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(trainings, "run_command", lambda *_: pytest.fail("it trains"))
+    write_yaml(Path("config.yml"), arguments(**distillation))
+    assert main([*WORDS, *([] if "--out" in words else ["--out", "out"]), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plain_config_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_yaml(Path("plain.yml"), config(Path(), Path("data")))
+    for name, message in (("plain.yml", "has no task.distillation"), ("no.yml", "does not exist")):
+        assert main(["rounds", name, "--out", "out"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_training_that_fails_is_told_with_its_last_lines(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: Sequence[str], log: Path, environment: Any, lock: int) -> int:
+        log.write_text("it is no good\n")
+        return 3
+
+    monkeypatch.setattr(trainings, "run_command", fail)
+    assert main([*WORDS, "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert "The training in out/round_0 ended with exit code 3" in error
+    assert "it is no good" in error
+
+
+def test_rounds_of_one_folder_wait_for_nobody(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with trainings.claimed(Path("out")):
+        assert main([*WORDS, "--out", "out"]) == 2
+    assert "are at work in out" in capsys.readouterr().err
+
+
+def test_a_command_is_run_with_its_log_and_its_code(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    command = ["sh", "-c", "echo $WORD; exit 4"]
+    (tmp_path / "log").write_text("before\n")
+    assert trainings.run_command(command, tmp_path / "log", {"WORD": "here"}, write) == 4
+    assert (tmp_path / "log").read_text() == "before\nhere\n"
+    os.close(read)
+    os.close(write)
+
+
+def test_a_pool_without_an_index_of_each_part_has_none(home: Path) -> None:
+    Path("more/metadata.npz").unlink()
+    make_pool(Path("pool"), [Path("more"), Path("data/val/data.0000.lmdb")])
+    assert sorted(path.name for path in Path("pool").iterdir()) == [
+        "data.000000.lmdb", "data.000001.lmdb",
+    ]  # fmt: skip
+
+
+def test_a_row_without_errors_or_frames_has_dashes() -> None:
+    row = Row("student 0", 0, {}, {"window": [1, 2], "inside": 0, "crashes": 0})
+    assert row.is_content
+    assert not Row("x", 0, {}, {"inside": 1, "crashes": 0}).is_content
+    assert not Row("x", 0, {}, {"inside": 0, "crashes": 1}).is_content
+    assert table_of([row], "").rows == [["student 0", "0", "-", "-", "-", "0", "-", "0", "-"]]
