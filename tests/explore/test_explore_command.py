@@ -116,7 +116,9 @@ def test_a_calculators_dynamics_are_a_labelled_set_and_its_store_is_filled(
     assert "Looked at forces against finite differences of the energy" in out
     assert "normalizer" in out
     found = samples("new/train")
-    assert len(found) == 12
+    told = json.loads(Path("new/card.json").read_text())["exploration"]
+    ended = sum(told["left_out"].values())  # light atoms, of which a long step is too long
+    assert told["kept"] == len(found) >= 12 - 2 * ended > 6
     for one in found:
         atoms = Atoms(one.atomic_numbers.numpy(), one.pos.numpy().astype(float),
                       cell=one.cell[0].numpy(), pbc=True)  # fmt: skip
@@ -126,10 +128,10 @@ def test_a_calculators_dynamics_are_a_labelled_set_and_its_store_is_filled(
         assert one.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-4)
         np.testing.assert_allclose(one.forces, atoms.get_forces(), atol=1e-4)
     reader = Reader(Path("store"))
-    assert sum(len(shard.entries) for shard in reader.shards) == 12
+    assert sum(len(shard.entries) for shard in reader.shards) == len(found)
     reader.close()
     assert main(words) == 0  # it is there, and so is what the calculator said
-    assert "12 frames" in capsys.readouterr().out
+    assert f"{len(found)} frames" in capsys.readouterr().out
 
 
 def test_a_checkpoints_modes_fill_the_store_of_trainings(
@@ -206,6 +208,13 @@ def test_parts_make_what_one_process_makes(
     assert words[:2] == ["explore", "data"]
     assert command_of(words)["mode"] == "md"
     assert command_of(words)["steps"] == 6
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(home: Path) -> None:
+    assert main(["explore", "data", "--out", "one", *MD]) == 0
+    assert main(["explore", "data", "--out", "two", *MD, "--processes", "2"]) == 0
+    assert contents("one/train") == contents("two/train")
 
 
 def command_of(words: list[str]) -> dict[str, Any]:
