@@ -43,7 +43,7 @@ ASE reads. A new frame is in the split, and of the trajectory, of the structure 
   fairchem-kd explore data/my --out data/md --mode md --teacher teacher.pt --temperature 300 1000
                                            the teacher's own dynamics, heated on the way
   fairchem-kd explore data/my --out data/student --mode student --student student.pt \\
-      --teacher teacher.pt                 where the student's dynamics leave its teacher
+      --teacher teacher.pt                 where the dynamics of the student leave its teacher
 
 It can be stopped at any moment, and goes on where it was when the same command is given again.
 """

@@ -184,6 +184,15 @@ def test_a_file_that_ase_reads_is_of_the_split_that_its_name_says(home: Path) ->
     assert [one.sid for one in samples("new/test")] == [0, 0, 1, 1, 2, 2]
 
 
+def test_trajectories_may_have_names(home: Path) -> None:
+    write_lmdb(Path("named"), 2, seed=3, sid=lambda sid, _: f"random{sid}")
+    assert main(["explore", "named", "--out", "new", "--copies", "2"]) == 0
+    names = ["random0", "random0", "random1", "random1"]
+    assert [one.sid for one in samples("new/named")] == names
+    assert read_array("new/named/metadata.npz", "sid").tolist() == names
+    check_metadata(Path("new/named/metadata.npz"), "here", 4)
+
+
 def test_frames_are_as_many_as_asked_for_and_from_all_over(home: Path) -> None:
     assert main(["explore", "data", "--out", "new", "--copies", "8", "--frames", "6"]) == 0
     assert [one.sid for one in samples("new/train")] == list(range(6))
