@@ -16,6 +16,7 @@ from fairchem_kd.distillation.config import (
     ProjectionOptim,
     TeacherConfig,
 )
+from fairchem_kd.distillation.ensembles import EnsembleOptions
 from fairchem_kd.distillation.gradients import DiagnosticOptions
 from fairchem_kd.losses import known_losses
 from fairchem_kd.losses.schedule import Schedule
@@ -99,6 +100,9 @@ def page() -> str:
         _table(DistillationConfig),
         "## `task.distillation.teacher`\n",
         _table(TeacherConfig),
+        "## `task.distillation.teacher.ensemble`\n",
+        _first_line(EnsembleOptions),
+        _table(EnsembleOptions),
         "## `task.distillation.labels`\n",
         _text(LabelLoss),
         _table(LabelLoss),

@@ -10,11 +10,13 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
+from fairchem_kd.distillation.ensembles import MASKED, SPREAD, EnsembleOptions
 from fairchem_kd.distillation.gradients import DiagnosticOptions
-from fairchem_kd.errors import UserError
+from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.losses import Loss, loss_class
 from fairchem_kd.losses.schedule import Schedule
 from fairchem_kd.machine import FP32, PRECISIONS
@@ -27,7 +29,7 @@ WHERE = "task.distillation"
 #: Keys of ``task`` that stock does not read.
 OURS = ("distillation", CONSERVATIVE)
 #: What stands beside the terms' values in logs and records.
-RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted", "label_loss")
+RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted", "label_loss", MASKED)
 
 
 @dataclass
@@ -37,7 +39,9 @@ class TeacherConfig:
     Without a file, a store of what it has said is the teacher, for whatever that holds.
     """
 
-    checkpoint: str | None = option(None, help="the teacher's checkpoint")
+    checkpoint: str | list[str] | None = option(
+        None, help="the teacher's checkpoint; a list: an ensemble, whose mean teaches"
+    )
     trust_checkpoint: bool = option(
         False, help="unpickle a file that the safe reader refuses: this runs code from the file"
     )
@@ -63,10 +67,40 @@ class TeacherConfig:
     store_features: str = option(
         "fp32", choices=tuple(KEPT), help="how features are kept; outputs are kept whole"
     )
+    ensemble: EnsembleOptions | None = option(
+        None, help="of a list of checkpoints: what their spread is used for"
+    )
 
     def __post_init__(self) -> None:
+        given = self.checkpoint
+        if isinstance(given, str) and re.fullmatch(r"\s*\[.*\]\s*", given):  # the command line's
+            given = [word.strip(" '\"") for word in given.strip(" []").split(",") if word.strip()]
+        if isinstance(given, list):
+            self.checkpoint = _members(given)
+        self._check_ensemble()
         if not self.store.strip():
             raise UserError(f"{WHERE}.teacher.store must be auto, off or a folder, not empty.")
+
+    def _check_ensemble(self) -> None:
+        if self.ensemble is None:
+            return
+        if not isinstance(self.checkpoint, list):
+            raise UserError(
+                f"{WHERE}.teacher.ensemble is of several teachers, and {WHERE}.teacher.checkpoint "
+                "names fewer than two: give a list of them, or take ensemble out."
+            )
+        lead = self.ensemble.features
+        if lead is not None and lead not in self.checkpoint:
+            raise UserError(
+                f"{WHERE}.teacher.ensemble.features is '{lead}', which is none of teacher."
+                f"checkpoint{did_you_mean(lead, self.checkpoint)}: name it as it is there."
+            )
+
+    @property
+    def lead(self) -> int:
+        """The number of the checkpoint whose features are compared."""
+        named = self.ensemble.features if self.ensemble is not None else None
+        return self.checkpoint.index(named) if named and isinstance(self.checkpoint, list) else 0
 
     @property
     def is_recorded(self) -> bool:
@@ -150,6 +184,27 @@ def parse_distillation(task: Mapping[str, Any] | None) -> DistillationConfig:
     return parse(DistillationConfig, task.get("distillation"), WHERE)
 
 
+def _members(given: list[str]) -> str | list[str] | None:
+    """The checkpoints of a list; of one alone, that.
+
+    Raises:
+        UserError: one of them is named twice, or by nothing.
+    """
+    seen: dict[Path, str] = {}
+    for number, name in enumerate(given):
+        where = f"{WHERE}.teacher.checkpoint[{number}]"
+        if is_null(name):
+            raise UserError(f"{where} is empty: give the path of a checkpoint, or take it out.")
+        path = Path(name).resolve()
+        if path in seen:
+            raise UserError(
+                f"{where}: {name} is the same file as {seen[path]}, so that they are never apart: "
+                "name each once."
+            )
+        seen[path] = name
+    return given if len(given) > 1 else next(iter(given), None)
+
+
 def loss_term(name: str, given: Any, within: str) -> Loss:
     """A term out of its options, found at ``within``.
 
@@ -157,7 +212,7 @@ def loss_term(name: str, given: Any, within: str) -> Loss:
         UserError: a name or options that do not fit.
     """
     where = f"{within}.{name}"
-    if name in RESERVED:
+    if name in RESERVED or name.startswith(f"{SPREAD}_"):
         raise UserError(f"{where}: records have a value of that name already; choose another.")
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
         raise UserError(f"{where}: a term's name has letters, digits, '_' and '-' only.")

@@ -29,7 +29,7 @@ from fairchem_kd.models.frozen import shaped_outputs
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.label_losses import DEFAULT, label_losses
-from fairchem_kd.teachers import LiveTeacher, Teacher
+from fairchem_kd.teachers import EnsembleTeacher, LiveTeacher, Teacher
 from fairchem_kd.training.ranks import average_gradients
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class Distiller:
         student: a fairchem model, bare or in DistributedDataParallel, on its device.
         teacher: the path of a checkpoint; a `fairchem_kd.Teacher`; a fairchem model, which is
             frozen and taken to give physical units; or whatever has the methods of
-            `fairchem_kd.teachers.Teacher`.
+            `fairchem_kd.teachers.Teacher`. A list of the first three is an ensemble, whose mean
+            teaches, with the features of its first member.
         losses: by name the options of each term, as under ``task.distillation.losses``, or the
             names of those that are taken with their defaults.
         units: the student's normalisers and element references; without them its outputs are
@@ -85,7 +86,7 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        teacher: str | Path | nn.Module | FrozenModel | Teacher,
+        teacher: str | Path | nn.Module | FrozenModel | Teacher | list[Any],
         losses: Mapping[str, Any] | Iterable[str],
         *,
         units: Units | None = None,
@@ -277,6 +278,16 @@ def _teacher(given: Any, student: nn.Module, device: torch.device, precision: st
     Raises:
         UserError: it cannot teach.
     """
+    if isinstance(given, list | tuple) and given:
+        members = [_teacher(one, student, device, precision) for one in given]
+        for one in members:
+            if not isinstance(one, LiveTeacher):
+                raise UserError(
+                    "The members of an ensemble are checkpoints or models, and one of them is a "
+                    f"{type(one).__name__}."
+                )
+        lives = [one for one in members if isinstance(one, LiveTeacher)]
+        return EnsembleTeacher(lives) if len(lives) > 1 else lives[0]
     if isinstance(given, str | Path):
         given = FrozenModel.from_checkpoint(given, device=device, where="teacher")
     elif isinstance(given, nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fairchem_kd.distillation.agreement import Agreement, agreement
 from fairchem_kd.distillation.config import DistillationConfig
+from fairchem_kd.distillation.ensembles import EnsembleOptions, Spreads
 from fairchem_kd.distillation.gradients import note_gradients
 from fairchem_kd.distillation.projections import Projections
 from fairchem_kd.distillation.statistics import Collate, fit_statistics
@@ -34,7 +35,7 @@ from fairchem_kd.features import (
 )
 from fairchem_kd.losses import Labels, Loss, LossInputs, Part
 from fairchem_kd.models.units import Units
-from fairchem_kd.teachers import Taught, Teacher
+from fairchem_kd.teachers import EnsembleTeacher, Taught, Teacher
 from fairchem_kd.training.ranks import all_sum, rank, refused_by_all, world_size
 
 if TYPE_CHECKING:
@@ -134,8 +135,14 @@ class Distillation:
             clip_grad_norm=clip_grad_norm,
         )
         self.values = Values()
+        self._spread_noted: dict[str, Part] = {}  # of the last batch
         self.zero_of = config.teacher.energy_zero
         self.zero: EnergyZero | None = None
+        self.spreads: Spreads | None = None
+        if isinstance(teacher, EnsembleTeacher):
+            given = config.teacher.ensemble or EnsembleOptions()
+            compared = dict.fromkeys([*self._outputs, *self._atom_energies])
+            self.spreads = Spreads(given, list(compared), teacher.levels)
 
     def _requests(
         self, side: Literal["student", "teacher"], specs: Callable[[list[Request]], Any]
@@ -231,6 +238,7 @@ class Distillation:
             ):  # the share of the copies that counts
                 kept = (inputs.systems & batch.rattled).sum()
                 noted["rattle"] = Part("", 1.0, kept, batch.rattled.sum())
+            noted |= self._spread_noted
             summed = [*(part for _, part in parts.values()), *noted.values()]
             totals = _stacked([part.total for part in summed])
             # a plain sum over ranks: their counts add up to one
@@ -273,18 +281,24 @@ class Distillation:
 
     def _inputs(self, batch: Batch, out: dict[str, Tensor], student: Captured) -> LossInputs:
         needed = bool(self._outputs) or ("rattled" in batch and self.max_force is not None)
+        needed = needed or bool(self.spreads is not None and self.spreads.ratios)
         taught = self.teacher.teach(batch, self.teacher_requests, outputs=needed)
         taught = taught.sound(self._outputs)
         if self.zero is not None:
             taught = self.zero.applied(taught, batch)
         if taught.trusted is not None:
             self.values.note((UNTRUSTED,), 1.0 - taught.trusted.double().mean().view(1))
+        weights: dict[str, Tensor] = {}
+        counting = self._counting(batch, taught)
+        if self.spreads is not None:
+            counting, weights, self._spread_noted = self.spreads.weigh(taught, counting)
         inputs = LossInputs(
             batch,
             student={r: student[r].values for r in self.student_tap.specs},
             teacher=taught.features,
             student_outputs=out,
-            systems=self._counting(batch, taught),
+            systems=counting,
+            weights=weights,
         )
         inputs.teacher_outputs = {
             name: self._as_student(name, taught.outputs[name], out[name], batch)
@@ -355,6 +369,19 @@ class Distillation:
             dist.broadcast(shifts, src=0)
         self.zero = EnergyZero(shifts.cpu())
 
+    def fit_spreads(self, dataset: Dataset, collate: Collate) -> None:
+        """Calibrate the spread of an ensemble on labels, on the first rank for all.
+
+        Raises:
+            UserError: on every rank: its members are not such as can be compared.
+        """
+        if self.spreads is None or not isinstance(self.teacher, EnsembleTeacher):
+            return
+        shifted = None if self.zero is None else self.zero.applied
+        self.spreads.fit_on_first(
+            self.teacher, self.teacher_requests, dataset, collate, self.device, shifted
+        )
+
     def agreement(self, dataset: Dataset, collate: Collate) -> Agreement | None:
         """How the teacher does on labels; None where nothing can be compared."""
         shifted = None if self.zero is None else self.zero.applied
@@ -400,7 +427,16 @@ class Distillation:
             "identity": self.identity,
             "terms": {name: term.state_dict() for name, term in self.terms.items()},
             "optimizer": self.projections.state_dict(),
-        } | ({} if self.zero is None else {"energy_zero": self.zero.shifts})
+        } | self._fitted_state()
+
+    def _fitted_state(self) -> dict[str, Any]:
+        """What was fitted to labels, as far as anything was."""
+        state: dict[str, Any] = {}
+        if self.zero is not None:
+            state["energy_zero"] = self.zero.shifts
+        if self.spreads is not None:
+            state["spreads"] = self.spreads.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a saved state (None: that of a run without distillation).
@@ -421,3 +457,5 @@ class Distillation:
         self.projections.load_state_dict(state["optimizer"])
         if "energy_zero" in state:
             self.zero = EnergyZero(state["energy_zero"].cpu())
+        if self.spreads is not None:
+            self.spreads.load_state_dict(state["spreads"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ from fairchem_kd.distillation.companions.join import labelled_part
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.distillation.first_look import check_pair
 from fairchem_kd.distillation.keeping import Wanted, keep, wanted_structures
+from fairchem_kd.distillation.keeping_members import keep_members
 from fairchem_kd.distillation.opening import open_teacher, teacher_seen
 from fairchem_kd.distillation.prediction import prediction_of
 from fairchem_kd.distillation.relying import refuse_new_copies, rely
@@ -40,7 +42,7 @@ from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.features.wrappers import stock_model_config
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
-from fairchem_kd.teachers import LiveTeacher
+from fairchem_kd.teachers import EnsembleTeacher, LiveTeacher
 from fairchem_kd.teachers.place import size_of
 from fairchem_kd.teachers.recorded import RecordedTeacher
 from fairchem_kd.teachers.stored import StoredTeacher
@@ -111,6 +113,7 @@ class DistillationTrainer(RestartableTrainer):
             if not self.continues_run:
                 self._fit_zero()
                 self._check_agreement()
+                self.distillation.fit_spreads(self.train_samples, self.collater)
                 self.distillation.fit_statistics(self.train_samples, self.collater)
                 self._check_pair()
 
@@ -174,7 +177,7 @@ class DistillationTrainer(RestartableTrainer):
                 "its labels, and from the teacher's features where a loss compares them"
             )
 
-    def make_distillation(self) -> LiveTeacher | RecordedTeacher | None:
+    def make_distillation(self) -> LiveTeacher | EnsembleTeacher | RecordedTeacher | None:
         """Make `distillation` and `companions`; returns their teacher, None for plain training."""
         config = self.distillation_config
         if not config.active_terms:
@@ -224,7 +227,9 @@ class DistillationTrainer(RestartableTrainer):
         )
 
     def keep_answers(
-        self, teacher: LiveTeacher | RecordedTeacher, part: tuple[int, int] | None = None
+        self,
+        teacher: LiveTeacher | EnsembleTeacher | RecordedTeacher,
+        part: tuple[int, int] | None = None,
     ) -> None:
         """From here on the teacher's answers come out of a store, where there is to be one.
 
@@ -234,21 +239,24 @@ class DistillationTrainer(RestartableTrainer):
         """
         assert self.distillation is not None
         requests = self.distillation.teacher_requests
-        stored: StoredTeacher | None
+        stored: StoredTeacher | EnsembleTeacher | None
         if isinstance(teacher, RecordedTeacher):
             refuse_new_copies(self.companions)
             stored = rely(teacher, requests, self.wanted())
         else:
-            stored = keep(
-                teacher,
-                requests,
-                self.distillation_config.teacher,
-                self.wanted(),
+            kept = partial(
+                keep,
+                wanted=self.wanted(),
                 run_dir=self._run_dir,
                 device=self.device,
                 part=part,
                 stop=lambda: self.interruption.noted,
             )
+            config = self.distillation_config.teacher
+            if isinstance(teacher, EnsembleTeacher):
+                stored = keep_members(teacher, requests, config, kept)
+            else:
+                stored = kept(teacher, requests, config)
         if self.interruption.asked() is Ask.LEAVE:
             self.interruption.leave()  # nothing is lost: the store goes on where it was
         if stored is None:
@@ -372,11 +380,13 @@ class DistillationTrainer(RestartableTrainer):
         if self.distillation is None:
             return ""
         teacher = self.distillation.teacher
-        if not isinstance(teacher, StoredTeacher):
+        stores = teacher.stores if isinstance(teacher, EnsembleTeacher) else [teacher]
+        folders = [one.folder for one in stores if isinstance(one, StoredTeacher)]
+        if not folders:
             return "; the teacher was asked at every step"
         return (
-            f"; what the teacher said is kept in {teacher.folder} "
-            f"({size_of(teacher.folder) / 1e6:.0f} MB)"
+            f"; what the teacher said is kept in {', '.join(map(str, folders))} "
+            f"({sum(map(size_of, folders)) / 1e6:.0f} MB)"
         )
 
     def values(self) -> dict[str, float]:

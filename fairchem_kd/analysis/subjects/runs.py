@@ -59,9 +59,11 @@ class ModelFile:
 
     @property
     def teacher(self) -> str | None:
-        """The path of the teacher that it was distilled from."""
+        """The path of the teacher that it was distilled from; None of an ensemble."""
         teacher = _distillation(self.config).get("teacher") or {}
         path = teacher.get("checkpoint")
+        if isinstance(path, list):
+            path = path[0] if len(path) == 1 else None
         return None if is_null(path) or not self.losses else str(path)
 
     @property
