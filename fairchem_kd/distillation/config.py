@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairchem_kd.distillation.balance import GRADIENTS, BalanceOptions, balance_options
 from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
 from fairchem_kd.distillation.ensembles import MASKED, SPREAD, EnsembleOptions
 from fairchem_kd.distillation.gradients import DiagnosticOptions
@@ -147,6 +148,9 @@ class DistillationConfig:
     diagnostics: DiagnosticOptions = option(
         factory=DiagnosticOptions, help="each term's gradient beside the labels', in the records"
     )
+    balance: str | BalanceOptions | None = option(
+        None, help="gradient_norm or uncertainty: factors of the terms that follow the training"
+    )
     validate: bool = option(False, help="report the distillation losses on the validation set too")
     flush_denormal: bool = option(True, help="CPU only: flush denormal numbers to zero")
 
@@ -155,6 +159,28 @@ class DistillationConfig:
         for name, given in (self.losses or {}).items():
             if not is_null(given):  # `null` switches off a term of an included file
                 self.terms[name] = loss_term(name, given, f"{WHERE}.losses")
+        if self.unlabelled is not None and self.rattle is not None and self.rattle.needs_forces:
+            raise UserError(
+                f"{WHERE}.rattle.mode {self.rattle.mode} goes by the labels' forces, and the "
+                f"structures of {WHERE}.unlabelled have none: take plain or fixed_length, or leave "
+                "unlabelled out."
+            )
+        self.balancing = balance_options(self.balance)
+        if (
+            self.balancing is not None
+            and self.balancing.kind == GRADIENTS
+            and self.labels.coefficient == 0
+        ):
+            raise UserError(
+                f"{WHERE}.balance gradient_norm goes by the gradient of the labels' loss, whose "
+                f"{WHERE}.labels.coefficient is 0: take uncertainty, or let the labels count."
+            )
+        for term in self.active_terms.values():
+            if term.needs_pairs and not (self.rattle and self.rattle.antithetic):
+                raise UserError(
+                    f"{term.where} compares rattled copies in pairs: set {WHERE}.rattle: "
+                    "{antithetic: true}, which makes them."
+                )
         if any(term.coefficient > 0 for term in self.terms.values()) and not (
             self.teacher.checkpoint or self.teacher.is_recorded
         ):

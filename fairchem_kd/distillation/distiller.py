@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fairchem_kd.distillation.config import DistillationConfig, loss_term
+from fairchem_kd.distillation.slopes import check_slopes_on
 from fairchem_kd.distillation.statistics import fit_on_batches
 from fairchem_kd.distillation.terms import Distillation
 from fairchem_kd.errors import UserError
@@ -128,6 +129,7 @@ class Distiller:
             )
         terms = self._distillation.terms.values()
         self._unfitted = [term.where for term in terms if term.needs_statistics]
+        self._unchecked = self._distillation.needs_slopes
         self._watched: _Watched | None = None
         #: optimiser steps so far, which schedules go by: one for each call of `loss` in training
         self.step = 0
@@ -143,10 +145,19 @@ class Distiller:
         """
         self._watched = None
         self._distillation.check_elements(batch.atomic_numbers)
+        pairing = [t.where for t in self._distillation.terms.values() if t.needs_pairs]
+        if pairing and self._student.training and "pairs" not in batch:
+            raise UserError(
+                f"{pairing[0]} compares structures in pairs, and the batch does not say which: set "
+                "batch.pairs = fairchem_kd.losses.pair_atoms(batch.natoms, pairs)."
+            )
+        if self._unchecked:
+            check_slopes_on(batch.clone().to(self._distillation.device), self._distillation)
+            self._unchecked = False
         given: list[Any] = []
         hook = self._student.register_forward_hook(lambda *args: given.append(args[-1]))
         try:
-            with self._distillation.tap_student() as features:
+            with self._distillation.tap_student(batch) as features:
                 yield
                 if len(given) != 1:
                     raise UserError(

@@ -7,8 +7,8 @@ optimiser of their own, and its state a key of its own in the checkpoint.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fairchem_kd.distillation.agreement import Agreement, agreement
+from fairchem_kd.distillation.balance import FACTOR, Balance
 from fairchem_kd.distillation.config import DistillationConfig
 from fairchem_kd.distillation.ensembles import EnsembleOptions, Spreads
-from fairchem_kd.distillation.gradients import note_gradients
+from fairchem_kd.distillation.gradients import gradients_of_terms
 from fairchem_kd.distillation.projections import Projections
 from fairchem_kd.distillation.statistics import Collate, fit_statistics
 from fairchem_kd.distillation.values import Values
@@ -33,9 +34,12 @@ from fairchem_kd.features import (
     common_energy,
     energy_name_of,
 )
+from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.losses import Labels, Loss, LossInputs, Part
 from fairchem_kd.models.units import Units
+from fairchem_kd.stock.positions import followed
 from fairchem_kd.teachers import EnsembleTeacher, Taught, Teacher
+from fairchem_kd.teachers.slopes import force_slopes, live_members
 from fairchem_kd.training.ranks import all_sum, rank, refused_by_all, world_size
 
 if TYPE_CHECKING:
@@ -106,6 +110,7 @@ class Distillation:
         self.student = student
         self.teacher = teacher
         self.units = units
+        self.targets = outputs
         self.max_force = config.rattle.max_force if config.rattle is not None else None
         self.last_step = last_step
         self.device = device
@@ -127,6 +132,9 @@ class Distillation:
         for term in terms:
             term.build(self.student_tap.specs, teacher_specs, generator, labels)
         self.modules = nn.ModuleList(terms).to(device)
+        self.needs_slopes = any(term.needs_slopes for term in terms)
+        if self.needs_slopes:
+            live_members(teacher)  # refuses one without a model
 
         self.projections = Projections(
             self.modules,
@@ -134,6 +142,8 @@ class Distillation:
             learning_rate=learning_rate,
             clip_grad_norm=clip_grad_norm,
         )
+        balancing = config.balancing
+        self.balance = Balance(balancing, self.terms, device) if balancing is not None else None
         self.values = Values()
         self._spread_noted: dict[str, Part] = {}  # of the last batch
         self.zero_of = config.teacher.energy_zero
@@ -201,9 +211,20 @@ class Distillation:
         """What the labels' loss is multiplied by at a step."""
         return self.labels.coefficient * self.labels.schedule.factor(step, self.last_step)
 
-    def tap_student(self) -> AbstractContextManager[Captured]:
-        """A context in which one forward of the student leaves its features behind."""
-        return self.student_tap.capture()
+    @contextmanager
+    def tap_student(self, batch: Batch | None = None) -> Iterator[Captured]:
+        """A context in which one forward of the student leaves its features behind.
+
+        Args:
+            batch: what it will be run on; where a term differentiates forces, its positions, moved
+                to the device, get a graph.
+        """
+        follows: AbstractContextManager[None] = nullcontext()
+        if batch is not None and self.needs_slopes and torch.is_grad_enabled():
+            batch.pos = batch.pos.to(self.device).detach().requires_grad_(True)
+            follows = followed(backbone_of(self.student))
+        with follows, self.student_tap.capture() as features:
+            yield features
 
     def loss(
         self,
@@ -251,15 +272,51 @@ class Distillation:
             means = means / counts
             weights = [weight for weight, _ in parts.values()]
             weight = torch.tensor(weights, dtype=torch.float64).to(self.device, non_blocking=True)
+            if self.balance is not None and parts:
+                weight = self._balanced(self.balance, weight, means, list(parts), step)
             own = slice(len(parts))
             self._note(parts, means[own], weight)
             self.values.note(tuple(noted), means[len(parts) :])
             self.values.end_step()
             losses = weight * totals[own] * (world_size() / counts[own])
-            if labels is not None and labels.requires_grad and self.diagnostics.due(step):
-                own_losses = dict(zip(parts, losses, strict=True))
-                note_gradients(self.values, own_losses, (LABEL_LOSS, labels), self.student)
+            if labels is not None and labels.requires_grad:
+                self._look_at_gradients(dict(zip(parts, losses, strict=True)), labels, step)
             return losses.sum().float()
+
+    def _balanced(
+        self, balance: Balance, weights: Tensor, means: Tensor, names: Sequence[str], step: int
+    ) -> Tensor:
+        """Weights of parts ``(P,)`` times the factors of their terms, which learn from the means.
+
+        A validation learns nothing.
+        """
+        terms = [name.partition(".")[0] for name in names]
+        factors = balance.factors(terms)
+        values: dict[str, Tensor] = {}
+        for term, value in zip(terms, (weights * means[: len(terms)]).unbind(), strict=True):
+            scheduled = self.terms[term].schedule.factor(step, self.last_step)
+            own = value / scheduled if scheduled > 0 else 0.0 * value
+            values[term] = values[term] + own if term in values else own
+        for term in values:
+            self.values.note(f"{term}_{FACTOR}", balance.of(term))
+        if self.student.training:
+            balance.learn_values(values)
+        return weights * factors
+
+    def _look_at_gradients(self, losses: dict[str, Tensor], labels: Tensor, step: int) -> None:
+        """Compare each term's gradient with the labels', where someone wants to know."""
+        running = self.running(step)
+        due = self.diagnostics.due(step)
+        balancing = self.balance is not None and self.balance.looks(step, running)
+        if not (due or balancing):
+            return
+        found = gradients_of_terms(losses, (LABEL_LOSS, labels), self.student)
+        if due:
+            for name, value in found.items():
+                self.values.note_now(name, value)
+        if self.balance is not None and balancing:
+            scheduled = {n: t.schedule.factor(step, self.last_step) for n, t in running.items()}
+            self.balance.learn_gradients(found, LABEL_LOSS, scheduled)
 
     def _note(self, names: Iterable[str], values: Tensor, weights: Tensor) -> None:
         """Note each term's raw and weighted value."""
@@ -299,6 +356,7 @@ class Distillation:
             student_outputs=out,
             systems=counting,
             weights=weights,
+            teacher_slopes=self._slopes_of(batch) if self.needs_slopes else None,
         )
         inputs.teacher_outputs = {
             name: self._as_student(name, taught.outputs[name], out[name], batch)
@@ -313,6 +371,17 @@ class Distillation:
             for name in self._atom_energies
         }
         return inputs
+
+    def _slopes_of(self, batch: Batch) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """What asks the teacher how its forces change, in the student's normalised units per Å."""
+
+        def slopes(cotangents: Sequence[Tensor]) -> list[Tensor]:
+            found = force_slopes(self.teacher, batch, cotangents)
+            nothing = torch.zeros_like(batch.pos, dtype=torch.float64).detach()
+            zero = self.units.normalized("forces", nothing, batch)
+            return [self.units.normalized("forces", one, batch) - zero for one in found]
+
+        return slopes
 
     def _as_student(self, name: str, values: Tensor, own: Tensor, batch: Batch) -> Tensor:
         """A teacher's output ``(rows, C)`` in the student's units.
@@ -436,6 +505,8 @@ class Distillation:
             state["energy_zero"] = self.zero.shifts
         if self.spreads is not None:
             state["spreads"] = self.spreads.state_dict()
+        if self.balance is not None:
+            state["balance"] = self.balance.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -459,3 +530,5 @@ class Distillation:
             self.zero = EnergyZero(state["energy_zero"].cpu())
         if self.spreads is not None:
             self.spreads.load_state_dict(state["spreads"])
+        if self.balance is not None and "balance" in state:
+            self.balance.load_state_dict(state["balance"])

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairchem_kd.data.build import ensure_built
+from fairchem_kd.distillation.adversary import Adversary
 from fairchem_kd.distillation.agreement import Agreement, tell_agreement
 from fairchem_kd.distillation.companions import (
+    ADVERSARIAL,
     Companions,
     RattleOptions,
     Rattler,
@@ -35,6 +37,7 @@ from fairchem_kd.distillation.keeping_members import keep_members
 from fairchem_kd.distillation.opening import open_teacher, teacher_seen
 from fairchem_kd.distillation.prediction import prediction_of
 from fairchem_kd.distillation.relying import refuse_new_copies, rely
+from fairchem_kd.distillation.slopes import check_slopes
 from fairchem_kd.distillation.terms import LABEL_LOSS, UNTRUSTED, Distillation
 from fairchem_kd.distillation.watch import Watch
 from fairchem_kd.errors import UserError
@@ -128,6 +131,7 @@ class DistillationTrainer(RestartableTrainer):
         with refused_by_all():
             if rank() == 0:
                 check_pair(self.distillation, self.train_samples, self.collater)
+                check_slopes(self.distillation, self.train_samples, self.collater)
 
     def _check_agreement(self) -> None:
         """Say how the teacher does on the labels; on the first rank, for all."""
@@ -198,6 +202,11 @@ class DistillationTrainer(RestartableTrainer):
                 last_step=self.last_step,
                 device=self.device,
             )
+            if self.distillation.needs_slopes and self.scaler is not None:
+                raise UserError(
+                    "amp: true and a jacobian loss do not go together, since slopes of forces in "
+                    "half precision are no slopes: set amp: false, or take jacobian_antithetic."
+                )
             terms = self.distillation.terms.items()
             self._watch = Watch(
                 [name for name, term in terms if term.needs_statistics],
@@ -207,6 +216,9 @@ class DistillationTrainer(RestartableTrainer):
             )
             if self.companions is None:
                 self.companions = self.make_companions(teacher.check_elements)
+        rattler = None if self.companions is None else self.companions.rattler
+        if self.companions and rattler and rattler.options.mode == ADVERSARIAL:
+            self.companions.adversary = Adversary(self.distillation, rattler)
         if self.companions is not None and self.companions.unlabelled is not None:
             more = {"task.distillation.unlabelled": self.companions.unlabelled.dataset}
             check_same_on_ranks(seen_by_rank(self.config, more))
@@ -334,7 +346,7 @@ class DistillationTrainer(RestartableTrainer):
             whole = self.companions.joined(batch, self.step)
             batch.to(self.device)  # in place, as stock's forward does with what it is given
         distillation.check_elements(whole.atomic_numbers)
-        with distillation.tap_student() as features:
+        with distillation.tap_student(whole) as features:
             out = super().run_model(whole)
         self._distilled = whole, out, features
         levels = {name: target["level"] for name, target in self.output_targets.items()}

@@ -67,6 +67,12 @@ class ModelFile:
         return None if is_null(path) or not self.losses else str(path)
 
     @property
+    def has_teachers(self) -> bool:
+        """Whether it was distilled from an ensemble."""
+        given = (_distillation(self.config).get("teacher") or {}).get("checkpoint")
+        return isinstance(given, list) and len(given) > 1 and bool(self.losses)
+
+    @property
     def labels_from(self) -> str | None:
         """Where its training set is, as its config has it."""
         return (self.config.get("dataset") or {}).get("src")

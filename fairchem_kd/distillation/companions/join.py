@@ -17,6 +17,7 @@ from torch_geometric.data import Batch
 
 from fairchem_kd.distillation.companions.rattle import Rattler
 from fairchem_kd.distillation.companions.unlabelled import UnlabelledLoader
+from fairchem_kd.losses import pair_atoms
 from fairchem_kd.stock.structures import join
 from fairchem_kd.teachers.stored import SAID, join_said
 from fairchem_kd.training.checks import check_finite
@@ -28,6 +29,8 @@ class Companions:
     def __init__(self, rattler: Rattler | None, unlabelled: UnlabelledLoader | None) -> None:
         self.rattler = rattler
         self.unlabelled = unlabelled
+        #: Moves copies on to where the models differ, where they are to be adversarial.
+        self.adversary: Callable[[Batch], Batch] | None = None
         #: What a store holds of a batch, where answers are stored.
         self.said: Callable[[Batch], dict[str, Any]] | None = None
 
@@ -45,8 +48,13 @@ class Companions:
         if self.rattler is None:
             return self._with_answers(clean, parts)
         copies = self.rattler(clean, step)
+        if copies is not None and self.adversary is not None:
+            copies = self.adversary(copies)
         whole = join([clean] if copies is None else [clean, copies])
         whole.rattled = torch.arange(len(whole.natoms)) >= len(clean.natoms)
+        if self.rattler.options.antithetic:  # pair after pair
+            copied = whole.rattled.nonzero().view(-1, 2)
+            whole.pairs = pair_atoms(whole.natoms, copied)
         return self._with_answers(whole, parts if copies is None else [*parts, copies])
 
     def _with_answers(self, whole: Batch, parts: Sequence[Batch]) -> Batch:
