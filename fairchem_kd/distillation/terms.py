@@ -297,8 +297,8 @@ class Distillation:
             scheduled = self.terms[term].schedule.factor(step, self.last_step)
             own = value / scheduled if scheduled > 0 else 0.0 * value
             values[term] = values[term] + own if term in values else own
-        for term in values:
-            self.values.note(f"{term}_{FACTOR}", balance.of(term))
+        noted = [f"{term}_{FACTOR}" for term in values]
+        self.values.note(noted, balance.factors(values))
         if self.student.training:
             balance.learn_values(values)
         return weights * factors
