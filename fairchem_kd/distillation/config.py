@@ -165,6 +165,8 @@ class DistillationConfig:
                 f"structures of {WHERE}.unlabelled have none: take plain or fixed_length, or leave "
                 "unlabelled out."
             )
+        if self.unlabelled is not None and self.unlabelled.weight is not None:
+            self._check_mixing()
         self.balancing = balance_options(self.balance)
         if (
             self.balancing is not None
@@ -188,6 +190,24 @@ class DistillationConfig:
                 f"{WHERE}.teacher.checkpoint is required by {WHERE}.losses: give the path of a "
                 "trained fairchem checkpoint, or in teacher.store that of a store of what a "
                 "teacher has said, or set the losses to null."
+            )
+
+    def _check_mixing(self) -> None:
+        """Refuse what the shares of labels and teacher leave without a meaning.
+
+        Raises:
+            UserError: there is such a thing.
+        """
+        key = f"{WHERE}.unlabelled.weight"
+        if self.rattle is not None and self.rattle.copies > 0:
+            raise UserError(
+                f"{key} shares the structures of a step out between labels and teacher, and "
+                "rattled copies belong to neither: leave rattle out, or set weight: null."
+            )
+        active = self.active_terms.values()
+        if active and not any(t.needs_outputs or t.needs_atom_energy for t in active):
+            raise UserError(
+                f"{key} is of losses on outputs, and there is none: add vanilla, or set it to null."
             )
 
     @property

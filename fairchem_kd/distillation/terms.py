@@ -349,6 +349,9 @@ class Distillation:
         counting = self._counting(batch, taught)
         if self.spreads is not None:
             counting, weights, self._spread_noted = self.spreads.weigh(taught, counting)
+        if "mixed" in batch:  # labels and teacher share the structures out
+            names = dict.fromkeys([*self._outputs, *self._atom_energies])
+            weights = {name: weights.get(name, 1.0) * batch.mixed for name in names}
         inputs = LossInputs(
             batch,
             student={r: student[r].values for r in self.student_tap.specs},

@@ -358,6 +358,8 @@ class DistillationTrainer(RestartableTrainer):
         if self.distillation is None:
             return loss
         factor = self.distillation.label_factor(self.step) if self.model.training else 1.0
+        if self.companions is not None and self.model.training and taught is not None:
+            factor *= self.companions.label_factor
         if factor != 1.0:
             loss = factor * loss
         if taught is None:

@@ -34,10 +34,17 @@ class Companions:
         #: What a store holds of a batch, where answers are stored.
         self.said: Callable[[Batch], dict[str, Any]] | None = None
 
+    @property
+    def label_factor(self) -> float:
+        """What the labels' loss is multiplied by where they share the structures with a teacher."""
+        mixing = None if self.unlabelled is None else self.unlabelled.mixing
+        return 1.0 if mixing is None else mixing[0]
+
     def joined(self, batch: Batch, step: int) -> Batch:
         """All structures of a step, in host memory; ``batch`` itself where there are no companions.
 
-        Where copies are made, ``rattled`` ``(B,)`` of the result is true for them.
+        Where copies are made, ``rattled`` ``(B,)`` of the result is true for them. Where labels and
+        teacher share the structures out, ``mixed`` ``(B,)`` is what each weighs for the teacher.
         """
         clean, parts = batch, [batch]
         if self.unlabelled is not None:
@@ -46,6 +53,9 @@ class Companions:
             clean = join([batch, more])
             parts.append(more)
         if self.rattler is None:
+            if self.unlabelled is not None and self.unlabelled.mixing is not None:
+                clean.mixed = torch.zeros(len(clean.natoms))
+                clean.mixed[len(batch.natoms) :] = self.unlabelled.mixing[1]
             return self._with_answers(clean, parts)
         copies = self.rattler(clean, step)
         if copies is not None and self.adversary is not None:
