@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fairchem_kd.distillation.agreement import Agreement, agreement
 from fairchem_kd.distillation.balance import FACTOR, Balance
+from fairchem_kd.distillation.comparing import Compared, Comparing
 from fairchem_kd.distillation.config import DistillationConfig
 from fairchem_kd.distillation.ensembles import EnsembleOptions, Spreads
 from fairchem_kd.distillation.gradients import gradients_of_terms
@@ -35,11 +36,11 @@ from fairchem_kd.features import (
     energy_name_of,
 )
 from fairchem_kd.features.architecture import backbone_of
-from fairchem_kd.losses import Labels, Loss, LossInputs, Part
+from fairchem_kd.losses import Labels, Loss, Part
 from fairchem_kd.models.units import Units
 from fairchem_kd.stock.positions import followed
-from fairchem_kd.teachers import EnsembleTeacher, Taught, Teacher
-from fairchem_kd.teachers.slopes import force_slopes, live_members
+from fairchem_kd.teachers import EnsembleTeacher, Teacher
+from fairchem_kd.teachers.slopes import live_members
 from fairchem_kd.training.ranks import all_sum, rank, refused_by_all, world_size
 
 if TYPE_CHECKING:
@@ -111,7 +112,6 @@ class Distillation:
         self.teacher = teacher
         self.units = units
         self.targets = outputs
-        self.max_force = config.rattle.max_force if config.rattle is not None else None
         self.last_step = last_step
         self.device = device
         self._check_schedules()
@@ -145,7 +145,6 @@ class Distillation:
         balancing = config.balancing
         self.balance = Balance(balancing, self.terms, device) if balancing is not None else None
         self.values = Values()
-        self._spread_noted: dict[str, Part] = {}  # of the last batch
         self.zero_of = config.teacher.energy_zero
         self.zero: EnergyZero | None = None
         self.spreads: Spreads | None = None
@@ -153,6 +152,16 @@ class Distillation:
             given = config.teacher.ensemble or EnsembleOptions()
             compared = dict.fromkeys([*self._outputs, *self._atom_energies])
             self.spreads = Spreads(given, list(compared), teacher.levels)
+        self.comparing = Comparing(
+            units,
+            outputs=self._outputs,
+            atom_energies=self._atom_energies,
+            student=list(self.student_tap.specs),
+            teacher=self.teacher_requests,
+            max_force=config.rattle.max_force if config.rattle is not None else None,
+            spreads=self.spreads,
+            slopes=self.needs_slopes,
+        )
 
     def _requests(
         self, side: Literal["student", "teacher"], specs: Callable[[list[Request]], Any]
@@ -241,7 +250,10 @@ class Distillation:
         as it counts, is noted alone.
         """
         with torch.autocast(self.device.type, enabled=False):
-            inputs = self._inputs(batch, out, features)
+            found = self.compared(batch, out, features)
+            if found.trusted is not None:
+                self.values.note((UNTRUSTED,), 1.0 - found.trusted.double().mean().view(1))
+            inputs = found.inputs
             inputs.step = step
             parts: dict[str, tuple[float, Part]] = {}
             noted: dict[str, Part] = {}
@@ -259,7 +271,7 @@ class Distillation:
             ):  # the share of the copies that counts
                 kept = (inputs.systems & batch.rattled).sum()
                 noted["rattle"] = Part("", 1.0, kept, batch.rattled.sum())
-            noted |= self._spread_noted
+            noted |= found.noted
             summed = [*(part for _, part in parts.values()), *noted.values()]
             totals = _stacked([part.total for part in summed])
             # a plain sum over ranks: their counts add up to one
@@ -282,6 +294,10 @@ class Distillation:
             if labels is not None and labels.requires_grad:
                 self._look_at_gradients(dict(zip(parts, losses, strict=True)), labels, step)
             return losses.sum().float()
+
+    def compared(self, batch: Batch, out: dict[str, Tensor], features: Captured) -> Compared:
+        """What the teacher says of a batch, beside what the student gave."""
+        return self.comparing(self.teacher, self.zero, batch, out, features)
 
     def _balanced(
         self, balance: Balance, weights: Tensor, means: Tensor, names: Sequence[str], step: int
@@ -335,82 +351,6 @@ class Distillation:
         return torch.stack(
             [c.double() if isinstance(c, Tensor) else k for c, k in zip(counts, known, strict=True)]
         )
-
-    def _inputs(self, batch: Batch, out: dict[str, Tensor], student: Captured) -> LossInputs:
-        needed = bool(self._outputs) or ("rattled" in batch and self.max_force is not None)
-        needed = needed or bool(self.spreads is not None and self.spreads.ratios)
-        taught = self.teacher.teach(batch, self.teacher_requests, outputs=needed)
-        taught = taught.sound(self._outputs)
-        if self.zero is not None:
-            taught = self.zero.applied(taught, batch)
-        if taught.trusted is not None:
-            self.values.note((UNTRUSTED,), 1.0 - taught.trusted.double().mean().view(1))
-        weights: dict[str, Tensor] = {}
-        counting = self._counting(batch, taught)
-        if self.spreads is not None:
-            counting, weights, self._spread_noted = self.spreads.weigh(taught, counting)
-        if "mixed" in batch:  # labels and teacher share the structures out
-            names = dict.fromkeys([*self._outputs, *self._atom_energies])
-            weights = {name: weights.get(name, 1.0) * batch.mixed for name in names}
-        inputs = LossInputs(
-            batch,
-            student={r: student[r].values for r in self.student_tap.specs},
-            teacher=taught.features,
-            student_outputs=out,
-            systems=counting,
-            weights=weights,
-            teacher_slopes=self._slopes_of(batch) if self.needs_slopes else None,
-        )
-        inputs.teacher_outputs = {
-            name: self._as_student(name, taught.outputs[name], out[name], batch)
-            for name in self._outputs
-        }
-        normalized = self.units.normalized_atom_energies
-        inputs.student_atom_energies = {
-            name: inputs.student[atom_energy(name)] for name in self._atom_energies
-        }
-        inputs.teacher_atom_energies = {
-            name: normalized(taught.atom_energies[name], batch, name).float()
-            for name in self._atom_energies
-        }
-        return inputs
-
-    def _slopes_of(self, batch: Batch) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        """What asks the teacher how its forces change, in the student's normalised units per Å."""
-
-        def slopes(cotangents: Sequence[Tensor]) -> list[Tensor]:
-            found = force_slopes(self.teacher, batch, cotangents)
-            nothing = torch.zeros_like(batch.pos, dtype=torch.float64).detach()
-            zero = self.units.normalized("forces", nothing, batch)
-            return [self.units.normalized("forces", one, batch) - zero for one in found]
-
-        return slopes
-
-    def _as_student(self, name: str, values: Tensor, own: Tensor, batch: Batch) -> Tensor:
-        """A teacher's output ``(rows, C)`` in the student's units.
-
-        Raises:
-            UserError: it has another shape than the student's ``own``.
-        """
-        if values.shape != own.shape:
-            raise UserError(
-                f"{name} of the teacher is {values.shape[1]} numbers for each structure or atom, "
-                f"and the student's is {own.shape[1]}: they are not the same; leave {name} out of "
-                "the loss (vanilla.targets)."
-            )
-        return self.units.normalized(name, values, batch).float()
-
-    def _counting(self, batch: Batch, taught: Taught) -> Tensor | None:
-        """``(B,)``: all but what the teacher cannot be trusted on; None: all.
-
-        Of rattled copies, those on which its largest force exceeds the limit do not count.
-        """
-        if "rattled" not in batch or self.max_force is None or "forces" not in taught.outputs:
-            return taught.trusted
-        norms = taught.outputs["forces"].view(-1, 3).norm(dim=1)
-        largest = norms.new_zeros(len(batch.natoms)).scatter_reduce(0, batch.batch, norms, "amax")
-        counting = ~batch.rattled | (largest <= self.max_force)
-        return counting if taught.trusted is None else counting & taught.trusted
 
     def check_elements(self, atomic_numbers: Tensor) -> None:
         """Refuse atoms, ``(N,)``, of which the teacher, or its zero, says nothing.

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainings import assert_equal, config, trainer, weights, write_lmdb, write_teacher
+from trainings import assert_equal, config, trainer, weights, write_lmdb, write_teacher, write_yaml
 from trainings import data as data
 
+from fairchem_kd.commands.main import main
 from fairchem_kd.distillation.config import parse_distillation
 from fairchem_kd.distillation.ensembles import EnsembleOptions, Spreads
 from fairchem_kd.distillation.opening import open_teacher
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.structures import pick
 from fairchem_kd.teachers import EnsembleTeacher, LiveTeacher
+from fairchem_kd.teachers.contents import contents
 from fairchem_kd.teachers.place import FOLDER
 from fairchem_kd.training.records import read_records
 
@@ -155,6 +157,38 @@ def test_a_training_with_an_ensemble_from_stores_goes_on_bit_for_bit(
         built.train(disable_eval_tqdm=True)
         assert built.distillation.spreads.state_dict() == fitted
         assert_equal(weights(built), end)
+
+
+def test_the_stores_of_an_ensemble_are_filled_and_shown_by_the_command(
+    tmp_path: Path, data: Path, members: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """And a teacher alone reads what it said as a member."""
+    monkeypatch.chdir(tmp_path)
+    own = {"store": "stores", "ensemble": {"features": members[1]}}
+    write_yaml(tmp_path / "config.yml", given(tmp_path, data, members[:2], own=own))
+    assert main(["teach", "config.yml", "--cpu"]) == 0
+    out = capsys.readouterr().out
+    folders = sorted(path.name for path in Path("stores").iterdir())
+    assert len(folders) == 2
+    for member, folder in zip(members, sorted(folders, key=out.index), strict=False):
+        assert f"stores/{folder}: 11 structures" in out
+        assert f"teacher {member} " in out
+    assert out.count("feature:node:node") == 1  # of the one whose features count
+    asked: list[int] = []
+    teach = LiveTeacher.teach
+
+    def counting(self: LiveTeacher, batch: Any, *args: Any, **more: Any) -> Any:
+        asked.append(len(batch.natoms))
+        return teach(self, batch, *args, **more)
+
+    monkeypatch.setattr(LiveTeacher, "teach", counting)
+    (alone,) = [f for f in folders if "feature:node:node" in contents(Path("stores") / f)]
+    teacher = {"checkpoint": members[1], "store": f"stores/{alone}"}
+    single = config(tmp_path, data, distillation={"teacher": teacher, "losses": {"n2n": {}}})
+    with trainer(single) as built:
+        built.set_up()
+    assert sum(asked) <= 5  # a look at whether the store still holds
 
 
 def test_masked_structures_teach_nothing(tmp_path: Path, data: Path, members: list[str]) -> None:
