@@ -178,10 +178,11 @@ class DistillationConfig:
                 f"{WHERE}.labels.coefficient is 0: take uncertainty, or let the labels count."
             )
         for term in self.active_terms.values():
-            if term.needs_pairs and not (self.rattle and self.rattle.antithetic):
+            pairs = self.rattle and self.rattle.antithetic and self.rattle.copies > 0
+            if term.needs_pairs and not pairs:
                 raise UserError(
                     f"{term.where} compares rattled copies in pairs: set {WHERE}.rattle: "
-                    "{antithetic: true}, which makes them."
+                    "{antithetic: true}, with copies above 0, which makes them."
                 )
         if any(term.coefficient > 0 for term in self.terms.values()) and not (
             self.teacher.checkpoint or self.teacher.is_recorded

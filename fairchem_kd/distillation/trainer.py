@@ -314,6 +314,9 @@ class DistillationTrainer(RestartableTrainer):
             unlabelled.check(check_elements)
         rattler = None
         if config.rattle is not None and config.rattle.copies > 0:
+            taken = self.config["optim"].get("batch_size", 1)
+            more = 0 if unlabelled is None else unlabelled.options.per_step(taken)
+            config.rattle.check_pairs(taken + more)
             rattler = Rattler(config.rattle, seed, self._copies_of_each(config.rattle, unlabelled))
         return Companions(rattler, unlabelled)
 

@@ -121,12 +121,23 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], words: str
         parse(RattleOptions, options, WHERE)
 
 
+def test_steps_without_any_pair_are_refused() -> None:
+    options = parse(RattleOptions, {"antithetic": True, "copies": 0.5}, WHERE)
+    options.check_pairs(3)
+    with pytest.raises(UserError, match=r"of 1 structures a step makes no .* at least 2"):
+        options.check_pairs(1)
+
+
 def test_forces_that_are_not_there_are_refused() -> None:
     batch = slabs(2)
     del batch.forces
     with pytest.raises(UserError, match="which these structures do not have"):
         rattler(copies=1, mode="along_force")(batch, 1)
     block = {"rattle": {"mode": "along_force"}, "unlabelled": {"dataset": {"src": "x"}}}
+    batch = slabs(8)
+    batch.forces = torch.zeros_like(batch.pos)
+    with pytest.raises(UserError, match="moves nothing, where no atom has a force"):
+        rattler(copies=1, mode="along_force")(batch, 1)
     with pytest.raises(UserError, match="unlabelled have none"):
         parse_distillation({"distillation": block})
 

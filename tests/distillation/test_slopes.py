@@ -80,11 +80,11 @@ def test_a_store_alone_has_no_slopes() -> None:
 
 
 @pytest.mark.parametrize(
-    "rattle", [None, {"copies": 1}, {"copies": 1, "antithetic": False}], ids=str
+    "rattle", [None, {"copies": 1}, {"copies": 0, "antithetic": True}], ids=str
 )
 def test_pairs_need_pairs(rattle: Any) -> None:
     block = {"teacher": {"checkpoint": "t.pt"}, "losses": {"jacobian_antithetic": {}}}
-    with pytest.raises(UserError, match=r"rattle: \{antithetic: true\}"):
+    with pytest.raises(UserError, match=r"rattle: \{antithetic: true\}, with copies above 0"):
         parse_distillation({"distillation": {**block, "rattle": rattle}})
 
 

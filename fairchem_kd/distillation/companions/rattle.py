@@ -115,6 +115,21 @@ class RattleOptions:
         """The standard deviations, in Å."""
         return self.std if isinstance(self.std, list) else [self.std]
 
+    def check_pairs(self, structures: int) -> None:
+        """Refuse antithetic copies of which a step never has a pair.
+
+        Args:
+            structures: of a step, copies aside.
+
+        Raises:
+            UserError: it has none.
+        """
+        if self.antithetic and self.copies > 0 and round(self.copies * structures / 2) < 1:
+            raise UserError(
+                f"{WHERE}.copies is {self.copies:g}, which of {structures} structures a step makes "
+                f"no antithetic pair: give at least {2 / structures:g}."
+            )
+
     def pooled(self, draws: float) -> int | None:
         """The size of the pools in a training that takes so many copies of each structure.
 
@@ -171,10 +186,19 @@ class Rattler:
         if self._asked >= PROOF and self._dropped > 0.9 * self._asked:
             raise UserError(
                 f"{WHERE}.std is {max(self.options.scales):g} Å, which brings atoms closer than "
-                f"min_distance in {self._dropped} of {self._asked} copies: choose a smaller one "
-                "(0.02 to 0.1 Å is usual)."
+                f"min_distance in {self._dropped} of {self._asked} copies{self._or_still}: choose "
+                "a smaller one (0.02 to 0.1 Å is usual)."
             )
         return _picked(batch, systems, positions)
+
+    @property
+    def _or_still(self) -> str:
+        """Why else there may be no copy, in words."""
+        if not self.options.needs_forces:
+            return ""
+        return (
+            f" (or moves nothing, where no atom has a force that mode: {self.options.mode} needs)"
+        )
 
     @property
     def _signs(self) -> tuple[int, ...]:
