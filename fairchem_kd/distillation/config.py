@@ -73,11 +73,8 @@ class TeacherConfig:
     )
 
     def __post_init__(self) -> None:
-        given = self.checkpoint
-        if isinstance(given, str) and re.fullmatch(r"\s*\[.*\]\s*", given):  # the command line's
-            given = [word.strip(" '\"") for word in given.strip(" []").split(",") if word.strip()]
-        if isinstance(given, list):
-            self.checkpoint = _members(given)
+        if (several := named_in(self.checkpoint)) is not None:
+            self.checkpoint = _members(several)
         self._check_ensemble()
         if not self.store.strip():
             raise UserError(f"{WHERE}.teacher.store must be auto, off or a folder, not empty.")
@@ -229,6 +226,17 @@ def parse_distillation(task: Mapping[str, Any] | None) -> DistillationConfig:
         if key not in OURS and near:
             raise UserError(f"task has an unknown key '{key}' (did you mean '{near[0]}'?).")
     return parse(DistillationConfig, task.get("distillation"), WHERE)
+
+
+def named_in(given: Any) -> list[str] | None:
+    """The checkpoints of a list, as YAML or the command line (``[a.pt, b.pt]``) gives it.
+
+    None where it is no list.
+    """
+    if isinstance(given, str) and re.fullmatch(r"\s*\[.*\]\s*", given):
+        words = given.strip().strip("[]").split(",")
+        return [word.strip(" '\"") for word in words if word.strip()]
+    return list(given) if isinstance(given, list | tuple) else None
 
 
 def _members(given: list[str]) -> str | list[str] | None:

@@ -43,6 +43,8 @@ WHERE = "task.distillation.teacher.ensemble"
 #: In logs and records: the mean spread of an output, and the share of structures past a limit.
 SPREAD, MASKED = "spread", "masked"
 _BATCH = 16
+_TELLING = 0.1  # rank correlation of spreads and errors below which spreads tell nothing,
+_SURE = 32  # of so many structures
 _FEW = 8  # labelled structures from which a ratio can be told
 _UNITS = {"energy": "eV", "forces": "eV/Å"}
 
@@ -192,10 +194,19 @@ class Spreads:
             told += f", not calibrated: of {both.sum()} of them there is a label, {_FEW} are needed"
         else:
             self.ratios[name] = _rms(errors[both]) / _rms(spreads[both])
+            used = self.options.weights or name in (self.options.limit or {})
+            alike = _rank_correlation(spreads, errors)
             told += (
                 f", error {_rms(errors[both]):.3g}: spreads count {self.ratios[name]:.3g} times; "
-                f"rank correlation of spread and error {_rank_correlation(spreads, errors):.2f}"
+                f"rank correlation of spread and error {alike:.2f}"
             )
+            if alike < _TELLING and both.sum() >= _SURE and used:
+                logging.warning(
+                    f"The spread of the ensemble's {name} does not tell where it errs (rank "
+                    f"correlation {alike:.2f} on {both.sum()} labelled structures), so that {WHERE}"
+                    ".weights and limit do nothing good by it: leave them out, or take teachers "
+                    "that differ more."
+                )
         self.usual[name] = self.ratios[name] * _rms(spreads[there])
         logging.info(f"The ensemble's {name}: {told}")
 

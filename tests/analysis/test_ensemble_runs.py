@@ -20,7 +20,12 @@ def run(checkpoint: Any, losses: Any = None) -> ModelFile:
 
 @pytest.mark.parametrize(
     ("checkpoint", "teacher", "several"),
-    [("a.pt", "a.pt", False), (["a.pt"], "a.pt", False), (["a.pt", "b.pt"], None, True)],
+    [
+        ("a.pt", "a.pt", False),
+        (["a.pt"], "a.pt", False),
+        (["a.pt", "b.pt"], None, True),
+        ("[a.pt, b.pt]", None, True),
+    ],
 )
 def test_an_ensemble_is_no_teacher_to_be_measured_against(
     checkpoint: Any, teacher: str | None, several: bool
