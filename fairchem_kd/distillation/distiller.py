@@ -294,8 +294,8 @@ def _teacher(given: Any, student: nn.Module, device: torch.device, precision: st
         for one in members:
             if not isinstance(one, LiveTeacher):
                 raise UserError(
-                    "The members of an ensemble are checkpoints or models, and one of them is a "
-                    f"{type(one).__name__}."
+                    "The members of an ensemble are checkpoints or models, and one of them is of "
+                    f"the type {type(one).__name__}."
                 )
         lives = [one for one in members if isinstance(one, LiveTeacher)]
         return EnsembleTeacher(lives) if len(lives) > 1 else lives[0]

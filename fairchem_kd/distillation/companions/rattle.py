@@ -5,7 +5,8 @@ be kept: the noise of a copy is a function of the pool's seed, the structure and
 in the pool, and which of them a step takes is one of the run's seed, the step and the structure.
 Without a pool, noise is new at every step: a function of the run's seed, the step, the structure
 and the number of the copy. Neither the rank, nor the number of ranks, nor the place in the batch
-enters, and no global generator is drawn from.
+enters, and no global generator is drawn from. Adversarial copies begin so, and are moved on by
+:mod:`fairchem_kd.distillation.adversary`.
 """
 
 from __future__ import annotations
@@ -81,7 +82,6 @@ class RattleOptions:
     max_force: float = option(
         50.0, gt=0, help="eV/Å: copies on which the teacher's largest force exceeds it do not count"
     )
-
     adversarial: AdversarialOptions | None = option(
         None, help="of mode: adversarial: how copies are moved on"
     )
