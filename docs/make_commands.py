@@ -31,6 +31,8 @@ HEAD = """\
 Two commands are installed: `fairchem`, which trains, and `fairchem-kd`, with tools around it.
 `--help` after any of them says what stands here. A wrong option, config or file ends in one
 sentence on stderr and the exit status 2 ([troubleshooting](troubleshooting.md)).
+`eval "$(fairchem-kd --completion bash)"` (or `zsh`) in the start-up file of a shell has it complete
+subcommands, options and choices of `fairchem-kd`.
 
 """
 

@@ -9,13 +9,15 @@ import dataclasses
 import typing
 from pathlib import Path
 
-from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
+from fairchem_kd.distillation.balance import BalanceOptions
+from fairchem_kd.distillation.companions import AdversarialOptions, RattleOptions, UnlabelledOptions
 from fairchem_kd.distillation.config import (
     DistillationConfig,
     LabelLoss,
     ProjectionOptim,
     TeacherConfig,
 )
+from fairchem_kd.distillation.ensembles import EnsembleOptions
 from fairchem_kd.distillation.gradients import DiagnosticOptions
 from fairchem_kd.losses import known_losses
 from fairchem_kd.losses.schedule import Schedule
@@ -99,18 +101,30 @@ def page() -> str:
         _table(DistillationConfig),
         "## `task.distillation.teacher`\n",
         _table(TeacherConfig),
+        "## `task.distillation.teacher.ensemble`\n",
+        _first_line(EnsembleOptions),
+        _table(EnsembleOptions),
         "## `task.distillation.labels`\n",
         _text(LabelLoss),
         _table(LabelLoss),
         "## `task.distillation.rattle`\n",
         _first_line(RattleOptions),
         _table(RattleOptions),
+        "## `task.distillation.rattle.adversarial`\n",
+        _first_line(AdversarialOptions),
+        _table(AdversarialOptions),
         "## `task.distillation.unlabelled`\n",
         _first_line(UnlabelledOptions),
         _table(UnlabelledOptions),
         "## `task.distillation.projections`\n",
         _text(ProjectionOptim),
         _table(ProjectionOptim),
+        "## `task.distillation.balance`\n",
+        _first_line(BalanceOptions),
+        _table(BalanceOptions),
+        "Coefficients and schedules hold; a term's factor comes on top, and stands in the records "
+        "as `<term>_balance`. With gradient_norm a term's coefficient is where it begins: what it "
+        "settles at follows from the gradients. Uncertainty leaves the labels' loss as it is.\n",
         "## `task.distillation.diagnostics`\n",
         _first_line(DiagnosticOptions),
         _table(DiagnosticOptions),

@@ -108,12 +108,15 @@ def _value(kind: Any, given: Any, where: str, meta: Mapping[str, Any]) -> Any:
 
 
 def _first_that_fits(kinds: tuple[Any, ...], given: Any, where: str, meta: Mapping) -> Any:
-    for kind in kinds[:-1]:
+    is_list = isinstance(given, (list, tuple))
+    refused: list[tuple[bool, UserError]] = []
+    for kind in kinds:
         try:
             return _value(kind, given, where, meta)
-        except UserError:
-            continue
-    return _value(kinds[-1], given, where, meta)
+        except UserError as error:
+            refused.append(((typing.get_origin(kind) is list) == is_list, error))
+    # what is wrong with it as the kind that it looks like
+    raise next((error for alike, error in reversed(refused) if alike), refused[-1][1])
 
 
 def _scalar(kind: type, given: Any, where: str) -> Any:

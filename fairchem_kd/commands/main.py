@@ -7,13 +7,15 @@ torch above all, it imports in ``run``: help and usage errors come without that.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fairchem_kd._version import __version__
 from fairchem_kd.commands.arguments import Parser
+from fairchem_kd.commands.completion import SHELLS, script
 from fairchem_kd.commands.terminal import on_any_terminal
 from fairchem_kd.errors import UserError, of_disk, report
 from fairchem_kd.stock.noise import drop_noise
@@ -83,11 +85,18 @@ def _main(argv: list[str]) -> int:
         epilog="Training is done with `fairchem main --mode train --config-yml CONFIG`.",
     )
     parser.add_argument("--version", action="version", version=f"fairchem-kd {__version__}")
+    parser.add_argument(
+        "--completion",
+        choices=SHELLS,
+        help='what a shell completes this command by: eval "$(fairchem-kd --completion bash)"',
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parsers = {
         name: subparsers.add_parser(name, help=command.help, description=command.help)
         for name, command in COMMANDS.items()
     }
+    if argv and argv[0].startswith("--completion"):
+        return _complete(parser, parsers, argv)
     if not argv or argv[0] not in COMMANDS:
         parser.parse_args(argv)  # --help, --version or an error: all of them exit
     command = COMMANDS[argv[0]]
@@ -107,3 +116,16 @@ def _main(argv: list[str]) -> int:
         told = f"stopped: fairchem-kd {argv[0]}; the files it had written are whole"
         print(f"\n{told}", file=sys.stderr)
         return 130
+
+
+def _complete(
+    parser: Parser, parsers: Mapping[str, argparse.ArgumentParser], argv: Sequence[str]
+) -> int:
+    """Print the script of a shell; no subcommand is asked for beside it."""
+    alone = argparse.ArgumentParser(prog="fairchem-kd", add_help=False)
+    alone.add_argument("--completion", choices=SHELLS, required=True)
+    shell = alone.parse_args(argv).completion
+    for name, command in COMMANDS.items():
+        importlib.import_module(command.module).add_arguments(parsers[name])
+    print(script(parser, shell), end="")
+    return 0

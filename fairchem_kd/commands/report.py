@@ -38,6 +38,8 @@ _CAPTIONS = {
     "front": "Force errors against energy errors.",
     "pareto": "Error against throughput.",
     "learning_curves": "Validation errors during training.",
+    "gradients": "Each term's gradient beside the labels': below 0 it pulls away from them (the "
+    "first seed with such records).",
     "cka_node": "Similarity of layers; framed pairs are those that a loss compared.",
     "cka_vector": "The same of vectors.",
     "cka_node_student": "The student's layers without distillation (rows) and with it (columns).",

@@ -230,7 +230,7 @@ def _for_training(path: Path, args: argparse.Namespace, part: tuple[int, int] | 
     from fairchem_kd.distillation.teaching import teach_for_training
 
     logging.getLogger().setLevel(logging.INFO)
-    store = teach_for_training(
+    stores = teach_for_training(
         path,
         teacher=args.teacher,
         out=args.out,
@@ -240,7 +240,7 @@ def _for_training(path: Path, args: argparse.Namespace, part: tuple[int, int] | 
         cpu=args.cpu,
         part=part,
     )
-    return _info(store) if part is None else 0
+    return max(map(_info, stores)) if part is None else 0
 
 
 def _for_data(paths: list[Path], args: argparse.Namespace, part: tuple[int, int]) -> int:

@@ -48,9 +48,7 @@ class Agreement:
     @property
     def other_zero(self) -> bool:
         """Whether only another zero of energy explains the error."""
-        if self.energy is None or self.without_zero is None:
-            return False
-        return self.energy > _LARGE and self.without_zero < _SHARE * self.energy
+        return _is_zero(self.energy, self.without_zero)
 
     @property
     def zeros(self) -> str:
@@ -207,6 +205,24 @@ def tell_agreement(found: Agreement | None, compares_energies: bool) -> None:
             "and no per_atom_energy."
         )
     logging.warning(f"{told} No loss compares energies here, so that this does no harm.")
+
+
+def difference_in_zeros(errors: np.ndarray, compositions: np.ndarray) -> float | None:
+    """The mean size of differences of energies, eV, where only another zero explains them.
+
+    Args:
+        errors: eV, ``(S,)``.
+        compositions: how many atoms of each element, ``(S, 120)``.
+    """
+    size = _mean(np.abs(errors))
+    return size if _is_zero(size, _without_zero(errors, compositions)) else None
+
+
+def _is_zero(size: float | None, without: float | None) -> bool:
+    """Whether so large an error, eV, is explained by what is left without zeros."""
+    if size is None or without is None:
+        return False
+    return size > _LARGE and without < _SHARE * size
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -10,11 +10,14 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from fairchem_kd.distillation.balance import GRADIENTS, BalanceOptions, balance_options
 from fairchem_kd.distillation.companions import RattleOptions, UnlabelledOptions
+from fairchem_kd.distillation.ensembles import MASKED, SPREAD, EnsembleOptions
 from fairchem_kd.distillation.gradients import DiagnosticOptions
-from fairchem_kd.errors import UserError
+from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.losses import Loss, loss_class
 from fairchem_kd.losses.schedule import Schedule
 from fairchem_kd.machine import FP32, PRECISIONS
@@ -27,7 +30,7 @@ WHERE = "task.distillation"
 #: Keys of ``task`` that stock does not read.
 OURS = ("distillation", CONSERVATIVE)
 #: What stands beside the terms' values in logs and records.
-RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted", "label_loss")
+RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted", "label_loss", MASKED)
 
 
 @dataclass
@@ -37,7 +40,9 @@ class TeacherConfig:
     Without a file, a store of what it has said is the teacher, for whatever that holds.
     """
 
-    checkpoint: str | None = option(None, help="the teacher's checkpoint")
+    checkpoint: str | list[str] | None = option(
+        None, help="the teacher's checkpoint; a list: an ensemble, whose mean teaches"
+    )
     trust_checkpoint: bool = option(
         False, help="unpickle a file that the safe reader refuses: this runs code from the file"
     )
@@ -63,10 +68,37 @@ class TeacherConfig:
     store_features: str = option(
         "fp32", choices=tuple(KEPT), help="how features are kept; outputs are kept whole"
     )
+    ensemble: EnsembleOptions | None = option(
+        None, help="of a list of checkpoints: what their spread is used for"
+    )
 
     def __post_init__(self) -> None:
+        if (several := named_in(self.checkpoint)) is not None:
+            self.checkpoint = _members(several)
+        self._check_ensemble()
         if not self.store.strip():
             raise UserError(f"{WHERE}.teacher.store must be auto, off or a folder, not empty.")
+
+    def _check_ensemble(self) -> None:
+        if self.ensemble is None:
+            return
+        if not isinstance(self.checkpoint, list):
+            raise UserError(
+                f"{WHERE}.teacher.ensemble is of several teachers, and {WHERE}.teacher.checkpoint "
+                "names fewer than two: give a list of them, or take ensemble out."
+            )
+        lead = self.ensemble.features
+        if lead is not None and lead not in self.checkpoint:
+            raise UserError(
+                f"{WHERE}.teacher.ensemble.features is '{lead}', which is none of teacher."
+                f"checkpoint{did_you_mean(lead, self.checkpoint)}: name it as it is there."
+            )
+
+    @property
+    def lead(self) -> int:
+        """The number of the checkpoint whose features are compared."""
+        named = self.ensemble.features if self.ensemble is not None else None
+        return self.checkpoint.index(named) if named and isinstance(self.checkpoint, list) else 0
 
     @property
     def is_recorded(self) -> bool:
@@ -113,6 +145,9 @@ class DistillationConfig:
     diagnostics: DiagnosticOptions = option(
         factory=DiagnosticOptions, help="each term's gradient beside the labels', in the records"
     )
+    balance: str | BalanceOptions | None = option(
+        None, help="gradient_norm or uncertainty: factors of the terms that follow the training"
+    )
     validate: bool = option(False, help="report the distillation losses on the validation set too")
     flush_denormal: bool = option(True, help="CPU only: flush denormal numbers to zero")
 
@@ -121,6 +156,31 @@ class DistillationConfig:
         for name, given in (self.losses or {}).items():
             if not is_null(given):  # `null` switches off a term of an included file
                 self.terms[name] = loss_term(name, given, f"{WHERE}.losses")
+        if self.unlabelled is not None and self.rattle is not None and self.rattle.needs_forces:
+            raise UserError(
+                f"{WHERE}.rattle.mode {self.rattle.mode} goes by the labels' forces, and the "
+                f"structures of {WHERE}.unlabelled have none: take plain or fixed_length, or leave "
+                "unlabelled out."
+            )
+        if self.unlabelled is not None and self.unlabelled.weight is not None:
+            self._check_mixing()
+        self.balancing = balance_options(self.balance)
+        if (
+            self.balancing is not None
+            and self.balancing.kind == GRADIENTS
+            and self.labels.coefficient == 0
+        ):
+            raise UserError(
+                f"{WHERE}.balance gradient_norm goes by the gradient of the labels' loss, whose "
+                f"{WHERE}.labels.coefficient is 0: take uncertainty, or let the labels count."
+            )
+        for term in self.active_terms.values():
+            pairs = self.rattle and self.rattle.antithetic and self.rattle.copies > 0
+            if term.needs_pairs and not pairs:
+                raise UserError(
+                    f"{term.where} compares rattled copies in pairs: set {WHERE}.rattle: "
+                    "{antithetic: true}, with copies above 0, which makes them."
+                )
         if any(term.coefficient > 0 for term in self.terms.values()) and not (
             self.teacher.checkpoint or self.teacher.is_recorded
         ):
@@ -128,6 +188,24 @@ class DistillationConfig:
                 f"{WHERE}.teacher.checkpoint is required by {WHERE}.losses: give the path of a "
                 "trained fairchem checkpoint, or in teacher.store that of a store of what a "
                 "teacher has said, or set the losses to null."
+            )
+
+    def _check_mixing(self) -> None:
+        """Refuse what the shares of labels and teacher leave without a meaning.
+
+        Raises:
+            UserError: there is such a thing.
+        """
+        key = f"{WHERE}.unlabelled.weight"
+        if self.rattle is not None and self.rattle.copies > 0:
+            raise UserError(
+                f"{key} shares the structures of a step out between labels and teacher, and "
+                "rattled copies belong to neither: leave rattle out, or set weight: null."
+            )
+        active = self.active_terms.values()
+        if active and not any(t.needs_outputs or t.needs_atom_energy for t in active):
+            raise UserError(
+                f"{key} is of losses on outputs, and there is none: add vanilla, or set it to null."
             )
 
     @property
@@ -150,6 +228,38 @@ def parse_distillation(task: Mapping[str, Any] | None) -> DistillationConfig:
     return parse(DistillationConfig, task.get("distillation"), WHERE)
 
 
+def named_in(given: Any) -> list[str] | None:
+    """The checkpoints of a list, as YAML or the command line (``[a.pt, b.pt]``) gives it.
+
+    None where it is no list.
+    """
+    if isinstance(given, str) and re.fullmatch(r"\s*\[.*\]\s*", given):
+        words = given.strip().strip("[]").split(",")
+        return [word.strip(" '\"") for word in words if word.strip()]
+    return list(given) if isinstance(given, list | tuple) else None
+
+
+def _members(given: list[str]) -> str | list[str] | None:
+    """The checkpoints of a list; of one alone, that.
+
+    Raises:
+        UserError: one of them is named twice, or by nothing.
+    """
+    seen: dict[Path, str] = {}
+    for number, name in enumerate(given):
+        where = f"{WHERE}.teacher.checkpoint[{number}]"
+        if is_null(name):
+            raise UserError(f"{where} is empty: give the path of a checkpoint, or take it out.")
+        path = Path(name).resolve()
+        if path in seen:
+            raise UserError(
+                f"{where}: {name} is the same file as {seen[path]}, so that they are never apart: "
+                "name each once."
+            )
+        seen[path] = name
+    return given if len(given) > 1 else next(iter(given), None)
+
+
 def loss_term(name: str, given: Any, within: str) -> Loss:
     """A term out of its options, found at ``within``.
 
@@ -157,7 +267,7 @@ def loss_term(name: str, given: Any, within: str) -> Loss:
         UserError: a name or options that do not fit.
     """
     where = f"{within}.{name}"
-    if name in RESERVED:
+    if name in RESERVED or name.startswith(f"{SPREAD}_"):
         raise UserError(f"{where}: records have a value of that name already; choose another.")
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
         raise UserError(f"{where}: a term's name has letters, digits, '_' and '-' only.")

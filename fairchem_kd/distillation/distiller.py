@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fairchem_kd.distillation.config import DistillationConfig, loss_term
+from fairchem_kd.distillation.slopes import check_slopes_on
 from fairchem_kd.distillation.statistics import fit_on_batches
 from fairchem_kd.distillation.terms import Distillation
 from fairchem_kd.errors import UserError
@@ -29,7 +30,7 @@ from fairchem_kd.models.frozen import shaped_outputs
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.label_losses import DEFAULT, label_losses
-from fairchem_kd.teachers import LiveTeacher, Teacher
+from fairchem_kd.teachers import EnsembleTeacher, LiveTeacher, Teacher
 from fairchem_kd.training.ranks import average_gradients
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Distiller:
         student: a fairchem model, bare or in DistributedDataParallel, on its device.
         teacher: the path of a checkpoint; a `fairchem_kd.Teacher`; a fairchem model, which is
             frozen and taken to give physical units; or whatever has the methods of
-            `fairchem_kd.teachers.Teacher`.
+            `fairchem_kd.teachers.Teacher`. A list of the first three is an ensemble, whose mean
+            teaches, with the features of its first member.
         losses: by name the options of each term, as under ``task.distillation.losses``, or the
             names of those that are taken with their defaults.
         units: the student's normalisers and element references; without them its outputs are
@@ -85,7 +87,7 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        teacher: str | Path | nn.Module | FrozenModel | Teacher,
+        teacher: str | Path | nn.Module | FrozenModel | Teacher | list[Any],
         losses: Mapping[str, Any] | Iterable[str],
         *,
         units: Units | None = None,
@@ -127,6 +129,7 @@ class Distiller:
             )
         terms = self._distillation.terms.values()
         self._unfitted = [term.where for term in terms if term.needs_statistics]
+        self._unchecked = self._distillation.needs_slopes
         self._watched: _Watched | None = None
         #: optimiser steps so far, which schedules go by: one for each call of `loss` in training
         self.step = 0
@@ -142,10 +145,19 @@ class Distiller:
         """
         self._watched = None
         self._distillation.check_elements(batch.atomic_numbers)
+        pairing = [t.where for t in self._distillation.terms.values() if t.needs_pairs]
+        if pairing and self._student.training and "pairs" not in batch:
+            raise UserError(
+                f"{pairing[0]} compares structures in pairs, and the batch does not say which: set "
+                "batch.pairs = fairchem_kd.losses.pair_atoms(batch.natoms, pairs)."
+            )
+        if self._unchecked:
+            check_slopes_on(batch.clone().to(self._distillation.device), self._distillation)
+            self._unchecked = False
         given: list[Any] = []
         hook = self._student.register_forward_hook(lambda *args: given.append(args[-1]))
         try:
-            with self._distillation.tap_student() as features:
+            with self._distillation.tap_student(batch) as features:
                 yield
                 if len(given) != 1:
                     raise UserError(
@@ -277,6 +289,16 @@ def _teacher(given: Any, student: nn.Module, device: torch.device, precision: st
     Raises:
         UserError: it cannot teach.
     """
+    if isinstance(given, list | tuple) and given:
+        members = [_teacher(one, student, device, precision) for one in given]
+        for one in members:
+            if not isinstance(one, LiveTeacher):
+                raise UserError(
+                    "The members of an ensemble are checkpoints or models, and one of them is of "
+                    f"the type {type(one).__name__}."
+                )
+        lives = [one for one in members if isinstance(one, LiveTeacher)]
+        return EnsembleTeacher(lives) if len(lives) > 1 else lives[0]
     if isinstance(given, str | Path):
         given = FrozenModel.from_checkpoint(given, device=device, where="teacher")
     elif isinstance(given, nn.Module):

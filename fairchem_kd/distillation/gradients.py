@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fairchem_kd.distillation.values import Values
 from fairchem_kd.schema import option
 from fairchem_kd.training.ranks import all_sum, world_size
 
@@ -63,10 +62,10 @@ def compared_gradients(
     return found
 
 
-def note_gradients(
-    values: Values, losses: Mapping[str, Tensor], labels: tuple[str, Tensor], student: nn.Module
-) -> None:
-    """Note `compared_gradients` of terms, all parts of each together.
+def gradients_of_terms(
+    losses: Mapping[str, Tensor], labels: tuple[str, Tensor], student: nn.Module
+) -> dict[str, Tensor]:
+    """`compared_gradients` of terms, all parts of each together.
 
     Args:
         losses: by part, ``TERM`` or ``TERM.PART``, weighted.
@@ -77,8 +76,7 @@ def note_gradients(
         term = name.partition(".")[0]
         terms[term] = terms[term] + loss if term in terms else loss
     parameters = [p for p in student.parameters() if p.requires_grad]
-    for name, value in compared_gradients(terms, labels, parameters).items():
-        values.note_now(name, value)
+    return compared_gradients(terms, labels, parameters)
 
 
 def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fairchem_kd.distillation.terms import Distillation
-from fairchem_kd.teachers import Teacher
+from fairchem_kd.teachers import EnsembleTeacher, Teacher
 from fairchem_kd.teachers.stored import MISSING, StoredTeacher
 from fairchem_kd.training.restartable import Predict
 
@@ -29,8 +29,10 @@ def prediction_of(distillation: Distillation, targets: Mapping[str, Mapping[str,
         teacher = distillation.teacher
         if not _can_say(teacher, batch):
             return {}
-        passing = isinstance(teacher, StoredTeacher) and teacher.asked_in_passing()
-        with passing or nullcontext():
+        passing: AbstractContextManager[None] = nullcontext()
+        if isinstance(teacher, StoredTeacher | EnsembleTeacher):
+            passing = teacher.asked_in_passing()
+        with passing:
             taught = teacher.teach(batch, distillation.teacher_requests)
         if distillation.zero is not None:
             taught = distillation.zero.applied(taught, batch)

@@ -19,6 +19,7 @@ from fairchem_kd.stock.configs import training_config
 from fairchem_kd.stock.datasets import collate
 from fairchem_kd.stock.noise import quiet, without_noise
 from fairchem_kd.stock.trainer import in_one_process
+from fairchem_kd.teachers.ensemble import EnsembleTeacher
 from fairchem_kd.teachers.filling import GROUP, Source
 from fairchem_kd.teachers.live import LiveTeacher
 from fairchem_kd.teachers.stored import StoredTeacher
@@ -37,8 +38,10 @@ def teach_for_training(
     trust: bool = False,
     cpu: bool = False,
     part: tuple[int, int] | None = None,
-) -> Path:
+) -> list[Path]:
     """Ask a teacher about all that the training in a config will ask it; returns the store.
+
+    Of an ensemble that is a store of each of its members.
 
     Args:
         path: the config.
@@ -70,9 +73,11 @@ def teach_for_training(
             trainer.keep_answers(live, part)
         assert trainer.distillation is not None
         kept = trainer.distillation.teacher
-        if not isinstance(kept, StoredTeacher):
+        stores = kept.stores if isinstance(kept, EnsembleTeacher) else [kept]
+        folders = [one.folder for one in stores if isinstance(one, StoredTeacher)]
+        if not folders:
             raise UserError(f"{path}: nothing is kept, see above; mend {WHERE}.teacher.store.")
-        return kept.folder
+        return folders
 
 
 @contextmanager

@@ -7,8 +7,8 @@ optimiser of their own, and its state a key of its own in the checkpoint.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,8 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fairchem_kd.distillation.agreement import Agreement, agreement
+from fairchem_kd.distillation.balance import FACTOR, Balance
+from fairchem_kd.distillation.comparing import Compared, Comparing
 from fairchem_kd.distillation.config import DistillationConfig
-from fairchem_kd.distillation.gradients import note_gradients
+from fairchem_kd.distillation.ensembles import EnsembleOptions, Spreads
+from fairchem_kd.distillation.gradients import gradients_of_terms
 from fairchem_kd.distillation.projections import Projections
 from fairchem_kd.distillation.statistics import Collate, fit_statistics
 from fairchem_kd.distillation.values import Values
@@ -32,9 +35,12 @@ from fairchem_kd.features import (
     common_energy,
     energy_name_of,
 )
-from fairchem_kd.losses import Labels, Loss, LossInputs, Part
+from fairchem_kd.features.architecture import backbone_of
+from fairchem_kd.losses import Labels, Loss, Part
 from fairchem_kd.models.units import Units
-from fairchem_kd.teachers import Taught, Teacher
+from fairchem_kd.stock.positions import followed
+from fairchem_kd.teachers import EnsembleTeacher, Teacher
+from fairchem_kd.teachers.slopes import live_members
 from fairchem_kd.training.ranks import all_sum, rank, refused_by_all, world_size
 
 if TYPE_CHECKING:
@@ -105,7 +111,7 @@ class Distillation:
         self.student = student
         self.teacher = teacher
         self.units = units
-        self.max_force = config.rattle.max_force if config.rattle is not None else None
+        self.targets = outputs
         self.last_step = last_step
         self.device = device
         self._check_schedules()
@@ -126,6 +132,9 @@ class Distillation:
         for term in terms:
             term.build(self.student_tap.specs, teacher_specs, generator, labels)
         self.modules = nn.ModuleList(terms).to(device)
+        self.needs_slopes = any(term.needs_slopes for term in terms)
+        if self.needs_slopes:
+            live_members(teacher)  # refuses one without a model
 
         self.projections = Projections(
             self.modules,
@@ -133,9 +142,26 @@ class Distillation:
             learning_rate=learning_rate,
             clip_grad_norm=clip_grad_norm,
         )
+        balancing = config.balancing
+        self.balance = Balance(balancing, self.terms, device) if balancing is not None else None
         self.values = Values()
         self.zero_of = config.teacher.energy_zero
         self.zero: EnergyZero | None = None
+        self.spreads: Spreads | None = None
+        if isinstance(teacher, EnsembleTeacher):
+            given = config.teacher.ensemble or EnsembleOptions()
+            compared = dict.fromkeys([*self._outputs, *self._atom_energies])
+            self.spreads = Spreads(given, list(compared), teacher.levels)
+        self.comparing = Comparing(
+            units,
+            outputs=self._outputs,
+            atom_energies=self._atom_energies,
+            student=list(self.student_tap.specs),
+            teacher=self.teacher_requests,
+            max_force=config.rattle.max_force if config.rattle is not None else None,
+            spreads=self.spreads,
+            slopes=self.needs_slopes,
+        )
 
     def _requests(
         self, side: Literal["student", "teacher"], specs: Callable[[list[Request]], Any]
@@ -194,9 +220,20 @@ class Distillation:
         """What the labels' loss is multiplied by at a step."""
         return self.labels.coefficient * self.labels.schedule.factor(step, self.last_step)
 
-    def tap_student(self) -> AbstractContextManager[Captured]:
-        """A context in which one forward of the student leaves its features behind."""
-        return self.student_tap.capture()
+    @contextmanager
+    def tap_student(self, batch: Batch | None = None) -> Iterator[Captured]:
+        """A context in which one forward of the student leaves its features behind.
+
+        Args:
+            batch: what it will be run on; where a term differentiates forces, its positions, moved
+                to the device, get a graph.
+        """
+        follows: AbstractContextManager[None] = nullcontext()
+        if batch is not None and self.needs_slopes and torch.is_grad_enabled():
+            batch.pos = batch.pos.to(self.device).detach().requires_grad_(True)
+            follows = followed(backbone_of(self.student))
+        with follows, self.student_tap.capture() as features:
+            yield features
 
     def loss(
         self,
@@ -213,7 +250,10 @@ class Distillation:
         as it counts, is noted alone.
         """
         with torch.autocast(self.device.type, enabled=False):
-            inputs = self._inputs(batch, out, features)
+            found = self.compared(batch, out, features)
+            if found.trusted is not None:
+                self.values.note((UNTRUSTED,), 1.0 - found.trusted.double().mean().view(1))
+            inputs = found.inputs
             inputs.step = step
             parts: dict[str, tuple[float, Part]] = {}
             noted: dict[str, Part] = {}
@@ -231,6 +271,7 @@ class Distillation:
             ):  # the share of the copies that counts
                 kept = (inputs.systems & batch.rattled).sum()
                 noted["rattle"] = Part("", 1.0, kept, batch.rattled.sum())
+            noted |= found.noted
             summed = [*(part for _, part in parts.values()), *noted.values()]
             totals = _stacked([part.total for part in summed])
             # a plain sum over ranks: their counts add up to one
@@ -243,15 +284,55 @@ class Distillation:
             means = means / counts
             weights = [weight for weight, _ in parts.values()]
             weight = torch.tensor(weights, dtype=torch.float64).to(self.device, non_blocking=True)
+            if self.balance is not None and parts:
+                weight = self._balanced(self.balance, weight, means, list(parts), step)
             own = slice(len(parts))
             self._note(parts, means[own], weight)
             self.values.note(tuple(noted), means[len(parts) :])
             self.values.end_step()
             losses = weight * totals[own] * (world_size() / counts[own])
-            if labels is not None and labels.requires_grad and self.diagnostics.due(step):
-                own_losses = dict(zip(parts, losses, strict=True))
-                note_gradients(self.values, own_losses, (LABEL_LOSS, labels), self.student)
+            if labels is not None and labels.requires_grad:
+                self._look_at_gradients(dict(zip(parts, losses, strict=True)), labels, step)
             return losses.sum().float()
+
+    def compared(self, batch: Batch, out: dict[str, Tensor], features: Captured) -> Compared:
+        """What the teacher says of a batch, beside what the student gave."""
+        return self.comparing(self.teacher, self.zero, batch, out, features)
+
+    def _balanced(
+        self, balance: Balance, weights: Tensor, means: Tensor, names: Sequence[str], step: int
+    ) -> Tensor:
+        """Weights of parts ``(P,)`` times the factors of their terms, which learn from the means.
+
+        A validation learns nothing.
+        """
+        terms = [name.partition(".")[0] for name in names]
+        factors = balance.factors(terms)
+        values: dict[str, Tensor] = {}
+        for term, value in zip(terms, (weights * means[: len(terms)]).unbind(), strict=True):
+            scheduled = self.terms[term].schedule.factor(step, self.last_step)
+            own = value / scheduled if scheduled > 0 else 0.0 * value
+            values[term] = values[term] + own if term in values else own
+        noted = [f"{term}_{FACTOR}" for term in values]
+        self.values.note(noted, balance.factors(values))
+        if self.student.training:
+            balance.learn_values(values)
+        return weights * factors
+
+    def _look_at_gradients(self, losses: dict[str, Tensor], labels: Tensor, step: int) -> None:
+        """Compare each term's gradient with the labels', where someone wants to know."""
+        running = self.running(step)
+        due = self.diagnostics.due(step)
+        balancing = self.balance is not None and self.balance.looks(step, running)
+        if not (due or balancing):
+            return
+        found = gradients_of_terms(losses, (LABEL_LOSS, labels), self.student)
+        if due:
+            for name, value in found.items():
+                self.values.note_now(name, value)
+        if self.balance is not None and balancing:
+            scheduled = {n: t.schedule.factor(step, self.last_step) for n, t in running.items()}
+            self.balance.learn_gradients(found, LABEL_LOSS, scheduled)
 
     def _note(self, names: Iterable[str], values: Tensor, weights: Tensor) -> None:
         """Note each term's raw and weighted value."""
@@ -270,61 +351,6 @@ class Distillation:
         return torch.stack(
             [c.double() if isinstance(c, Tensor) else k for c, k in zip(counts, known, strict=True)]
         )
-
-    def _inputs(self, batch: Batch, out: dict[str, Tensor], student: Captured) -> LossInputs:
-        needed = bool(self._outputs) or ("rattled" in batch and self.max_force is not None)
-        taught = self.teacher.teach(batch, self.teacher_requests, outputs=needed)
-        taught = taught.sound(self._outputs)
-        if self.zero is not None:
-            taught = self.zero.applied(taught, batch)
-        if taught.trusted is not None:
-            self.values.note((UNTRUSTED,), 1.0 - taught.trusted.double().mean().view(1))
-        inputs = LossInputs(
-            batch,
-            student={r: student[r].values for r in self.student_tap.specs},
-            teacher=taught.features,
-            student_outputs=out,
-            systems=self._counting(batch, taught),
-        )
-        inputs.teacher_outputs = {
-            name: self._as_student(name, taught.outputs[name], out[name], batch)
-            for name in self._outputs
-        }
-        normalized = self.units.normalized_atom_energies
-        inputs.student_atom_energies = {
-            name: inputs.student[atom_energy(name)] for name in self._atom_energies
-        }
-        inputs.teacher_atom_energies = {
-            name: normalized(taught.atom_energies[name], batch, name).float()
-            for name in self._atom_energies
-        }
-        return inputs
-
-    def _as_student(self, name: str, values: Tensor, own: Tensor, batch: Batch) -> Tensor:
-        """A teacher's output ``(rows, C)`` in the student's units.
-
-        Raises:
-            UserError: it has another shape than the student's ``own``.
-        """
-        if values.shape != own.shape:
-            raise UserError(
-                f"{name} of the teacher is {values.shape[1]} numbers for each structure or atom, "
-                f"and the student's is {own.shape[1]}: they are not the same; leave {name} out of "
-                "the loss (vanilla.targets)."
-            )
-        return self.units.normalized(name, values, batch).float()
-
-    def _counting(self, batch: Batch, taught: Taught) -> Tensor | None:
-        """``(B,)``: all but what the teacher cannot be trusted on; None: all.
-
-        Of rattled copies, those on which its largest force exceeds the limit do not count.
-        """
-        if "rattled" not in batch or self.max_force is None or "forces" not in taught.outputs:
-            return taught.trusted
-        norms = taught.outputs["forces"].view(-1, 3).norm(dim=1)
-        largest = norms.new_zeros(len(batch.natoms)).scatter_reduce(0, batch.batch, norms, "amax")
-        counting = ~batch.rattled | (largest <= self.max_force)
-        return counting if taught.trusted is None else counting & taught.trusted
 
     def check_elements(self, atomic_numbers: Tensor) -> None:
         """Refuse atoms, ``(N,)``, of which the teacher, or its zero, says nothing.
@@ -354,6 +380,19 @@ class Distillation:
             shifts = shifts.to(self.device)
             dist.broadcast(shifts, src=0)
         self.zero = EnergyZero(shifts.cpu())
+
+    def fit_spreads(self, dataset: Dataset, collate: Collate) -> None:
+        """Calibrate the spread of an ensemble on labels, on the first rank for all.
+
+        Raises:
+            UserError: on every rank: its members are not such as can be compared.
+        """
+        if self.spreads is None or not isinstance(self.teacher, EnsembleTeacher):
+            return
+        shifted = None if self.zero is None else self.zero.applied
+        self.spreads.fit_on_first(
+            self.teacher, self.teacher_requests, dataset, collate, self.device, shifted
+        )
 
     def agreement(self, dataset: Dataset, collate: Collate) -> Agreement | None:
         """How the teacher does on labels; None where nothing can be compared."""
@@ -400,7 +439,18 @@ class Distillation:
             "identity": self.identity,
             "terms": {name: term.state_dict() for name, term in self.terms.items()},
             "optimizer": self.projections.state_dict(),
-        } | ({} if self.zero is None else {"energy_zero": self.zero.shifts})
+        } | self._fitted_state()
+
+    def _fitted_state(self) -> dict[str, Any]:
+        """What was fitted to labels, as far as anything was."""
+        state: dict[str, Any] = {}
+        if self.zero is not None:
+            state["energy_zero"] = self.zero.shifts
+        if self.spreads is not None:
+            state["spreads"] = self.spreads.state_dict()
+        if self.balance is not None:
+            state["balance"] = self.balance.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from a saved state (None: that of a run without distillation).
@@ -421,3 +471,7 @@ class Distillation:
         self.projections.load_state_dict(state["optimizer"])
         if "energy_zero" in state:
             self.zero = EnergyZero(state["energy_zero"].cpu())
+        if self.spreads is not None:
+            self.spreads.load_state_dict(state["spreads"])
+        if self.balance is not None and "balance" in state:
+            self.balance.load_state_dict(state["balance"])

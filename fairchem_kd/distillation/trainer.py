@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fairchem_kd.data.build import ensure_built
+from fairchem_kd.distillation.adversary import Adversary
 from fairchem_kd.distillation.agreement import Agreement, tell_agreement
 from fairchem_kd.distillation.companions import (
+    ADVERSARIAL,
     Companions,
     RattleOptions,
     Rattler,
@@ -30,9 +33,11 @@ from fairchem_kd.distillation.companions.join import labelled_part
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.distillation.first_look import check_pair
 from fairchem_kd.distillation.keeping import Wanted, keep, wanted_structures
+from fairchem_kd.distillation.keeping_members import keep_members
 from fairchem_kd.distillation.opening import open_teacher, teacher_seen
 from fairchem_kd.distillation.prediction import prediction_of
 from fairchem_kd.distillation.relying import refuse_new_copies, rely
+from fairchem_kd.distillation.slopes import check_slopes
 from fairchem_kd.distillation.terms import LABEL_LOSS, UNTRUSTED, Distillation
 from fairchem_kd.distillation.watch import Watch
 from fairchem_kd.errors import UserError
@@ -40,7 +45,7 @@ from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.features.wrappers import stock_model_config
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
-from fairchem_kd.teachers import LiveTeacher
+from fairchem_kd.teachers import EnsembleTeacher, LiveTeacher
 from fairchem_kd.teachers.place import size_of
 from fairchem_kd.teachers.recorded import RecordedTeacher
 from fairchem_kd.teachers.stored import StoredTeacher
@@ -111,6 +116,7 @@ class DistillationTrainer(RestartableTrainer):
             if not self.continues_run:
                 self._fit_zero()
                 self._check_agreement()
+                self.distillation.fit_spreads(self.train_samples, self.collater)
                 self.distillation.fit_statistics(self.train_samples, self.collater)
                 self._check_pair()
 
@@ -125,6 +131,7 @@ class DistillationTrainer(RestartableTrainer):
         with refused_by_all():
             if rank() == 0:
                 check_pair(self.distillation, self.train_samples, self.collater)
+                check_slopes(self.distillation, self.train_samples, self.collater)
 
     def _check_agreement(self) -> None:
         """Say how the teacher does on the labels; on the first rank, for all."""
@@ -174,7 +181,7 @@ class DistillationTrainer(RestartableTrainer):
                 "its labels, and from the teacher's features where a loss compares them"
             )
 
-    def make_distillation(self) -> LiveTeacher | RecordedTeacher | None:
+    def make_distillation(self) -> LiveTeacher | EnsembleTeacher | RecordedTeacher | None:
         """Make `distillation` and `companions`; returns their teacher, None for plain training."""
         config = self.distillation_config
         if not config.active_terms:
@@ -195,6 +202,11 @@ class DistillationTrainer(RestartableTrainer):
                 last_step=self.last_step,
                 device=self.device,
             )
+            if self.distillation.needs_slopes and self.scaler is not None:
+                raise UserError(
+                    "amp: true and a jacobian loss do not go together, since slopes of forces in "
+                    "half precision are no slopes: set amp: false, or take jacobian_antithetic."
+                )
             terms = self.distillation.terms.items()
             self._watch = Watch(
                 [name for name, term in terms if term.needs_statistics],
@@ -204,6 +216,9 @@ class DistillationTrainer(RestartableTrainer):
             )
             if self.companions is None:
                 self.companions = self.make_companions(teacher.check_elements)
+        rattler = None if self.companions is None else self.companions.rattler
+        if self.companions and rattler and rattler.options.mode == ADVERSARIAL:
+            self.companions.adversary = Adversary(self.distillation, rattler)
         if self.companions is not None and self.companions.unlabelled is not None:
             more = {"task.distillation.unlabelled": self.companions.unlabelled.dataset}
             check_same_on_ranks(seen_by_rank(self.config, more))
@@ -224,7 +239,9 @@ class DistillationTrainer(RestartableTrainer):
         )
 
     def keep_answers(
-        self, teacher: LiveTeacher | RecordedTeacher, part: tuple[int, int] | None = None
+        self,
+        teacher: LiveTeacher | EnsembleTeacher | RecordedTeacher,
+        part: tuple[int, int] | None = None,
     ) -> None:
         """From here on the teacher's answers come out of a store, where there is to be one.
 
@@ -234,21 +251,24 @@ class DistillationTrainer(RestartableTrainer):
         """
         assert self.distillation is not None
         requests = self.distillation.teacher_requests
-        stored: StoredTeacher | None
+        stored: StoredTeacher | EnsembleTeacher | None
         if isinstance(teacher, RecordedTeacher):
             refuse_new_copies(self.companions)
             stored = rely(teacher, requests, self.wanted())
         else:
-            stored = keep(
-                teacher,
-                requests,
-                self.distillation_config.teacher,
-                self.wanted(),
+            kept = partial(
+                keep,
+                wanted=self.wanted(),
                 run_dir=self._run_dir,
                 device=self.device,
                 part=part,
                 stop=lambda: self.interruption.noted,
             )
+            config = self.distillation_config.teacher
+            if isinstance(teacher, EnsembleTeacher):
+                stored = keep_members(teacher, requests, config, kept)
+            else:
+                stored = kept(teacher, requests, config)
         if self.interruption.asked() is Ask.LEAVE:
             self.interruption.leave()  # nothing is lost: the store goes on where it was
         if stored is None:
@@ -294,6 +314,9 @@ class DistillationTrainer(RestartableTrainer):
             unlabelled.check(check_elements)
         rattler = None
         if config.rattle is not None and config.rattle.copies > 0:
+            taken = self.config["optim"].get("batch_size", 1)
+            more = 0 if unlabelled is None else unlabelled.options.per_step(taken)
+            config.rattle.check_pairs(taken + more)
             rattler = Rattler(config.rattle, seed, self._copies_of_each(config.rattle, unlabelled))
         return Companions(rattler, unlabelled)
 
@@ -326,7 +349,7 @@ class DistillationTrainer(RestartableTrainer):
             whole = self.companions.joined(batch, self.step)
             batch.to(self.device)  # in place, as stock's forward does with what it is given
         distillation.check_elements(whole.atomic_numbers)
-        with distillation.tap_student() as features:
+        with distillation.tap_student(whole) as features:
             out = super().run_model(whole)
         self._distilled = whole, out, features
         levels = {name: target["level"] for name, target in self.output_targets.items()}
@@ -338,6 +361,8 @@ class DistillationTrainer(RestartableTrainer):
         if self.distillation is None:
             return loss
         factor = self.distillation.label_factor(self.step) if self.model.training else 1.0
+        if self.companions is not None and self.model.training and taught is not None:
+            factor *= self.companions.label_factor
         if factor != 1.0:
             loss = factor * loss
         if taught is None:
@@ -372,11 +397,13 @@ class DistillationTrainer(RestartableTrainer):
         if self.distillation is None:
             return ""
         teacher = self.distillation.teacher
-        if not isinstance(teacher, StoredTeacher):
+        stores = teacher.stores if isinstance(teacher, EnsembleTeacher) else [teacher]
+        folders = [one.folder for one in stores if isinstance(one, StoredTeacher)]
+        if not folders:
             return "; the teacher was asked at every step"
         return (
-            f"; what the teacher said is kept in {teacher.folder} "
-            f"({size_of(teacher.folder) / 1e6:.0f} MB)"
+            f"; what the teacher said is kept in {', '.join(map(str, folders))} "
+            f"({sum(map(size_of, folders)) / 1e6:.0f} MB)"
         )
 
     def values(self) -> dict[str, float]:

@@ -26,6 +26,7 @@ from fairchem_kd.losses.features import (
 )
 from fairchem_kd.losses.gather import gather_rows
 from fairchem_kd.losses.geometric import GeometricVectors
+from fairchem_kd.losses.jacobian import Jacobian, JacobianAntithetic, pair_atoms
 from fairchem_kd.losses.metric import NodesByHead, VectorsByHead
 from fairchem_kd.losses.outputs import PerAtomEnergy, Vanilla
 from fairchem_kd.losses.pairs import PairLoss
@@ -42,6 +43,8 @@ __all__ = [
     "FeatureOptions",
     "GeometricVectors",
     "GlobalStructure",
+    "Jacobian",
+    "JacobianAntithetic",
     "Labels",
     "LinearCKA",
     "LocalStructure",
@@ -64,6 +67,7 @@ __all__ = [
     "loss_class",
     "masked_sum",
     "match_edges",
+    "pair_atoms",
     "projection",
     "register_loss",
 ]

@@ -92,6 +92,12 @@ class LossInputs:
     teacher_atom_energies: Mapping[str, Tensor] = field(default_factory=dict)
     systems: Tensor | None = None  # (B,), true where a system counts; None: all of them
     step: int = 0  # of the optimiser, from 1: what is drawn at random depends on it alone
+    #: ``(B,)`` by output, what a structure weighs in a loss on it, about 1 on average; where an
+    #: output has none, all weigh 1
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    #: for cotangents ``(N, 3)`` of the teacher's normalised forces what they give at positions,
+    #: ``(N, 3)`` per Å; None where no loss asks for slopes
+    teacher_slopes: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
 
     def atoms(self, *, free: bool = False) -> Tensor | None:
         """``(N,)``, true for the atoms that count, or the free ones of them; None: all atoms."""
@@ -99,6 +105,18 @@ class LossInputs:
         if free:
             rows = self.batch.fixed == 0 if rows is None else rows & (self.batch.fixed == 0)
         return rows
+
+    def weighed(self, values: Tensor, output: str, *, per_atom: bool) -> Tensor:
+        """Values of a loss on an output, times what their structures weigh.
+
+        Args:
+            values: ``(N, ...)`` of atoms or ``(B, ...)`` of structures.
+        """
+        weights = self.weights.get(output)
+        if weights is None:
+            return values
+        weights = weights[self.batch.batch] if per_atom else weights
+        return values * weights.to(values).view(-1, *(1,) * (values.dim() - 1))
 
 
 class Loss(nn.Module):
@@ -127,6 +145,10 @@ class Loss(nn.Module):
     telling: ClassVar[tuple[str, ...]] = ()
     #: Whether it wants to see what the two models say of some structures before the first step.
     checks_pair: ClassVar[bool] = False
+    #: Whether it differentiates forces with respect to positions: the batch's then have a graph.
+    needs_slopes: ClassVar[bool] = False
+    #: Whether it compares structures in pairs: `fairchem_kd.losses.jacobian.pair_atoms`.
+    needs_pairs: ClassVar[bool] = False
 
     def __init__(self, options: LossOptions, where: str) -> None:
         super().__init__()

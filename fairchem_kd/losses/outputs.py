@@ -223,6 +223,7 @@ class Vanilla(Loss):
             )
         # not DDPLoss.forward: it waits for the device and for the other ranks
         values = compared.fn(student, teacher, inputs.batch.natoms)
+        values = inputs.weighed(values, compared.target, per_atom=compared.per_atom)
         rows = inputs.atoms(free=compared.free_atoms) if compared.per_atom else inputs.systems
         total, count = masked_sum(values, rows)
         return Part(compared.name, compared.weight, total, count if compared.mean else None)
@@ -293,4 +294,5 @@ class PerAtomEnergy(Loss):
         if student is None or teacher is None:
             raise ValueError(f"per_atom_energy needs the {self._target} per atom of both models")
         values = elementwise(self.options.fn, student, teacher.detach(), self.options.delta)
+        values = inputs.weighed(values, self._target, per_atom=True)
         return [Part("", 1.0, *masked_sum(values, inputs.atoms()))]

@@ -83,7 +83,7 @@ class Teacher:
         #: the output that its ``atom_energy`` is of; None where it has none, or several may be
         self.energy_name = energy_name_of(model)
         self._embedded = _embedded_elements(model)
-        self._draws = draws_numbers(model)
+        self.draws = draws_numbers(model)
         known = set(range(1, self._embedded + 1))
         if self.elements is not None:
             known &= self.elements
@@ -198,7 +198,7 @@ class Teacher:
             self.model.eval()
         view = copy.copy(batch)  # models set keys (pbc) and ask for gradients with respect to pos
         view.pos = batch.pos.detach().clone()
-        drawing = same_draws(batch.pos.device) if self._draws else nullcontext()
+        drawing = same_draws(batch.pos.device) if self.draws else nullcontext()
         try:
             if extractor is None:
                 with drawing:

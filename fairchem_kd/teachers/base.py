@@ -32,6 +32,9 @@ class Taught:
     atom_energies: Mapping[str, Tensor] = field(default_factory=dict)
     trusted: Tensor | None = None  #: ``(B,)``, true where it can be relied on; None: everywhere
     origin: str = ""  #: who says so
+    #: ``(B,)`` by output, in its units, how far those are apart of whom this is the mean, the rms
+    #: over a structure; empty where one alone speaks
+    spread: Mapping[str, Tensor] = field(default_factory=dict)
 
     def of(self, structures: Sequence[int]) -> Taught:
         """What is said of some of the structures, in the order in which they are named."""
@@ -57,6 +60,7 @@ class Taught:
             {name: values[atoms] for name, values in self.atom_energies.items()},
             None if self.trusted is None else self.trusted[chosen],
             self.origin,
+            {name: values[chosen] for name, values in self.spread.items()},
         )
 
     def _features_of(self, structures: Sequence[int], atoms: Tensor) -> dict[Request, Tensor]:
@@ -106,6 +110,7 @@ class Taught:
             {name: clean(value) for name, value in self.atom_energies.items()},
             trusted,
             self.origin,
+            {name: clean(value) for name, value in self.spread.items()},
         )
 
 

@@ -107,7 +107,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def teach(self, batch: Batch, requests: Sequence[Request], *, outputs: bool = True) -> Taught:
-        with self._mode(), self._computing(batch.pos.device.type):
+        with self._mode(), self.computing(batch.pos.device.type):
             said = self.frozen.forward(batch, self.extractor(requests), outputs=outputs)
         assert said.features is not None
         features = {r: _usable(said.features[r].values) for r in self.specs(requests)}
@@ -125,7 +125,7 @@ class LiveTeacher:
         return Taught(batch.natoms, physical, features, atom_energies, origin=self.frozen.name)
 
     @contextmanager
-    def _computing(self, device: str) -> Iterator[None]:
+    def computing(self, device: str) -> Iterator[None]:
         """Within the block torch computes in this teacher's precision, and then as before."""
         matmul = torch.backends.cuda.matmul
         before = matmul.allow_tf32

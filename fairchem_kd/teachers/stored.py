@@ -36,6 +36,8 @@ SAID = "said"
 #: A list of the structures without a record; in host memory wherever the batch goes, since reading
 #: it off a GPU would wait for the device.
 MISSING = "missing"
+#: In place of both, of an ensemble: a list of the same for each of its members.
+MEMBERS = "members"
 
 
 class StoredTeacher:
@@ -118,7 +120,12 @@ class StoredTeacher:
     def teach(self, batch: Batch, requests: Sequence[Request], *, outputs: bool = True) -> Taught:
         if not set(requests) <= set(self.requests):
             return self.live.teach(batch, requests, outputs=outputs)
-        said = batch.get(SAID)
+        return self.recall(batch, batch.get(SAID), requests)
+
+    def recall(
+        self, batch: Batch, said: Mapping[str, Any] | None, requests: Sequence[Request]
+    ) -> Taught:
+        """The answer to a batch of which the store has been read; ``said`` None: not yet."""
         if said is None:
             said = self.said(batch.clone().to("cpu"))
         device = batch.pos.device
@@ -198,6 +205,9 @@ def join_said(parts: Sequence[tuple[Mapping[str, Any], Batch]]) -> dict[str, Any
     Args:
         parts: of each batch what was read, and the batch.
     """
+    if MEMBERS in parts[0][0]:
+        numbers = range(len(parts[0][0][MEMBERS]))
+        return {MEMBERS: [join_said([(s[MEMBERS][i], b) for s, b in parts]) for i in numbers]}
     names = [name for name in parts[0][0] if name != MISSING]
     joint: dict[str, Any] = {name: torch.cat([said[name] for said, _ in parts]) for name in names}
     joint[MISSING], start, atoms, edges = [], 0, 0, 0

@@ -34,6 +34,15 @@ def told_by_first(text: str, device: torch.device) -> str:
     return told[0]
 
 
+def same_on_ranks(value: Any) -> Any:
+    """The first rank's ``value``, on every rank; a collective."""
+    if world_size() == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
 def all_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum of ``values`` over all ranks, in place; without other ranks the values themselves."""
     if world_size() > 1:

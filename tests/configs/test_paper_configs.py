@@ -35,11 +35,13 @@ COEFFICIENTS = {
     "oc20/painn_to_painn_small": {"n2n": 10000},
     "oc20/gemnet_oc_to_schnet": {"n2n": 100},
     "oc20/painn_to_schnet": {"n2n": 100},
-    "oc20/gemnet_oc_to_gemnet_oc_small": {"n2n": 10, "vanilla": 0.7},
+    "oc20/gemnet_oc_to_gemnet_oc_small": {"n2n": 10, "vanilla": 0.7, "e2e": 10000},
     "coll/gemnet_oc_to_painn": {"n2n": 100},
     "coll/painn_to_painn_small": {"vanilla": 1, "per_atom_energy": 200, "n2n": 10000, "v2v": 1},
     "coll/painn_to_schnet": {"vanilla": 1, "n2n": 100},
 }
+#: Files about the structures that are taught, where the loss is on outputs.
+MIXED = ("rattled", "adversarial", "synthetic")
 
 
 @functools.cache
@@ -80,13 +82,31 @@ def test_coefficients_are_the_published_ones() -> None:
         terms = parse_distillation(read(run)["task"]).terms
         pair = str(Path(run).parent.relative_to("yaml_configs/paper"))
         for name, term in terms.items():
-            assert Path(run).stem == name
+            assert Path(run).stem == name or (Path(run).stem in MIXED and name == "vanilla")
             found.setdefault(pair, {})[name] = term.coefficient
-            if name in ("n2n", "e2n", "v2v"):
+            if name in ("n2n", "e2n", "v2v", "e2e"):
                 assert term.options.standardize is False
                 assert term.options.fn == "mse"
                 assert term.options.projection == "linear"
     assert found == COEFFICIENTS
+
+
+def test_structures_are_made_as_published() -> None:
+    """A fixed length of 0.1 Å; one step of the sphere by 0.1 Å; half of a step synthetic."""
+    pair = "yaml_configs/paper/oc20/gemnet_oc_to_painn"
+    rattled, adversarial, synthetic = (
+        parse_distillation(read(f"{pair}/{name}.yml")["task"]) for name in MIXED
+    )
+    assert rattled.rattle is not None
+    assert rattled.rattle.mode == "fixed_length"
+    assert rattled.rattle.scales[0] * 3**0.5 == pytest.approx(0.1, rel=1e-4)
+    assert adversarial.rattle is not None
+    options = adversarial.rattle.adversarial
+    assert options is not None
+    assert (options.steps, options.bound, options.rate) == (1, "sphere", 0.1)
+    assert synthetic.unlabelled is not None
+    assert synthetic.unlabelled.share == 0.5
+    assert synthetic.unlabelled.mixing(16) == pytest.approx((0.5, 1.0))
 
 
 def test_optimisers_are_the_published_ones() -> None:

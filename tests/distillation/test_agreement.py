@@ -141,7 +141,7 @@ def test_a_teachers_energies_are_moved_to_the_labels_zero(
         live = distillation.teacher.live
         with torch.no_grad(), distillation.tap_student() as features:
             out = built._forward(batch)
-        inputs = distillation._inputs(batch, out, features)
+        inputs = distillation.compared(batch, out, features).inputs
         label = built.normalizers["energy"].norm(batch.energy)
         torch.testing.assert_close(
             inputs.teacher_outputs["energy"].view(-1), label, atol=2e-3, rtol=0

@@ -47,7 +47,7 @@ def first_losses(arguments: dict[str, Any]) -> tuple[float, dict[str, float], di
         taught, built._distilled = built._distilled, None
         label = built._compute_loss(out, batch).item()
         distillation = built.distillation
-        inputs = distillation._inputs(*taught)
+        inputs = distillation.compared(*taught).inputs
         parts = {
             f"{name}.{part.name}": (part.total.item(), float(part.count))
             for name, term in distillation.terms.items()
@@ -88,7 +88,7 @@ def test_a_batch_with_copies_is_the_sum_of_its_parts(
             with built.distillation.tap_student() as features:
                 out = OCPTrainer._forward(built, one)
             for name, term in built.distillation.terms.items():
-                for part in term(built.distillation._inputs(one, out, features)):
+                for part in term(built.distillation.compared(one, out, features).inputs):
                     sums.setdefault(f"{name}.{part.name}", []).append(
                         (part.total.item(), float(part.count))
                     )

@@ -309,3 +309,20 @@ def test_steps_in_a_wrong_order_are_refused() -> None:
     strange.atomic_numbers[0] = 95
     with pytest.raises(UserError, match="does not know"), distiller.watch(strange):
         student(strange)
+
+
+def test_a_list_of_teachers_is_their_mean() -> None:
+    student, teachers = painn(), [gemnet(), models.small_model("painn", seed=5)]
+    loss = watched(Distiller(student, teachers, {"vanilla": {"forces": 0}}), student)
+    said = torch.stack([one.eval()(models.batch())["energy"].double() for one in teachers]).mean(0)
+    ours = student(models.batch())["energy"].double()
+    assert loss.item() == pytest.approx((ours - said).abs().mean().item(), rel=1e-4)
+    with pytest.raises(UserError, match="of the type Odd"):
+        Distiller(student, [gemnet(), Odd()], {"vanilla": {}})  # type: ignore[list-item]
+
+
+class Odd:
+    """Teaches, but is no model."""
+
+    def teach(self) -> None:
+        """Nothing."""

@@ -55,7 +55,9 @@ def arguments(
     root: Path, tmp_path: Path, student: str, teacher: str, losses: dict[str, Any]
 ) -> dict[str, Any]:
     own = {"checkpoint": str(root / f"{teacher}.pt"), "store": "off"}
-    block = {"teacher": own, "losses": losses}
+    pairs = {"copies": 0.7, "std": 0.02, "antithetic": True, "pool": None}
+    rattle = pairs if "jacobian_antithetic" in losses else None
+    block = {"teacher": own, "losses": losses, "rattle": rattle}
     return config(tmp_path, root, model=student, distillation=block, max_epochs=1)
 
 

@@ -192,3 +192,37 @@ def test_vanilla_of_half_outputs_does_not_overflow():
         )
     )
     assert (part.total / part.count).item() == pytest.approx(18.0**2)
+
+
+@pytest.mark.parametrize("forces", ["l2mae", "mae"])
+def test_what_structures_weigh_multiplies_their_values(forces):
+    """In vanilla by target, in per_atom_energy by that of the energy; as a loop has it."""
+    systems = [0, 0, 0, 1, 2, 2, 2, 2]
+    inputs = output_inputs()
+    inputs.batch.batch = torch.tensor(systems)
+    inputs.weights = {"energy": torch.tensor([0.5, 2.0, 0.0]), "forces": torch.tensor([3.0, 1, 0])}
+    parts = {part.name: part for part in vanilla(label_losses("mae", forces))(inputs)}
+    s, t, weights = inputs.student_outputs, inputs.teacher_outputs, inputs.weights
+    energy = sum(
+        float(weights["energy"][b]) * abs(float(s["energy"][b] - t["energy"][b])) for b in range(3)
+    )
+    assert float(parts["energy"].total) == pytest.approx(energy)
+    total = 0.0
+    for i, system in enumerate(systems):
+        d = [float(x) for x in s["forces"][i] - t["forces"][i]]
+        own = sum(x * x for x in d) ** 0.5 if forces == "l2mae" else sum(map(abs, d))
+        total += FREE[i] * float(weights["forces"][system]) * own
+    assert float(parts["forces"].total) == pytest.approx(total)
+    assert int(parts["forces"].count) == sum(FREE) * (1 if forces == "l2mae" else 3)
+    shares = LossInputs(
+        inputs.batch,
+        student_atom_energies={"energy": random(8, 1, seed=4)},
+        teacher_atom_energies={"energy": random(8, 1, seed=5)},
+        weights=inputs.weights,
+    )
+    (part,) = loss_class("per_atom_energy", WHERE).from_options({}, WHERE)(shares)
+    ours, theirs = shares.student_atom_energies["energy"], shares.teacher_atom_energies["energy"]
+    expected = sum(
+        float(weights["energy"][systems[i]]) * abs(float(ours[i] - theirs[i])) for i in range(8)
+    )
+    assert float(part.total) == pytest.approx(expected)

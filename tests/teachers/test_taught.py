@@ -126,5 +126,5 @@ def test_what_is_not_trusted_does_not_count(tmp_path: Path, data: Path, teacher:
         live.teach = lambda batch, requests, outputs=True: doubtful
         with built.distillation.tap_student() as features:
             out = built._forward(batch)
-        inputs = built.distillation._inputs(batch, out, features)
+        inputs = built.distillation.compared(batch, out, features).inputs
     assert torch.equal(inputs.systems, trusted)

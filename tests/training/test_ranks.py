@@ -45,6 +45,8 @@ MORE_LOSSES: dict[str, Any] = {
     "relational": {"pairs": 50},
     "v2v_geometric": {"atoms": "free"},
     "n2n_by_head": {},
+    "jacobian": {"rows": 2},
+    "jacobian_antithetic": {},
 }
 
 
@@ -87,7 +89,7 @@ def step(rank: int, world: int, root: Path, data: Path, teacher: Path) -> dict[s
         data,
         teacher=teacher,
         losses=LOSSES | MORE_LOSSES,
-        distillation={"rattle": {"copies": 1}},
+        distillation={"rattle": {"copies": 2, "antithetic": True}},
         clip_grad_norm=0.5,
     )
     arguments["outputs"]["forces"]["train_on_free_atoms"] = False  # stock's loss needs some

@@ -13,6 +13,7 @@ import numpy as np
 
 from fairchem_kd.analysis.compare.comparison import TEACHER, Comparison
 from fairchem_kd.analysis.compare.curves import learning_curves
+from fairchem_kd.analysis.compare.gradients import plot_gradients
 from fairchem_kd.report.figures import legend, logarithmic, new_figure, style
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def figures(comparison: Comparison) -> dict[str, Figure]:
         "front": plot_front(comparison),
         "pareto": plot_pareto(comparison),
         "learning_curves": plot_learning_curves(comparison),
+        "gradients": plot_gradients(comparison),
     }
     for split in comparison.splits:
         drawn[f"parity_{split.name}"] = plot_parity(comparison, split.name)

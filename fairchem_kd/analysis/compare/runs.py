@@ -116,6 +116,13 @@ def _teacher(options: Options, files: Sequence[ModelFile]) -> tuple[ModelFile | 
                 f"The teacher {path} is not there, so no gap is given: name it with --teacher.",
             )
         return read_model(path, trust=options.trust), ""
+    for file in files:
+        if file.has_teachers:
+            return (
+                None,
+                f"{file.path} was distilled from an ensemble, so no gap is given: name one of its "
+                "members, or what it is to be measured against, with --teacher.",
+            )
     return None, ""
 
 

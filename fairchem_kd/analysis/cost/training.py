@@ -29,7 +29,7 @@ from fairchem_kd.models.legacy import modern
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.datasets import close_dataset
 from fairchem_kd.stock.noise import quiet
-from fairchem_kd.teachers import LiveTeacher
+from fairchem_kd.teachers import EnsembleTeacher, LiveTeacher
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -284,13 +284,15 @@ class _Stepping(DistillationTrainer):
         taps: dict[str, FeatureExtractor] = {}
         if self.distillation is not None:
             teacher = self.distillation.teacher
-            assert isinstance(teacher, LiveTeacher)
+            given = teacher.lives if isinstance(teacher, EnsembleTeacher) else [teacher]
+            lives = [one for one in given if isinstance(one, LiveTeacher)]
+            lead = lives[teacher.lead if isinstance(teacher, EnsembleTeacher) else 0]
             taps = {
                 "student taps": self.distillation.student_tap,
-                "teacher taps": teacher.extractor(self.distillation.teacher_requests),
+                "teacher taps": lead.extractor(self.distillation.teacher_requests),
             }
             wanted += [
-                (teacher.frozen, "forward", "teacher forward"),
+                *((one.frozen, "forward", "teacher forward") for one in lives),
                 (self.distillation, "loss", "units and sums of the terms"),
                 (self.distillation.projections, "step", "projections' optimiser"),
                 (self.distillation.projections, "zero_grad", "projections' optimiser"),

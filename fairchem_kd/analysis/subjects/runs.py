@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fairchem_kd.analysis.subjects.named_data import outside, unpickled
+from fairchem_kd.distillation.config import named_in
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import modern_config
@@ -59,10 +60,18 @@ class ModelFile:
 
     @property
     def teacher(self) -> str | None:
-        """The path of the teacher that it was distilled from."""
+        """The path of the teacher that it was distilled from; None of an ensemble."""
         teacher = _distillation(self.config).get("teacher") or {}
         path = teacher.get("checkpoint")
+        if (several := named_in(path)) is not None:
+            path = several[0] if len(several) == 1 else None
         return None if is_null(path) or not self.losses else str(path)
+
+    @property
+    def has_teachers(self) -> bool:
+        """Whether it was distilled from an ensemble."""
+        given = (_distillation(self.config).get("teacher") or {}).get("checkpoint")
+        return len(named_in(given) or ()) > 1 and bool(self.losses)
 
     @property
     def labels_from(self) -> str | None:

@@ -26,11 +26,32 @@ class UnlabelledOptions:
 
     dataset: dict[str, Any] = option(help="a data set, as under dataset.train; labels are not read")
     share: float = option(0.5, gt=0, le=0.99, help="of the structures of a step, copies aside")
+    weight: float | None = option(
+        None,
+        gt=0,
+        help="mix as the paper does: labels for the labelled, the teacher's outputs for the others "
+        "alone, each of which counts so much beside a labelled one; null: it speaks of all",
+    )
     skip: int = option(0, ge=0, help="leave out its first samples: those that are labelled")
 
     def per_step(self, labelled: int) -> int:
         """How many go with ``labelled`` structures, at least one."""
         return max(1, round(labelled * self.share / (1 - self.share)))
+
+    def mixing(self, labelled: int) -> tuple[float, float]:
+        """With ``weight`` q: factor on the labels' loss, and weight of a structure without labels.
+
+        Of a step with the share r of such structures, and the mean over all of it, they are
+        ``(1 - r) w`` and ``q w`` with ``w = 1 / (1 - r + q r)`` (arXiv 2306.14818 and its code).
+
+        Args:
+            labelled: structures of a step.
+        """
+        assert self.weight is not None
+        number = self.per_step(labelled)
+        share = number / (labelled + number)
+        scale = 1.0 / (1.0 - share + self.weight * share)
+        return (1.0 - share) * scale, self.weight * scale
 
 
 class UnlabelledLoader:
@@ -63,6 +84,8 @@ class UnlabelledLoader:
         keep: Callable[[Any], Any] = lambda dataset: dataset,
     ) -> None:
         self.options = options
+        #: see `UnlabelledOptions.mixing`; None where the teacher speaks of all structures
+        self.mixing = None if options.weight is None else options.mixing(labelled)
         ordered = open_in_order(options.dataset, "train")
         if options.skip >= len(ordered):
             raise UserError(

@@ -1,0 +1,135 @@
+"""Whether forces of both models can be differentiated, looked at before the first step.
+
+Some models detach a part of how they look at positions (EquiformerV2 and eSCN the rotations of
+edges): autograd then gives, without a word, something else than the slope of their forces. Finite
+differences along a random direction show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fairchem_kd.errors import UserError
+from fairchem_kd.features.architecture import backbone_of
+from fairchem_kd.models.frozen import shaped_outputs
+from fairchem_kd.random_state import isolated_random_state, same_draws
+from fairchem_kd.stock.positions import followed
+from fairchem_kd.teachers.slopes import force_slopes, live_members
+from fairchem_kd.training.checks import check_finite
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+    from torch_geometric.data import Batch
+
+    from fairchem_kd.distillation.statistics import Collate
+    from fairchem_kd.distillation.terms import Distillation
+
+SAMPLES = 8  # of the training set, evenly spread
+STEP = 5e-3  # Å: less drowns in the rounding of fp32, more in curvature
+APART = 0.2  # relative difference, over the structures, that is no rounding
+
+Forces = Callable[["Batch"], Tensor]
+Slopes = Callable[["Batch", Tensor], Tensor]
+
+
+def check_slopes(distillation: Distillation, dataset: Dataset, collate: Collate) -> None:
+    """Compare slopes of forces by autograd with finite differences; neither model is changed.
+
+    Only where a term needs them.
+
+    Raises:
+        UserError: those of one of the models are something else, or cannot be had.
+    """
+    if not distillation.needs_slopes:
+        return
+    size = len(dataset)  # type: ignore[arg-type]
+    number = min(SAMPLES, size)
+    batch = collate([dataset[i * size // number] for i in range(number)])
+    check_finite(batch, ())
+    check_slopes_on(batch.to(distillation.device), distillation)
+
+
+def check_slopes_on(batch: Batch, distillation: Distillation) -> None:
+    """`check_slopes` on the structures of a batch, on the device.
+
+    Raises:
+        UserError: as of that.
+    """
+    student: Any = distillation.student
+
+    target = {"forces": distillation.targets["forces"]}
+
+    def own(given: Batch) -> Tensor:
+        return shaped_outputs(student(given), target, given, "the student")["forces"]
+
+    def own_slopes(given: Batch, cotangent: Tensor) -> Tensor:
+        given.pos = given.pos.detach().requires_grad_(True)
+        with torch.enable_grad(), followed(backbone_of(student)):
+            forces = own(given)
+            if not forces.requires_grad:
+                raise UserError(
+                    "The student's forces cannot be differentiated with respect to positions: take "
+                    "the loss jacobian_antithetic, or another student."
+                )
+            return torch.autograd.grad(forces, given.pos, cotangent.to(forces))[0].detach()
+
+    members = live_members(distillation.teacher)
+
+    def theirs(given: Batch) -> Tensor:
+        return torch.stack([one.teach(given, ()).outputs["forces"] for one in members]).mean(0)
+
+    training = student.training
+    student.eval()
+    try:
+        with isolated_random_state():
+            _compare("The student", own, own_slopes, batch)
+            _compare(
+                "The teacher",
+                theirs,
+                lambda given, one: force_slopes(distillation.teacher, given, [one])[0],
+                batch,
+            )
+    finally:
+        student.train(training)
+
+
+def _compare(who: str, forces: Forces, slopes: Slopes, batch: Batch) -> None:
+    """Refuse slopes that are not those of finite differences.
+
+    Raises:
+        UserError: naming the model and the difference.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = batch.pos.shape
+    along, cotangent = (
+        torch.randn(shape, generator=generator).to(batch.pos.device) for _ in range(2)
+    )
+    ends = []
+    for sign in (1, -1):
+        moved = batch.clone()
+        moved.pos = batch.pos.detach() + sign * STEP * along
+        with torch.no_grad(), same_draws(moved.pos.device):
+            ends.append(forces(moved).double())
+    difference = (ends[0] - ends[1]) / (2 * STEP)
+    by_difference = _per_structure(difference * cotangent, batch)
+    with same_draws(batch.pos.device):
+        slope = slopes(batch.clone(), cotangent).double()
+    by_autograd = _per_structure(slope * along, batch)
+    apart = (by_autograd - by_difference).abs().median()
+    scale = torch.maximum(by_autograd.abs(), by_difference.abs()).median()
+    if float(scale) > 0 and float(apart) > APART * float(scale):
+        raise UserError(
+            f"{who}'s forces do not change with positions as autograd says (by {apart:.3g}, where "
+            f"{scale:.3g} is usual): its model leaves parts out of its gradient, as EquiformerV2 "
+            "and eSCN do, so that the loss jacobian has no rows to compare; take "
+            "jacobian_antithetic."
+        )
+
+
+def _per_structure(values: Tensor, batch: Batch) -> Tensor:
+    """Sums of ``(N, 3)`` over each structure, ``(B,)``."""
+    return values.new_zeros(len(batch.natoms)).index_add(0, batch.batch, values.sum(1))
