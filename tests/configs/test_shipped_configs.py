@@ -30,6 +30,7 @@ FRAMES = {
     "data/slabs/train": 3000,
     "data/slabs/train_1of4": 750,
     "data/collisions/train": 4000,
+    "data/collisions_16k/train": 16000,
     "data/collisions/train_1of4": 1002,
 }
 
