@@ -202,6 +202,7 @@ def _teacher(
     Raises:
         UserError: the config's teacher cannot be asked, or there are two.
     """
+    from fairchem_kd.distillation.config import named_in
     from fairchem_kd.explore.potentials import CalculatorPotential, ModelPotential
 
     teacher = config["task"]["distillation"].get("teacher") or {}
@@ -212,6 +213,13 @@ def _teacher(
                 f"{args.config}: task.distillation.teacher names a store and no checkpoint, so "
                 "that there is nobody to ask on the way: give --calculator MODULE:FACTORY."
             )
+        if (several := named_in(checkpoint)) is not None:
+            if len(several) != 1:
+                raise UserError(
+                    f"{args.config}: task.distillation.teacher.checkpoint names {len(several)} "
+                    "teachers, and on the way one is asked: name one of them."
+                )
+            [checkpoint] = several
         path = Path(checkpoint)
         told = {"teacher": told_of_file(path)}
         trust = teacher.get("trust_checkpoint") is True

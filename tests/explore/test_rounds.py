@@ -153,6 +153,7 @@ def test_rounds_that_were_killed_end_as_they_would_have(
         ({"unlabelled": {"dataset": {"format": "ase_db", "src": "x"}}}, [], "dataset.format"),
         ({"unlabelled": {"dataset": {"src": "more", "first_n": 3}}}, [], "dataset.first_n"),
         ({"teacher": {"store": "here"}}, [], "there is nobody to ask on the way"),
+        ({"teacher": {"checkpoint": ["a.pt", "b.pt"]}}, [], "names 2 teachers"),
         ({}, ["--calculator", "ase.calculators.emt:EMT"], "without a checkpoint"),
         ({"losses": {"vanila": {}}}, [], "vanila"),
         ({}, ["--every", "9"], "no frame would be taken"),
