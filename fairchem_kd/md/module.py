@@ -9,6 +9,7 @@ its own precision.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import warnings
@@ -327,6 +328,9 @@ def _load(path: Path, version: str) -> torch.nn.Module:
     Raises:
         UserError: this version of torch cannot load it.
     """
+    log = logging.getLogger("torch.export")  # which tells at length of what is told below
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), _tensors_alone():
             warnings.simplefilter("ignore")  # of torch's own internals
@@ -338,6 +342,8 @@ def _load(path: Path, version: str) -> torch.nn.Module:
             f"({type(error).__name__}: {lines[0]}): export it anew with this torch, or load it "
             f"with torch {version}."
         ) from error
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ MODULES = (
     "md.exploded",
     "md.skin",
     "md.module",
+    "md.lammps",
 )
 _HEAD = '''\
 """Students of fairchem-kd as ASE calculators, out of module files (NAME.pt2).

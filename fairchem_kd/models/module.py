@@ -160,7 +160,7 @@ def network_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def about(
-    model: nn.Module, units: Units, elements: Collection[int] | None, outputs: Collection[str]
+    model: Any, units: Units, elements: Collection[int] | None, outputs: Collection[str]
 ) -> dict[str, Any]:
     """What :mod:`fairchem_kd.models.module_file` says that stands beside the network.
 
