@@ -103,8 +103,7 @@ class Acceptance:
             f"{settings.temperature:g} K; relaxations: at most {settings.relax_steps} steps to "
             f"{settings.fmax:g} eV/Å; {subject.structures} structures. In brackets 95 % intervals "
             "over structures; a bar is held against the value itself, and one that is not "
-            "measured is not met."
-            + (settings.caution if "md_drift" in bars else "")
+            "measured is not met." + (settings.caution if "md_drift" in bars else "")
         )
         return [table]
 
