@@ -5,8 +5,9 @@
 
 An untrained PaiNN-small (64 channels, 3 layers, 30 neighbours within 6 Å), with direct and with
 conservative forces, on slabs and on boxes of ethanol. In turns, so that a busy machine slows all of
-them: stock's forward, the forward with edges that are given, a step through stock's OCPCalculator
-and one through StudentCalculator, both by ASE's velocity Verlet at 300 K. Neighbours are searched
+them: stock's forward, the forward with edges that are given, a step through stock's OCPCalculator,
+one through StudentCalculator and one through ModuleCalculator (`export --module`), all by ASE's
+velocity Verlet at 300 K. Neighbours are searched
 anew in some of the steps; what a step costs then is in the mean, not in the median.
 """
 
@@ -30,16 +31,24 @@ from ase.build import add_adsorbate, fcc111, molecule
 from ase.md.verlet import VelocityVerlet
 from fairchem.core.modules.scaling import ScaleFactor
 
-from fairchem_kd import StudentCalculator
+from fairchem_kd import ModuleCalculator, StudentCalculator
 from fairchem_kd.analysis.cost.timing import circumstances, clock
 from fairchem_kd.analysis.subjects.calculators import make_calculator
 from fairchem_kd.analysis.subjects.runs import read_model
-from fairchem_kd.models.build import build_model
+from fairchem_kd.models.build import build_model, read_units
 from fairchem_kd.models.file import read_checkpoint, write_checkpoint
+from fairchem_kd.models.module import about, network_of, write_module
+from fairchem_kd.models.units import Units
 
 ROOT = Path(__file__).resolve().parents[1]
 PAINN_SMALL = {"hidden_channels": 64, "num_layers": 3, "num_rbf": 32, "cutoff": 6.0}
-WAYS = ("stock forward", "forward, edges given", "OCPCalculator", "StudentCalculator")
+WAYS = (
+    "stock forward",
+    "forward, edges given",
+    "OCPCalculator",
+    "StudentCalculator",
+    "ModuleCalculator",
+)
 
 
 def main() -> None:
@@ -86,7 +95,10 @@ def write_model(folder: Path, forces: str) -> Path:
     contents["state_dict"] = model.state_dict()
     path = folder / f"{forces}.pt"
     write_checkpoint(contents, path)
-    build_model(read_checkpoint(path), str(path))
+    contents = read_checkpoint(path)
+    built = build_model(contents, str(path))
+    told = about(built, Units(*read_units(contents, "cpu")), None, contents["config"]["outputs"])
+    write_module(network_of(built, str(path)), told, path.with_suffix(".pt2"))
     return path
 
 
@@ -118,7 +130,8 @@ def measure(path: Path, atoms: Atoms, turns: int, device: torch.device) -> dict[
     """Medians in ms, and ratios turn by turn."""
     stock = make_calculator(read_model(path), cpu=device.type == "cpu")
     ours = StudentCalculator(path, device=device)
-    steps = [moving(atoms, one) for one in (stock, ours)]
+    module = ModuleCalculator(path.with_suffix(".pt2"), device=device)
+    steps = [moving(atoms, one) for one in (stock, ours, module)]
     searched = StudentCalculator(path, device=device).model  # of its own, whose graphs are stock's
     del searched.model.generate_graph
     batch = ours._systems.batch  # type: ignore[union-attr]
@@ -149,6 +162,7 @@ def measure(path: Path, atoms: Atoms, turns: int, device: torch.device) -> dict[
     row["ours / stock forward"] = over(3, 0)
     row["ours / forward, edges given"] = over(3, 1)
     row["OCPCalculator / ours"] = over(2, 3)
+    row["ModuleCalculator / ours"] = over(4, 3)
     row["mean of ours (ms)"] = 1000 * mean(taken[3])
     row["searches"] = ours.searches - before
     return row

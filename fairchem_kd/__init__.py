@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from fairchem_kd.distillation.trainer import DistillationTrainer
     from fairchem_kd.features import FeatureExtractor, available_features
     from fairchem_kd.md.calculator import StudentCalculator
+    from fairchem_kd.md.module import ModuleCalculator
     from fairchem_kd.models.frozen import Teacher
 
 __all__ = [
     "DistillationTrainer",
     "Distiller",
     "FeatureExtractor",
+    "ModuleCalculator",
     "StudentCalculator",
     "Teacher",
     "UserError",
@@ -39,6 +41,7 @@ _HOME = {
     "DistillationTrainer": "fairchem_kd.distillation.trainer",
     "Distiller": "fairchem_kd.distillation.distiller",
     "FeatureExtractor": "fairchem_kd.features",
+    "ModuleCalculator": "fairchem_kd.md.module",
     "StudentCalculator": "fairchem_kd.md.calculator",
     "Teacher": "fairchem_kd.models.frozen",
     "available_features": "fairchem_kd.features",

@@ -1,4 +1,4 @@
-"""One python file out of the modules that ask a calculator: nothing is written twice.
+"""One python file out of modules of ours, of those that ask a calculator: nothing is written twice.
 
 The modules are joined in an order in which each stands after those that it imports; imports of
 fairchem-kd's own go, all others are gathered at the top. Names at the top of modules must differ.
@@ -60,15 +60,23 @@ if __name__ == "__main__":
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def bundled(name: str = "teach.py") -> str:
+def bundled(
+    name: str = "teach.py",
+    modules: Sequence[str] = MODULES,
+    head: str = _HEAD,
+    foot: str = _FOOT,
+) -> str:
     """The text of the file.
 
     Args:
         name: what it will be called.
+        modules: of ours, in the order in which they stand in the file.
+        head: what stands above them, up to the imports; it may have ``{name}`` and ``{version}``.
+        foot: what stands below them.
     """
     imports: dict[str, set[str]] = {}  # by module, what is taken of it; "": the module itself
     bodies = []
-    for module in MODULES:
+    for module in modules:
         text = (_PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
         own, body = _parts(text)
         for source, imported in own:
@@ -82,9 +90,8 @@ def bundled(name: str = "teach.py") -> str:
         if source
     ]
     gathered = "\n".join([*plain, *some])
-    head = _HEAD.format(name=name, version=__version__)
     joined = "\n\n".join(bodies)
-    return f"{head}{gathered}\n\n\n{joined}{_FOOT}"
+    return f"{head.format(name=name, version=__version__)}{gathered}\n\n\n{joined}{foot}"
 
 
 def _parts(text: str) -> tuple[list[tuple[str, str]], str]:

@@ -1,10 +1,11 @@
-"""`fairchem-kd export`: make a small, portable checkpoint of a run's best."""
+"""`fairchem-kd export`: make a small, portable checkpoint, or a module, of a run's best."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 from fairchem_kd.errors import UserError
 
@@ -14,25 +15,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", type=Path, help="best_checkpoint.pt (or checkpoint.pt) of a run"
     )
-    parser.add_argument("dest", type=Path, help="file to write, NAME.pt; its card is NAME.json")
+    parser.add_argument(
+        "dest",
+        type=Path,
+        nargs="?",
+        help="file to write, NAME.pt; its card is NAME.json (with --module it may be left out)",
+    )
+    parser.add_argument(
+        "--module",
+        type=Path,
+        metavar="FILE",
+        help="write NAME.pt2 too, which needs torch alone, and beside it its loader",
+    )
     parser.add_argument("--data", type=Path, help="its dataset's folder: card.json, val, test, ...")
     parser.add_argument(
         "--elements", nargs="+", metavar="X", help="elements of the training data (H C 29 ...)"
     )
     parser.add_argument("--no-metrics", action="store_true", help="do not evaluate it on --data")
     parser.add_argument("--trust", action="store_true", help="unpickle a file that may run code")
-    parser.add_argument("--force", action="store_true", help="overwrite DEST")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Export, evaluate and write the card; returns the exit code.
 
     Raises:
-        UserError: the checkpoint cannot be exported, or DEST cannot be written.
+        UserError: the checkpoint cannot be exported, or a file cannot be written.
     """
+    if args.dest is None and args.module is None:
+        raise UserError("There is nothing to write: give DEST (NAME.pt), or --module NAME.pt2.")
+    if args.dest is not None and args.dest.suffix != ".pt":
+        raise UserError(f"DEST has to end in .pt, and {args.dest} does not.")
+    from fairchem_kd.models.module_file import SUFFIX
+
+    if args.module is not None:
+        if args.module.suffix != SUFFIX:
+            raise UserError(f"--module has to end in {SUFFIX}, and {args.module} does not.")
+        if args.module.exists() and not args.force:
+            raise UserError(f"{args.module} exists; give --force to overwrite it.")
+    if args.dest is not None:
+        _export(args)
+    if args.module is not None:
+        _export_module(args)
+    return 0
+
+
+def _export_module(args: argparse.Namespace) -> None:
+    """Write the network by itself, and the file that loads it."""
+    from fairchem_kd.files import write_text
+    from fairchem_kd.md.standalone import LOADER, loader
+    from fairchem_kd.models.build import build_model, check_finite, read_units
+    from fairchem_kd.models.elements import _known_elements
+    from fairchem_kd.models.file import read_checkpoint
+    from fairchem_kd.models.legacy import modern
+    from fairchem_kd.models.module import about, network_of, write_module
+    from fairchem_kd.models.units import Units
+
+    path = args.checkpoint
+    checkpoint = modern(read_checkpoint(path, trust=args.trust), str(path))
+    model = build_model(checkpoint, str(path))
+    check_finite(model, str(path))
+    network = network_of(model, str(path))
+    numbers = _known_elements(path, None)
+    if named := _named_elements(args, checkpoint["config"]):
+        numbers = frozenset(named)
+    told = about(
+        model, Units(*read_units(checkpoint, "cpu")), numbers, checkpoint["config"]["outputs"]
+    )
+    write_module(network, told, args.module)
+    beside = args.module.with_name(LOADER)
+    write_text(beside, loader())
+    print(
+        f"wrote {args.module} ({args.module.stat().st_size / 1e6:.1f} MB) and its loader {beside}: "
+        f"from {beside.stem} import ModuleCalculator"
+    )
+
+
+def _named_elements(args: argparse.Namespace, config: dict[str, Any]) -> list[int]:
+    """Atomic numbers of the training data, by ``--elements`` or the data's card; or none."""
+    from fairchem_kd.models.elements import as_atomic_numbers
+    from fairchem_kd.models.export import _data_card
+
+    if args.elements:
+        return sorted(set(as_atomic_numbers(args.elements, "--elements")))
+    named = (_data_card(args.data, config) or {}).get("elements")
+    where = "elements of the data's card"
+    return [] if named is None else sorted(set(as_atomic_numbers(named, where)))
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Write a checkpoint and its card."""
     dest, card = args.dest, args.dest.with_suffix(".json")
-    if dest.suffix != ".pt":
-        raise UserError(f"DEST has to end in .pt, and {dest} does not.")
     from fairchem_kd.models.card import DIGEST, digest_of, is_left_over
 
     if not args.force and (dest.exists() or (card.exists() and not is_left_over(card, dest))):
@@ -41,7 +114,6 @@ def run(args: argparse.Namespace) -> int:
 
     from fairchem_kd.files import plain, write_json
     from fairchem_kd.models.build import build_model, check_finite
-    from fairchem_kd.models.elements import as_atomic_numbers
     from fairchem_kd.models.export import (
         CARD_FORMAT,
         _about,
@@ -59,16 +131,12 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = modern(read_checkpoint(args.checkpoint, trust=args.trust), str(args.checkpoint))
     data = _data_card(args.data, checkpoint["config"])
-    elements = args.elements or (data or {}).get("elements")
+    elements = [chemical_symbols[z] for z in _named_elements(args, checkpoint["config"])] or None
     if elements is None:
         logging.warning(
             "The card will not say which elements the model knows: give --elements, or --data with "
             "a card.json that has them."
         )
-    else:
-        where = "--elements" if args.elements else "elements of the data's card"
-        numbers = sorted(set(as_atomic_numbers(elements, where)))
-        elements = [chemical_symbols[z] for z in numbers]
 
     model = build_model(checkpoint, str(args.checkpoint))
     check_finite(model, str(args.checkpoint))
@@ -107,4 +175,3 @@ def run(args: argparse.Namespace) -> int:
         shown = ", ".join(f"{name} {1000 * value:.1f}" for name, value in values.items())
         print(f"{split}: {shown} (meV, meV/Å)")
     print(f"wrote {dest} ({dest.stat().st_size / 1e6:.1f} MB) and {card}")
-    return 0

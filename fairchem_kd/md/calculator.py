@@ -7,18 +7,19 @@ batches anew, neighbours are searched among all pairs, and a trainer stands betw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
+from ase.calculators.calculator import Calculator, all_changes
 from numpy.typing import NDArray
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.architecture import backbone_of, needs_autograd, refuse_wrong_forces
+from fairchem_kd.md.exploded import ANSWER, POSITIONS, Exploded
+from fairchem_kd.md.skin import SKIN, checked_skin
 from fairchem_kd.md.systems import Systems
 from fairchem_kd.models.build import build_model, check_finite, read_units
 from fairchem_kd.models.elements import _known_elements
@@ -34,16 +35,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-SKIN = 0.6  #: Å; about 20 steps of 0.5 fs of hydrogen at 1000 K
-LEAST_SKIN = 0.01  #: Å; below it hardly a step is without a search
 _OF_A_RUN = ("best_checkpoint.pt", "checkpoint.pt")
-
-
-class Exploded(UserError, CalculationFailed):
-    """A structure of which a model gives no finite answer, or no answer at all.
-
-    What was written before it, a trajectory for example, is whole.
-    """
 
 
 class StudentCalculator(Calculator):
@@ -74,7 +66,7 @@ class StudentCalculator(Calculator):
         trust: bool = False,
     ) -> None:
         super().__init__()
-        self.skin = _checked_skin(skin)
+        self.skin = checked_skin(skin)
         self.device = _device(device)
         self.model = _load(Path(path), self.device, trust)
         if "energy" not in self.model.outputs:
@@ -164,11 +156,7 @@ class StudentCalculator(Calculator):
             raise Exploded(str(error)) from error
         if not (np.isfinite(energy).all() and (forces is None or np.isfinite(forces).all())):
             self._systems = None
-            raise Exploded(
-                f"The model's answer for {_which(structures, energy)} is not finite: its atoms "
-                "have come where the model knows nothing; look at the last structures that were "
-                "written and take a shorter time step, or a model trained on such structures."
-            )
+            raise Exploded(ANSWER.format(formula=_which(structures, energy)))
         return energy.tolist(), forces
 
     def _unit(self, name: str) -> tuple[float, float]:
@@ -187,11 +175,7 @@ class StudentCalculator(Calculator):
             if not len(atoms):
                 raise UserError("There is a structure without atoms: leave it out.")
             if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell).all()):
-                raise Exploded(
-                    f"A position or the cell of {atoms.get_chemical_formula()} is not finite, so "
-                    "that the dynamics have gone wrong: take a shorter time step, and look at the "
-                    "last structures that were written."
-                )
+                raise Exploded(POSITIONS.format(formula=atoms.get_chemical_formula()))
         systems = self._systems
         if systems is not None and systems.are(structures):
             if systems.move_to(structures) < 0.4999 * self.skin:
@@ -213,17 +197,6 @@ class StudentCalculator(Calculator):
         self.graphs.renew()
         self.searches += 1
         return systems
-
-
-def _checked_skin(skin: Any) -> float:
-    good = isinstance(skin, int | float) and not isinstance(skin, bool) and math.isfinite(skin)
-    if not good or skin < LEAST_SKIN:
-        raise UserError(
-            f"skin is {skin!r}, and has to be a length of at least {LEAST_SKIN} Å, since "
-            "neighbours are searched anew once an atom has moved by half of it: leave it out "
-            f"({SKIN}), or give more."
-        )
-    return float(skin)
 
 
 def _device(given: str | torch.device | None) -> torch.device:

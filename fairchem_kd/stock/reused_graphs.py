@@ -15,19 +15,9 @@ import numpy as np
 import torch
 from fairchem.core.common.utils import get_max_neighbors_mask
 from fairchem.core.models import base
-from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 from torch import Tensor
 
-from fairchem_kd.errors import UserError
-from fairchem_kd.stock.search import MEND, repetitions
-
-Array = NDArray[np.float64]
-
-_MOST = 2e8  # neighbours, or atoms and images of them, that are searched
-_ROUNDING = 1e-4  # Å by which a search reaches further, for positions in float32
-#: Å²: stock takes atoms nearer than that for one and the same.
-_SAME_ATOM = 1e-4
+from fairchem_kd.stock.pairs import SAME_ATOM, neighbours
 
 
 @dataclass
@@ -92,7 +82,7 @@ class ReusedGraphs:
             # to the bit as the search compares: the image of the source, then its way to the target
             apart = positions.detach()[target] - (positions.detach()[source] + reach.offsets)
             squares = (apart * apart).sum(dim=1)
-            kept = ((squares <= cutoff * cutoff) & (squares > _SAME_ATOM)).nonzero().squeeze(1)
+            kept = ((squares <= cutoff * cutoff) & (squares > SAME_ATOM)).nonzero().squeeze(1)
             if reach.most > most:
                 mask, _ = get_max_neighbors_mask(
                     natoms=data.natoms,
@@ -137,7 +127,7 @@ def _search(data: Any, reach: float) -> _Reach:
     positions = np.split(data.pos.detach().double().cpu().numpy(), np.cumsum(natoms)[:-1])
     indices, images, start = [], [], 0
     for system, where in enumerate(positions):
-        edges, shifts = _neighbours(where, cells[system], pbc[system], reach)
+        edges, shifts = neighbours(where, cells[system], pbc[system], reach)
         indices.append(edges + start)
         images.append(shifts)
         start += len(where)
@@ -149,42 +139,3 @@ def _search(data: Any, reach: float) -> _Reach:
     offsets = cell_offsets.view(-1, 1, 3).bmm(its_cell).view(-1, 3)
     counts = torch.bincount(edge_index[1], minlength=1)
     return _Reach(edge_index, cell_offsets, offsets, of_edge, int(counts.max()))
-
-
-def _neighbours(
-    positions: Array, cell: Array, pbc: Array, reach: float
-) -> tuple[NDArray[np.int64], Array]:
-    """Edges ``(2, E)``, source and target, of one structure, and the sources' cells ``(E, 3)``.
-
-    Ordered by target, source, and cell.
-
-    Args:
-        positions: Å, ``(N, 3)``, in the cell along periodic axes.
-        cell: Å, ``(3, 3)``.
-        pbc: ``(3,)``.
-        reach: Å.
-    """
-    to_each_side = repetitions(cell[None], pbc[None], reach)[0].astype(int)
-    number = len(positions) * float(np.prod(2.0 * to_each_side + 1))
-    volume = abs(np.linalg.det(cell)) if pbc.all() else np.inf
-    pairs = len(positions) ** 2 * 4.19 * reach**3 / volume if volume > 0 else 0.0
-    if max(number, pairs) > _MOST:
-        raise UserError(
-            f"The neighbours within {reach:g} Å of {len(positions)} atoms in {volume:.3g} Å^3 are "
-            f"about {max(number, pairs):.1e}, which is too many: {MEND}."
-        )
-    ranges = [np.arange(-n, n + 1) for n in to_each_side]
-    shifts = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(-1, 3)
-    copies = (positions[None] + (shifts @ cell)[:, None]).reshape(-1, 3)
-    low, high = positions.min(axis=0) - reach, positions.max(axis=0) + reach
-    near = np.flatnonzero(((copies >= low) & (copies <= high)).all(axis=1))
-    tree = cKDTree(copies[near])
-    found = cKDTree(positions).sparse_distance_matrix(
-        tree, reach + _ROUNDING, output_type="ndarray"
-    )
-    target, copy = found["i"].astype(np.int64), near[found["j"]]
-    source, offsets = copy % len(positions), shifts[copy // len(positions)]
-    other = (source != target) | offsets.any(axis=1)
-    target, source, offsets = target[other], source[other], offsets[other]
-    order = np.lexsort((*offsets.T[::-1], source, target))
-    return np.stack([source, target])[:, order], offsets[order]

@@ -20,28 +20,13 @@ from numpy.typing import NDArray
 from fairchem_kd.errors import UserError
 from fairchem_kd.machine import free_memory
 from fairchem_kd.stock.neighbours import name_of
+from fairchem_kd.stock.pairs import MEND, repetitions
 
 BYTES = 96  # of each distance, at the peak of the search; measured
 SMALL = 1 << 30  # bytes of which nobody asks whether they are free
 MANY = 100_000_000  # distances of which it is told: tens of seconds on a core
 
 Array = NDArray[Any]
-
-
-def repetitions(cells: Array, pbc: Array, cutoff: float) -> Array:
-    """How many images of each cell are looked at to either side, ``(B, 3)``; 0 of a flat cell.
-
-    Args:
-        cells: Å, ``(B, 3, 3)``.
-        pbc: ``(B, 3)``.
-        cutoff: Å.
-    """
-    cells = np.asarray(cells, float).reshape(-1, 3, 3)
-    areas = np.linalg.norm(np.cross(np.roll(cells, -1, 1), np.roll(cells, -2, 1)), axis=2)
-    volumes = np.abs(np.linalg.det(cells))[:, None]
-    with np.errstate(all="ignore"):
-        found = np.ceil(cutoff * areas / volumes)
-    return np.where(np.asarray(pbc, bool) & np.isfinite(found), found, 0.0)
 
 
 def distances(natoms: Sequence[int] | Array, cells: Array, pbc: Array, cutoff: float) -> float:
@@ -68,12 +53,6 @@ def too_much(count: float, device: torch.device) -> str:
     return (
         f"{count:.1e} distances, and about {need / 1e9:,.0f} GB where {free / 1e9:,.0f} GB are free"
     )
-
-
-MEND = (
-    "look at the cell (in Å) and leave such structures out, or take a smaller batch_size or "
-    "model.cutoff"
-)
 
 
 def check_batch(batch: Any, cutoff: float) -> None:

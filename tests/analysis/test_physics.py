@@ -97,6 +97,20 @@ def test_drift_is_the_slope_of_energy_per_atom_and_picosecond() -> None:
     assert Dynamics([0.0], 0.5, 100, False, "x").drift is None
 
 
+def test_a_drift_over_less_than_a_picosecond_is_warned_of() -> None:
+    """Its slope is that of the energy's fluctuation: a tenth of a period's, say."""
+    swing = [1e-3 * np.sin(2 * np.pi * step / 400) for step in range(4001)]
+    short, long = (Dynamics(swing[:n], 0.5, n, True, "") for n in (101, 4001))
+    assert short.drift is not None
+    assert long.drift is not None
+    assert short.drift > 100 * abs(long.drift)
+    told = physics_study.Settings(md_steps=200, time_step=0.5).caution
+    assert "Over 0.1 ps" in told
+    assert "1 ps or more (--md-steps)" in told
+    assert not physics_study.Settings(md_steps=2000, time_step=0.5).caution
+    assert not physics_study.Settings(md_steps=4000, time_step=0.25).caution
+
+
 def test_dynamics_that_break_are_said_to() -> None:
     pushed = run_dynamics(Spring(-1.0), pair(0.8), steps=2000, temperature=0.0)
     assert not pushed.stable

@@ -94,6 +94,7 @@ class Acceptance:
                 found.why or (f"on {found.where}" if found.where else "-"),
             )
         settings, subject = self.subject.settings, self.subject
+        bars = {verdict.figure for verdict in self.verdicts}
         table.notes = [
             f"{FIGURES[verdict.figure].help}: {verdict.figure}." for verdict in self.verdicts
         ]
@@ -102,7 +103,7 @@ class Acceptance:
             f"{settings.temperature:g} K; relaxations: at most {settings.relax_steps} steps to "
             f"{settings.fmax:g} eV/Å; {subject.structures} structures. In brackets 95 % intervals "
             "over structures; a bar is held against the value itself, and one that is not "
-            "measured is not met."
+            "measured is not met." + (settings.caution if "md_drift" in bars else "")
         )
         return [table]
 

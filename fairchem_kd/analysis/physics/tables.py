@@ -56,6 +56,7 @@ def tables(found: Physics) -> list[Table]:
         f"{of}; {settings.md_steps} steps of {settings.time_step:g} fs, velocities of "
         f"{settings.temperature:g} K, the same for all. Median over structures of the total "
         "energy's slope (without sign) and of its spread about that line."
+        f"{settings.caution}"
     )
     brackets = "In brackets 95 % intervals over structures"
     if any(len(seeds) > 1 for seeds in found.models.values()):
