@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_whole
 
@@ -20,6 +22,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 LINES = ("-", "--", "-.", ":")
+
+_FEWEST_TICKS = 3  # with a number, that a logarithmic axis should have
 
 
 _INSTALL = "pip install 'fairchem-kd[plots]' (or: pip install matplotlib)"
@@ -78,12 +82,19 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 def logarithmic(axes: Axes, which: str) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """A logarithmic axis with plain numbers: 1, 2, 5 times powers of ten; on a short one others."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    class Plain(LogLocator):
+        def tick_values(self, vmin: float, vmax: float) -> Any:
+            ticks = np.asarray(super().tick_values(vmin, vmax))
+            if ((ticks >= vmin) & (ticks <= vmax)).sum() >= _FEWEST_TICKS:
+                return ticks
+            return MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(vmin, vmax)
 
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(Plain(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
