@@ -39,7 +39,7 @@ from fairchem_kd.teachers.live import LiveTeacher
 from fairchem_kd.teachers.place import check_card, room, size_of, store_folder, writable
 from fairchem_kd.teachers.stored import StoredTeacher, columns_for
 from fairchem_kd.training.checks import check_finite
-from fairchem_kd.training.ranks import rank, refused_by_all, world_size
+from fairchem_kd.training.ranks import rank, refused_by_all, same_on_ranks, world_size
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -108,7 +108,7 @@ def keep(
         one = pick(first, [0]).to(device)
         columns, edges_per_atom = columns_for(live, one, requests, config.store_features)
         place = _find(live, folder, config, columns, first, requests, device)
-    place = _told_by_first(place)
+    place = same_on_ranks(place)
     if place.why and not place.was_there:
         _say(f"What the teacher says is not kept: {place.why}.")
         return None
@@ -213,14 +213,6 @@ def _gathered(filling: Filling) -> tuple[int, str]:
         told = [None] * world_size()
         dist.all_gather_object(told, (filling.asked, filling.ended))
     return sum(asked for asked, _ in told), next((ended for _, ended in told if ended), "")
-
-
-def _told_by_first(place: _Place) -> _Place:
-    if world_size() == 1:
-        return place
-    told = [place]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
 
 
 def _check(live: LiveTeacher) -> Callable[[Batch], None]:

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import FeatureSpec, Request
-from fairchem_kd.stock.kept_samples import memo_of
 from fairchem_kd.teachers.base import Taught
 from fairchem_kd.teachers.live import LiveTeacher
-from fairchem_kd.teachers.stored import MEMBERS, MISSING, SAID, StoredTeacher
+from fairchem_kd.teachers.stored import MEMBERS, MISSING, SAID, Reading, StoredTeacher
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -115,7 +114,7 @@ class EnsembleTeacher:
 
     def reading(self, collate: Callable[[list[Any]], Batch]) -> Callable[[list[Any]], Batch]:
         """``collate``, which reads the stores too: in a loader's workers, ahead of the step."""
-        return _Reading(self, collate)
+        return Reading(self.said, collate)
 
     @contextmanager
     def asked_in_passing(self) -> Iterator[None]:
@@ -192,16 +191,3 @@ def _trusted(answers: Sequence[Taught]) -> Tensor | None:
         if one.trusted is not None:
             trusted = one.trusted if trusted is None else trusted & one.trusted
     return trusted
-
-
-class _Reading:
-    """Collates samples, and reads what the stores hold of them."""
-
-    def __init__(self, teacher: EnsembleTeacher, collate: Callable[[list[Any]], Batch]) -> None:
-        self.teacher = teacher
-        self.collate = collate
-
-    def __call__(self, samples: list[Any]) -> Batch:
-        batch = self.collate(samples)
-        batch[SAID] = self.teacher.said(batch, [memo_of(sample) for sample in samples])
-        return batch

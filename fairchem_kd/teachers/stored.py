@@ -115,7 +115,7 @@ class StoredTeacher:
 
     def reading(self, collate: Callable[[list[Any]], Batch]) -> Callable[[list[Any]], Batch]:
         """``collate``, which reads too: in a loader's workers, ahead of the step."""
-        return _Reading(self, collate)
+        return Reading(self.said, collate)
 
     def teach(self, batch: Batch, requests: Sequence[Request], *, outputs: bool = True) -> Taught:
         if not set(requests) <= set(self.requests):
@@ -169,16 +169,25 @@ class StoredTeacher:
             kept[rows[column.per]] = new.to(kept.dtype)
 
 
-class _Reading:
-    """Collates samples, and reads what the store holds of them."""
+class Reading:
+    """Collates samples, and reads what stores hold of them.
 
-    def __init__(self, teacher: StoredTeacher, collate: Callable[[list[Any]], Batch]) -> None:
-        self.teacher = teacher
+    Args:
+        said: gives that, for a batch and the memos of its samples.
+        collate: makes a batch of samples.
+    """
+
+    def __init__(
+        self,
+        said: Callable[[Batch, Sequence[Memo | None]], dict[str, Any]],
+        collate: Callable[[list[Any]], Batch],
+    ) -> None:
+        self.said = said
         self.collate = collate
 
     def __call__(self, samples: list[Any]) -> Batch:
         batch = self.collate(samples)
-        batch[SAID] = self.teacher.said(batch, [memo_of(sample) for sample in samples])
+        batch[SAID] = self.said(batch, [memo_of(sample) for sample in samples])
         return batch
 
 
