@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 from fairchem_kd.data.card import CARD, FORMAT, read_card
@@ -47,6 +48,19 @@ def check_replaceable(root: Path) -> None:
             f"--force: {root} holds more than its data set, {_some(foreign, root)}, and was left "
             "as it is; move that away, or name another folder."
         )
+
+
+def put_in_place(made: Path, root: Path) -> None:
+    """Have ``made`` take the place of the data set at ``root``, if there is one.
+
+    Raises:
+        UserError: what is there by now is not to be replaced.
+        OSError: it cannot be.
+    """
+    check_replaceable(root)  # making it took a while
+    if root.exists():
+        shutil.rmtree(root)
+    made.rename(root)
 
 
 def _foreign(root: Path) -> list[Path]:

@@ -6,7 +6,6 @@ off starts afresh, so that its seconds are those of one undisturbed run.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from fairchem_kd.demo.plan import Training
 from fairchem_kd.demo.progress import Progress
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_text
+from fairchem_kd.launch import claim
 from fairchem_kd.reading import parse_json, read_json
 from fairchem_kd.teachers.place import VARIABLE
 from fairchem_kd.training.records import RECORDS, read_records
@@ -64,23 +64,13 @@ class Interrupted(Exception):
     """A signal asked the driver to end."""
 
 
-@contextmanager
-def claimed(out: Path) -> Iterator[int]:
-    """Hold ``out`` for this process and the trainings that it starts; yields the lock.
-
-    Raises:
-        UserError: another demo is at work there, or trainings that one left behind.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"Another demo, or a training that one left behind, is at work in {out}: wait for "
-                "it, or write somewhere else with --out."
-            ) from None
-        yield file.fileno()
+def claimed(out: Path) -> AbstractContextManager[int]:
+    """The lock by which this demo has ``out`` (:func:`fairchem_kd.launch.claim.claimed`)."""
+    return claim.claimed(
+        out,
+        f"Another demo, or a training that one left behind, is at work in {out}: wait for "
+        "it, or write somewhere else with --out.",
+    )
 
 
 class _Requests:

@@ -22,7 +22,7 @@ import lmdb
 from fairchem_kd._version import __version__
 from fairchem_kd.data.card import read_card
 from fairchem_kd.data.create import locked, what_failed
-from fairchem_kd.data.replace import check_replaceable
+from fairchem_kd.data.replace import check_replaceable, put_in_place
 from fairchem_kd.data.workers import Progress
 from fairchem_kd.errors import UserError
 from fairchem_kd.explore.assembling import NothingKept, assemble
@@ -104,10 +104,7 @@ def explore(
                 run_parts(processes)
             _do(work, groups, plan, settings, range(len(groups)), quiet=False)
             card = _assemble(work, groups, plan, settings)
-            check_replaceable(dest)  # it took a while
-            if dest.exists():
-                shutil.rmtree(dest)
-            (work / "out").rename(dest)
+            put_in_place(work / "out", dest)
         except NothingKept:
             shutil.rmtree(work)
             raise

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from configs import ROOT
+from bundles import assert_one_file
 
-from fairchem_kd.calculators.bundle import MODULES, bundled, names_at_the_top
+from fairchem_kd.calculators.bundle import MODULES, bundled
 from fairchem_kd.calculators.filling import Item
 from fairchem_kd.calculators.options import parse_part
 from fairchem_kd.calculators.structures_file import StructuresFile, write_structures
@@ -94,16 +93,7 @@ def test_parts_that_are_none(given: str) -> None:
 
 def test_the_modules_of_the_written_file_need_nothing_else() -> None:
     """No name stands at the top of two of them, and each comes after those that it imports."""
-    texts = [(ROOT / f"fairchem_kd/{m.replace('.', '/')}.py").read_text() for m in MODULES]
-    twice = [name for name, times in Counter(names_at_the_top(texts)).items() if times > 1]
-    assert not twice
-    known: set[str] = set()
-    for module, text in zip(MODULES, texts, strict=True):
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fairchem_kd"):
-                assert node.module in known, f"{module} imports {node.module}"
-                assert all(alias.asname is None for alias in node.names), module
-        known.add(f"fairchem_kd.{module}")
+    assert_one_file(MODULES)
 
 
 def test_the_written_file_imports_numpy_ase_and_the_standard_library() -> None:

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.io import write
-from configs import ROOT
+from bundles import assert_one_file
 from models import fit_scales, small_model, structures
 from trainings import config, trainer
 from trainings import data as data
 
 from fairchem_kd import ModuleCalculator, StudentCalculator
-from fairchem_kd.calculators.bundle import names_at_the_top
 from fairchem_kd.commands.main import main
 from fairchem_kd.errors import UserError
 from fairchem_kd.md import Exploded
@@ -372,15 +370,7 @@ def test_the_command_refuses_before_it_works(
 
 def test_the_loader_needs_torch_numpy_scipy_and_ase_alone() -> None:
     """No name stands at the top of two of its modules, each after those that it imports."""
-    texts = [(ROOT / f"fairchem_kd/{m.replace('.', '/')}.py").read_text() for m in MODULES]
-    twice = [name for name, times in Counter(names_at_the_top(texts)).items() if times > 1]
-    assert not twice
-    known: set[str] = set()
-    for module, text in zip(MODULES, texts, strict=True):
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fairchem_kd"):
-                assert node.module in known, f"{module} imports {node.module}"
-        known.add(f"fairchem_kd.{module}")
+    assert_one_file(MODULES)
     found = set()
     for node in ast.walk(ast.parse(loader())):
         if isinstance(node, ast.Import):

@@ -38,7 +38,7 @@ from fairchem_kd.data.convert.sources import (
 )
 from fairchem_kd.data.create import locked, what_failed
 from fairchem_kd.data.frames import Frame
-from fairchem_kd.data.replace import check_replaceable
+from fairchem_kd.data.replace import check_replaceable, put_in_place
 from fairchem_kd.data.workers import Progress, worker_pool
 from fairchem_kd.data.writer import to_data
 from fairchem_kd.errors import UserError
@@ -149,10 +149,7 @@ def convert(
         try:
             _convert_parts(work, parts, conversion, processes, descriptor)
             card = assemble(work, parts, conversion)
-            check_replaceable(dest)  # it took a while
-            if dest.exists():
-                shutil.rmtree(dest)
-            (work / "out").rename(dest)
+            put_in_place(work / "out", dest)
         except UserError:
             if not any(work.glob(f"parts/*/{DONE}")):  # there is nothing to go on with
                 shutil.rmtree(work)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import yaml
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_text
+from fairchem_kd.launch import claim
 from fairchem_kd.teachers.place import VARIABLE
 from fairchem_kd.training.records import read_records
 
@@ -25,23 +25,13 @@ STORE = "teacher_stores"  # of what the teacher said, in the folder of all round
 _TAIL = 12  # lines of a failed training's log
 
 
-@contextmanager
-def claimed(out: Path) -> Iterator[int]:
-    """Hold ``out`` for this process and the trainings that it starts; yields the lock.
-
-    Raises:
-        UserError: other rounds are at work there, or a training that they left behind.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"Other rounds, or a training that some left behind, are at work in {out}: wait "
-                "for them, or name another folder with --out."
-            ) from None
-        yield file.fileno()
+def claimed(out: Path) -> AbstractContextManager[int]:
+    """The lock by which these rounds have ``out`` (:func:`fairchem_kd.launch.claim.claimed`)."""
+    return claim.claimed(
+        out,
+        f"Other rounds, or a training that some left behind, are at work in {out}: wait "
+        "for them, or name another folder with --out.",
+    )
 
 
 def student_of(folder: Path) -> Path | None:
