@@ -13,6 +13,7 @@ from fairchem.core.common.flags import flags
 
 from fairchem_kd import reading
 from fairchem_kd.reading import Unreadable
+from fairchem_kd.stock.noise import without_the_untold
 
 MAX_FILES = 200  # that a config includes, those of its includes counted each time
 
@@ -46,7 +47,8 @@ def build_config(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str
         AttributeError, TypeError: overrides that do not fit.
     """
     check_files(args.config_yml)
-    return utils.build_config(args, list(overrides))
+    with without_the_untold():
+        return utils.build_config(args, list(overrides))
 
 
 def check_files(path: str | Path) -> None:

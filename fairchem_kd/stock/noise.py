@@ -73,6 +73,20 @@ def _is_told(record: logging.LogRecord) -> bool:
     )
 
 
+@contextmanager
+def without_the_untold() -> Iterator[None]:
+    """Within the block stock logs none of that, where no handler of its own is set up either."""
+    root = logging.getLogger()  # stock logs to it by itself
+    told = os.environ.get(VERBOSE)
+    if not told:
+        root.addFilter(_is_told)
+    try:
+        yield
+    finally:
+        if not told:
+            root.removeFilter(_is_told)
+
+
 #: Warnings of stock fairchem's code that a user of our commands can do nothing about.
 NOISE = (
     r"'PaiNN\w*\.jittable' is deprecated",

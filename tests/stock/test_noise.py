@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+from pathlib import Path
 
 import pytest
 
 from fairchem_kd.stock import noise
+from fairchem_kd.stock.configs import training_config
 
 
 @pytest.fixture
@@ -58,3 +60,20 @@ def test_verbose_is_stocks(shown: io.StringIO, monkeypatch: pytest.MonkeyPatch) 
     assert "amp: false" in shown.getvalue()
     assert "/somewhere/base_trainer.py:7: (INFO): Evaluating on val." in shown.getvalue()
     assert "Disabled BalancedBatchSampler" in shown.getvalue()
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_configs_that_overwrite_what_they_include_are_read_in_silence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    verbose: bool,
+) -> None:
+    if verbose:
+        monkeypatch.setenv(noise.VERBOSE, "1")
+    (tmp_path / "base.yml").write_text("optim: {batch_size: 1}\n")
+    (tmp_path / "over.yml").write_text("includes: [base.yml]\noptim: {batch_size: 2}\n")
+    assert training_config(tmp_path / "over.yml")["optim"]["batch_size"] == 2
+    assert ("Overwritten config parameters" in caplog.text) == verbose
+    logging.warning("it speaks again")
+    assert "it speaks again" in caplog.text
