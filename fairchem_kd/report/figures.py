@@ -12,6 +12,7 @@ from fairchem_kd.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 #: Okabe and Ito (2008), without the yellow that is too light for lines on white.
@@ -82,7 +83,13 @@ def save(figure: Figure, path: Path) -> list[Path]:
 
 
 def logarithmic(axes: Axes, which: str) -> None:
-    """A logarithmic axis with plain numbers: 1, 2, 5 times powers of ten; on a short one others."""
+    """A logarithmic axis with :func:`plain_numbers`."""
+    axes.set(**{f"{which}scale": "log"})
+    plain_numbers(axes.xaxis if which == "x" else axes.yaxis)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Of a logarithmic axis: 1, 2, 5 times powers of ten; on a short one others."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     class Plain(LogLocator):
@@ -92,8 +99,6 @@ def logarithmic(axes: Axes, which: str) -> None:
                 return ticks
             return MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(vmin, vmax)
 
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(Plain(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

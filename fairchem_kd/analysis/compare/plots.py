@@ -14,7 +14,7 @@ import numpy as np
 from fairchem_kd.analysis.compare.comparison import TEACHER, Comparison
 from fairchem_kd.analysis.compare.curves import learning_curves
 from fairchem_kd.analysis.compare.gradients import plot_gradients
-from fairchem_kd.report.figures import legend, logarithmic, new_figure, style
+from fairchem_kd.report.figures import legend, logarithmic, new_figure, plain_numbers, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -220,5 +220,6 @@ def plot_parity(comparison: Comparison, split_name: str) -> Figure:
             most = max(float(one.get_array().max()) for one in drawn)
             for one in drawn:
                 one.set_clim(1, max(most, 2))
-            figure.colorbar(drawn[-1], ax=list(row), label="points", fraction=0.03, pad=0.01)
+            bar = figure.colorbar(drawn[-1], ax=list(row), label="points", fraction=0.03, pad=0.01)
+            plain_numbers(bar.ax.yaxis)
     return figure
