@@ -1,6 +1,6 @@
 """Does it show before the training which loss on features will pay?
 
-    python benchmarks/alike_and_gain.py runs/sweeps/losses runs/sweeps/pairs_of_layers
+    python benchmarks/alike_and_gain.py runs/sweeps/{losses,losses_alone,pairs_of_layers}
 
 of finished sweeps (``fairchem-kd sweep run yaml_configs/sweeps/losses.yml``, and so on). For every
 run with one loss on features: how alike the two layers were before the training, as CKA and as
