@@ -2,50 +2,63 @@
 
     batch -> student inside `watch`, its features tapped -> `loss` asks the teacher and compares
 
-It is what `DistillationTrainer` stands on too, `fairchem_kd.distillation.terms.Distillation`, made
-of Python objects in place of a config.
+`DistillationTrainer` is one such loop: its steps are those of a Distiller, which it makes of its
+config (`Distiller.of`) in place of Python objects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fairchem_kd.distillation.config import DistillationConfig, loss_term
+from fairchem_kd.distillation.config import DistillationConfig
+from fairchem_kd.distillation.given import (
+    OUTPUTS,
+    check_steps,
+    first_batches,
+    teacher_of,
+    terms_of,
+)
 from fairchem_kd.distillation.slopes import check_slopes_on
-from fairchem_kd.distillation.statistics import fit_on_batches
+from fairchem_kd.distillation.statistics import Collate, fit_on_batches
 from fairchem_kd.distillation.terms import Distillation
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Captured
 from fairchem_kd.features.architecture import unwrap
-from fairchem_kd.losses.schedule import Schedule
 from fairchem_kd.machine import FP32
 from fairchem_kd.models.frozen import Teacher as FrozenModel
 from fairchem_kd.models.frozen import shaped_outputs
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.label_losses import DEFAULT, label_losses
-from fairchem_kd.teachers import EnsembleTeacher, LiveTeacher, Teacher
+from fairchem_kd.teachers import Teacher
 from fairchem_kd.training.ranks import average_gradients
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
     from torch_geometric.data import Batch
 
-#: What fairchem's models of energies and forces give.
-OUTPUTS: dict[str, dict[str, Any]] = {
-    "energy": {"level": "system"},
-    "forces": {"level": "atom", "train_on_free_atoms": True},
-}
+
+@dataclass
+class Watching:
+    """What is seen of the student's one forward inside `Distiller.watch`."""
+
+    #: the student's outputs by name, ``(B, C)`` of structures and ``(N, C)`` of atoms, normalised;
+    #: where nobody sets them inside the block, what its forward gave
+    outputs: Mapping[str, Tensor] | None = None
 
 
-class _Watched(NamedTuple):
+class Watched(NamedTuple):
+    """A batch, and what the student gave and computed inside."""
+
     batch: Batch
-    outputs: dict[str, Tensor]
+    outputs: Mapping[str, Tensor]
     features: Captured
 
 
@@ -102,63 +115,78 @@ class Distiller:
         self._student = unwrap(student)
         device = next((p.device for p in self._student.parameters()), torch.device("cpu"))
         config = DistillationConfig()
-        config.terms = _terms(losses)
+        config.terms = terms_of(losses)
         if not config.active_terms:
             raise UserError("losses: there is no term with a coefficient above 0, so take one.")
-        _check_steps(steps, config)
+        check_steps(steps, config)
         wanted = {k: dict(v) for k, v in (OUTPUTS if outputs is None else outputs).items()}
         if outputs is None and not getattr(self._student, "regress_forces", True):
             del wanted["forces"]
-        self._outputs = wanted
+        self._outputs: Mapping[str, Mapping[str, Any]] = wanted
         learned = [
             (target, one) for target, one in label_losses(loss_functions) if target in wanted
         ]
         with isolated_random_state():
-            self._distillation = Distillation(
+            distillation = Distillation(
                 config,
                 self._student,
-                _teacher(teacher, self._student, device, precision),
+                teacher_of(teacher, self._student, device, precision),
                 Units({}, {}) if units is None else units,
                 label_losses=learned,
                 outputs=wanted,
-                learning_rate=1e-3,  # its own optimiser is not used: see `parameters`
-                clip_grad_norm=None,
                 seed=seed,
                 last_step=steps or 1,
                 device=device,
             )
-        terms = self._distillation.terms.values()
-        self._unfitted = [term.where for term in terms if term.needs_statistics]
-        self._unchecked = self._distillation.needs_slopes
-        self._watched: _Watched | None = None
+        self._start(distillation)
+        self._unchecked = distillation.needs_slopes  # by `check_slopes_on`, on the first batch
+
+    @classmethod
+    def of(cls, distillation: Distillation) -> Distiller:
+        """The one of teacher, taps and terms that are there, as a trainer makes them."""
+        made = cls.__new__(cls)
+        made._student = distillation.student
+        made._outputs = distillation.targets
+        made._start(distillation)
+        made._unchecked = False  # a trainer looks at its data set
+        return made
+
+    def _start(self, distillation: Distillation) -> None:
+        #: teacher, taps and terms
+        self.distillation = distillation
+        self._unfitted = [t.where for t in distillation.terms.values() if t.needs_statistics]
+        #: what was watched and is not yet compared
+        self.watched: Watched | None = None
         #: optimiser steps so far, which schedules go by: one for each call of `loss` in training
         self.step = 0
 
     # -- a step -----------------------------------------------------------------------------------
 
     @contextmanager
-    def watch(self, batch: Batch) -> Iterator[None]:
+    def watch(self, batch: Batch) -> Iterator[Watching]:
         """Tap the student during its one forward of ``batch`` inside the block.
 
         Raises:
             UserError: elements of which the teacher says nothing, or not exactly one forward.
         """
-        self._watched = None
-        self._distillation.check_elements(batch.atomic_numbers)
-        pairing = [t.where for t in self._distillation.terms.values() if t.needs_pairs]
+        self.watched = None
+        distillation = self.distillation
+        distillation.check_elements(batch.atomic_numbers)
+        pairing = [t.where for t in distillation.terms.values() if t.needs_pairs]
         if pairing and self._student.training and "pairs" not in batch:
             raise UserError(
                 f"{pairing[0]} compares structures in pairs, and the batch does not say which: set "
                 "batch.pairs = fairchem_kd.losses.pair_atoms(batch.natoms, pairs)."
             )
         if self._unchecked:
-            check_slopes_on(batch.clone().to(self._distillation.device), self._distillation)
+            check_slopes_on(batch.clone().to(distillation.device), distillation)
             self._unchecked = False
         given: list[Any] = []
         hook = self._student.register_forward_hook(lambda *args: given.append(args[-1]))
+        watching = Watching()
         try:
-            with self._distillation.tap_student(batch) as features:
-                yield
+            with distillation.tap_student(batch) as features:
+                yield watching
                 if len(given) != 1:
                     raise UserError(
                         f"The student ran {len(given)} times inside one `watch`, and has to run "
@@ -166,34 +194,46 @@ class Distiller:
                     )
         finally:
             hook.remove()
-        outputs = shaped_outputs(given[0], self._outputs, batch, "the student")
-        self._watched = _Watched(batch, outputs, features)
+        outputs = watching.outputs
+        if outputs is None:
+            outputs = shaped_outputs(given[0], self._outputs, batch, "the student")
+        self.watched = Watched(batch, outputs, features)
 
-    def loss(self) -> Tensor:
+    def loss(self, labels: Tensor | None = None, *, step: int | None = None) -> Tensor:
         """The weighted sum of the terms on the batch that was watched last, ``()``.
 
         The mean is over the elements of all ranks, times their number, since
         DistributedDataParallel averages gradients over them. Of a student in training this counts
-        as a step.
+        as a step, where ``step`` does not say which step it is.
+
+        Args:
+            labels: your own loss on the labels, ``()``, as it counts: it is noted as
+                ``label_loss`` in `values` and added to nothing.
+            step: the number of the optimiser step, from 1 on, by which schedules go; where one
+                takes several batches, give each of them the same.
 
         Raises:
             UserError: nothing was watched since the last call, or statistics are not fitted.
         """
-        if self._watched is None:
+        if self.watched is None:
             raise UserError(
                 "There is nothing to compare: run the student inside `with distiller.watch(batch):`"
                 " before each `distiller.loss()`."
             )
+        if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
+            raise UserError(f"step is {step!r:.40}, and has to be a number of 0 or more.")
         if self._unfitted:
             raise UserError(
                 f"{self._unfitted[0]} compares standardised features, whose statistics are not "
                 "there yet: call `distiller.fit(batches)` first, or give it standardize=False."
             )
-        watched, self._watched = self._watched, None
-        if not self._student.training:
-            return self._distillation.loss(*watched, max(self.step, 1))
-        self.step += 1
-        return self._distillation.loss(*watched, self.step)
+        watched, self.watched = self.watched, None
+        if step is None:
+            self.step += self._student.training
+            step = max(self.step, 1)
+        else:
+            self.step = step
+        return self.distillation.loss(*watched, step, labels)
 
     # -- statistics and projections ---------------------------------------------------------------
 
@@ -209,7 +249,7 @@ class Distiller:
             UserError: there is none, one that the teacher cannot take, or a feature that does not
                 vary.
         """
-        distillation = self._distillation
+        distillation = self.distillation
         terms = [term for term in distillation.terms.values() if term.needs_statistics]
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
             raise UserError(f"samples is {samples!r:.40}, and has to be a number of 1 or more.")
@@ -218,14 +258,27 @@ class Distiller:
                 terms,
                 distillation.teacher,
                 distillation.teacher_requests,
-                _first(batches, samples),
+                first_batches(batches, samples),
                 distillation.device,
             )
         self._unfitted = []
 
+    def fit_on(self, dataset: Dataset, collate: Collate) -> None:
+        """`fit` on evenly spread samples of a data set, on the first rank for all; a collective.
+
+        Args:
+            dataset: of training structures.
+            collate: makes a batch of samples.
+
+        Raises:
+            UserError: on every rank, what `fit` refuses.
+        """
+        self.distillation.fit_statistics(dataset, collate)
+        self._unfitted = []
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained with the student: the projections. Give them to the optimiser."""
-        return self._distillation.modules.parameters()
+        return self.distillation.modules.parameters()
 
     def average_gradients(self) -> None:
         """After backward in several processes: these are not in DistributedDataParallel."""
@@ -233,14 +286,13 @@ class Distiller:
 
     def values(self) -> dict[str, float]:
         """Raw and weighted value of each term, the mean over the steps since the last reading."""
-        return self._distillation.values.read()
+        return self.distillation.values.read()
 
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Projections, statistics and the step, and what they belong to."""
-        state = self._distillation.state_dict()
-        return {"step": self.step, **{key: state[key] for key in ("identity", "terms")}}
+        return {"step": self.step, **self.distillation.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state.
@@ -250,82 +302,6 @@ class Distiller:
         """
         if not isinstance(state, Mapping) or not {"step", "identity", "terms"} <= set(state):
             raise UserError("This is no state of a Distiller: give what its `state_dict` gave.")
-        self._distillation.load_state_dict({**state, "optimizer": None})
+        self.distillation.load_state_dict(state)
         self.step = int(state["step"])
         self._unfitted = []
-
-
-def _terms(losses: Any) -> dict[str, Any]:
-    if isinstance(losses, str):
-        losses = [losses]
-    if not isinstance(losses, Mapping):
-        try:
-            losses = {str(name): {} for name in losses}
-        except TypeError:
-            raise UserError(
-                f"losses is a {type(losses).__name__}, and not terms by name with their options."
-            ) from None
-    return {
-        str(name): loss_term(str(name), given, "losses")
-        for name, given in losses.items()
-        if given is not None
-    }
-
-
-def _check_steps(steps: Any, config: DistillationConfig) -> None:
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise UserError(f"steps is {steps!r:.40}, and has to be a number of 1 or more.")
-    for term in config.active_terms.values():
-        if steps is None and term.schedule != Schedule():
-            raise UserError(
-                f"{term.where}.schedule needs the number of optimiser steps of the whole training: "
-                "give `steps`."
-            )
-
-
-def _teacher(given: Any, student: nn.Module, device: torch.device, precision: str) -> Teacher:
-    """What teaches, out of what a user has.
-
-    Raises:
-        UserError: it cannot teach.
-    """
-    if isinstance(given, list | tuple) and given:
-        members = [_teacher(one, student, device, precision) for one in given]
-        for one in members:
-            if not isinstance(one, LiveTeacher):
-                raise UserError(
-                    "The members of an ensemble are checkpoints or models, and one of them is of "
-                    f"the type {type(one).__name__}."
-                )
-        lives = [one for one in members if isinstance(one, LiveTeacher)]
-        return EnsembleTeacher(lives) if len(lives) > 1 else lives[0]
-    if isinstance(given, str | Path):
-        given = FrozenModel.from_checkpoint(given, device=device, where="teacher")
-    elif isinstance(given, nn.Module):
-        model = unwrap(given)
-        own = {id(p) for p in student.parameters()}
-        if any(id(p) in own for p in model.parameters()):
-            raise UserError(
-                "Teacher and student share weights, and those of a teacher are frozen: give a copy "
-                "(copy.deepcopy) as the teacher."
-            )
-        given = FrozenModel(model.to(device), Units({}, {}), OUTPUTS)
-    if isinstance(given, FrozenModel):
-        return LiveTeacher(given, precision)
-    if not callable(getattr(given, "teach", None)):
-        raise UserError(
-            f"The teacher is a {type(given).__name__}: give the path of a checkpoint, a model or a "
-            "fairchem_kd.Teacher."
-        )
-    return given
-
-
-def _first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
-    seen = 0
-    for batch in batches:
-        yield batch
-        seen += len(batch.natoms)
-        if seen >= samples:
-            return
-    if not seen:
-        raise UserError("fit: there is no batch, so that no statistics can be had; give some.")

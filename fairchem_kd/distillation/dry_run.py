@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fairchem_kd.distillation.agreement import Agreement
+from fairchem_kd.distillation.fitting import look_at_labels
 from fairchem_kd.distillation.trainer import DistillationTrainer
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.noise import without_noise
@@ -63,7 +64,7 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
     assert trainer.train_loader is not None
     trainer.check_labels()
     trainer.set_up()
-    found, zero = trainer.look_at_labels()
+    found, zero = look_at_labels(trainer.distillation, trainer.train_samples, trainer.collater)
     trainer.step = 1  # the first of a training, by which unlabelled structures are dealt
     batch = next(iter(trainer.train_loader), None)
     if batch is None:
@@ -82,7 +83,7 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
     distillation = trainer.distillation
     terms = distillation.values.read() if distillation is not None else {}
     memory = _memory(trainer.device)
-    trainer.distillation = None
+    trainer.distiller = None
     _, plain = _steps(trainer, batch, repeats)
     if not math.isfinite(loss):
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -14,10 +15,11 @@ from fairchem_kd.teachers.live import LiveTeacher
 from fairchem_kd.teachers.recorded import RecordedTeacher
 from fairchem_kd.training.ranks import file_seen
 
+#: Whatever a config can name.
+OpenTeacher: TypeAlias = LiveTeacher | EnsembleTeacher | RecordedTeacher
 
-def open_teacher(
-    config: TeacherConfig, device: torch.device
-) -> LiveTeacher | EnsembleTeacher | RecordedTeacher | None:
+
+def open_teacher(config: TeacherConfig, device: torch.device) -> OpenTeacher | None:
     """The teacher; None where the config names none.
 
     Raises:

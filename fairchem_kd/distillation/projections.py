@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ class Projections:
     """Steps the parameters of the loss terms, if they have any, with AdamW.
 
     Args:
-        modules: those of the terms.
+        parameters: those of the terms.
         options: what the config gives.
         learning_rate: where it gives none.
         clip_grad_norm: where it gives none.
@@ -25,7 +26,7 @@ class Projections:
 
     def __init__(
         self,
-        modules: nn.Module,
+        parameters: Iterable[nn.Parameter],
         options: ProjectionOptim,
         *,
         learning_rate: float,
@@ -34,7 +35,7 @@ class Projections:
         self.learning_rate = options.lr or learning_rate
         self.clip_grad_norm = options.clip_grad_norm or clip_grad_norm
         self.weight_decay = options.weight_decay
-        self.parameters = list(modules.parameters())
+        self.parameters = list(parameters)
         self.optimizer: torch.optim.Optimizer | None = None
         if self.parameters:
             self.optimizer = torch.optim.AdamW(

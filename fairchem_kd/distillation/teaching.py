@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.data.build import ensure_built
+from fairchem_kd.distillation.answering import folders_of
 from fairchem_kd.distillation.config import WHERE, TeacherConfig
 from fairchem_kd.distillation.keeping import Wanted, keep
 from fairchem_kd.distillation.trainer import DistillationTrainer
@@ -19,10 +20,8 @@ from fairchem_kd.stock.configs import training_config
 from fairchem_kd.stock.datasets import collate
 from fairchem_kd.stock.noise import quiet, without_noise
 from fairchem_kd.stock.trainer import in_one_process
-from fairchem_kd.teachers.ensemble import EnsembleTeacher
 from fairchem_kd.teachers.filling import GROUP, Source
 from fairchem_kd.teachers.live import LiveTeacher
-from fairchem_kd.teachers.stored import StoredTeacher
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -72,9 +71,7 @@ def teach_for_training(
                 raise UserError(f"{path}: {WHERE}.losses is empty, so that nobody is asked.")
             trainer.keep_answers(live, part)
         assert trainer.distillation is not None
-        kept = trainer.distillation.teacher
-        stores = kept.stores if isinstance(kept, EnsembleTeacher) else [kept]
-        folders = [one.folder for one in stores if isinstance(one, StoredTeacher)]
+        folders = folders_of(trainer.distillation.teacher)
         if not folders:
             raise UserError(f"{path}: nothing is kept, see above; mend {WHERE}.teacher.store.")
         return folders

@@ -1,31 +1,29 @@
-"""What a distilled training has beyond a plain one: teacher, taps, loss terms, projections.
+"""What a distilled training has beyond a plain one: teacher, taps and loss terms.
 
-Built once, when training starts. None of it is part of the student: its parameters have an
-optimiser of their own, and its state a key of its own in the checkpoint.
+Built once, when training starts. None of it is part of the student: its parameters are no part of
+the student's, and its state has a key of its own in the checkpoint.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fairchem_kd.distillation.agreement import Agreement, agreement
-from fairchem_kd.distillation.balance import FACTOR, Balance
+from fairchem_kd.distillation.balance import Balance
 from fairchem_kd.distillation.comparing import Compared, Comparing
 from fairchem_kd.distillation.config import DistillationConfig
 from fairchem_kd.distillation.ensembles import EnsembleOptions, Spreads
-from fairchem_kd.distillation.gradients import gradients_of_terms
-from fairchem_kd.distillation.projections import Projections
+from fairchem_kd.distillation.identity import check_identity, identity_of
 from fairchem_kd.distillation.statistics import Collate, fit_statistics
+from fairchem_kd.distillation.summing import Summing
 from fairchem_kd.distillation.values import Values
-from fairchem_kd.distillation.zero import EnergyZero, fit_zero
+from fairchem_kd.distillation.zero import EnergyZero, fit_zero_on_first
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import (
     Captured,
@@ -41,7 +39,6 @@ from fairchem_kd.models.units import Units
 from fairchem_kd.stock.positions import followed
 from fairchem_kd.teachers import EnsembleTeacher, Teacher
 from fairchem_kd.teachers.slopes import live_members
-from fairchem_kd.training.ranks import all_sum, rank, refused_by_all, world_size
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -50,28 +47,10 @@ if TYPE_CHECKING:
 
 #: In logs and records: the share of structures for which the teacher's word does not count.
 UNTRUSTED = "untrusted"
-#: The loss of the labels, weighted as it counts.
-LABEL_LOSS = "label_loss"
-#: What a run's identity was before a key of it was there.
-_BEFORE = {"teacher.energy_zero": "teacher"}
-
-
-def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """``(n,)``, float64, of numbers ``()``; in one go where they are of one type."""
-    if len({value.dtype for value in values}) == 1:
-        return torch.stack(list(values)).double()
-    return torch.stack([value.double() for value in values])
-
-
-def _given(identity: Any) -> Any:
-    """Without what is null: an option that was not there when a run began is null now."""
-    if not isinstance(identity, dict):
-        return identity
-    return {key: _given(value) for key, value in identity.items() if value is not None}
 
 
 class Distillation:
-    """Teacher, taps, loss terms and projections of one training.
+    """Teacher, taps and loss terms, with their projections, of one training.
 
     Args:
         config: the validated ``task.distillation`` block.
@@ -80,8 +59,6 @@ class Distillation:
         units: the student's normalisers and element references.
         label_losses: the trainer's ``(target, {"fn", "coefficient"})`` pairs.
         outputs: the trainer's ``output_targets``.
-        learning_rate: of the projections, where the config gives none.
-        clip_grad_norm: of the projections, where the config gives none.
         seed: of the projections' own random generator.
         last_step: the last optimiser step of the run, where schedules end.
 
@@ -98,15 +75,12 @@ class Distillation:
         *,
         label_losses: Sequence[tuple[str, dict[str, Any]]],
         outputs: dict[str, dict[str, Any]],
-        learning_rate: float,
-        clip_grad_norm: float | None,
         seed: int,
         last_step: int,
         device: torch.device,
     ) -> None:
         self.terms = config.active_terms
         self.labels = config.labels
-        self.diagnostics = config.diagnostics
         self.statistics_samples = config.statistics_samples
         self.student = student
         self.teacher = teacher
@@ -136,15 +110,18 @@ class Distillation:
         if self.needs_slopes:
             live_members(teacher)  # refuses one without a model
 
-        self.projections = Projections(
-            self.modules,
-            config.projections,
-            learning_rate=learning_rate,
-            clip_grad_norm=clip_grad_norm,
-        )
         balancing = config.balancing
         self.balance = Balance(balancing, self.terms, device) if balancing is not None else None
         self.values = Values()
+        self._sum = Summing(
+            self.terms,
+            student,
+            last_step=last_step,
+            diagnostics=config.diagnostics,
+            balance=self.balance,
+            values=self.values,
+            device=device,
+        )
         self.zero_of = config.teacher.energy_zero
         self.zero: EnergyZero | None = None
         self.spreads: Spreads | None = None
@@ -210,7 +187,7 @@ class Distillation:
 
     def running(self, step: int) -> dict[str, Loss]:
         """The terms that count at a step, by their schedules."""
-        return {n: t for n, t in self.terms.items() if t.schedule.runs(step, self.last_step)}
+        return self._sum.running(step)
 
     def trains_projections(self, step: int) -> bool:
         """Whether a term that counts at a step has parameters of its own."""
@@ -238,16 +215,15 @@ class Distillation:
     def loss(
         self,
         batch: Batch,
-        out: dict[str, Tensor],
+        out: Mapping[str, Tensor],
         features: Captured,
         step: int,
         labels: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum of the running terms on one batch, over the elements of all ranks.
 
-        One all-reduce carries the counts and the sums of every term. The result is multiplied by
-        the number of ranks, because DDP averages gradients over them. ``labels``, the labels' loss
-        as it counts, is noted alone.
+        The result is multiplied by the number of ranks, because DDP averages gradients over them.
+        ``labels``, the labels' loss as it counts, is noted alone.
         """
         with torch.autocast(self.device.type, enabled=False):
             found = self.compared(batch, out, features)
@@ -263,94 +239,17 @@ class Distillation:
                     if part.weight is None:
                         noted[full] = part
                     else:
-                        parts[full] = self._weight(term, step) * part.weight, part
-            if labels is not None:
-                noted[LABEL_LOSS] = Part("", 1.0, labels.detach(), 1)
+                        parts[full] = part.weight, part
             if (
                 inputs.systems is not None and "rattled" in batch
             ):  # the share of the copies that counts
                 kept = (inputs.systems & batch.rattled).sum()
                 noted["rattle"] = Part("", 1.0, kept, batch.rattled.sum())
-            noted |= found.noted
-            summed = [*(part for _, part in parts.values()), *noted.values()]
-            totals = _stacked([part.total for part in summed])
-            # a plain sum over ranks: their counts add up to one
-            counts = self._counts(
-                [1.0 / world_size() if p.count is None else p.count for p in summed]
-            )
-            sums = all_sum(torch.cat([counts, totals.detach()]))
-            counts, means = sums.chunk(2)
-            counts = counts.clamp(min=1.0)
-            means = means / counts
-            weights = [weight for weight, _ in parts.values()]
-            weight = torch.tensor(weights, dtype=torch.float64).to(self.device, non_blocking=True)
-            if self.balance is not None and parts:
-                weight = self._balanced(self.balance, weight, means, list(parts), step)
-            own = slice(len(parts))
-            self._note(parts, means[own], weight)
-            self.values.note(tuple(noted), means[len(parts) :])
-            self.values.end_step()
-            losses = weight * totals[own] * (world_size() / counts[own])
-            if labels is not None and labels.requires_grad:
-                self._look_at_gradients(dict(zip(parts, losses, strict=True)), labels, step)
-            return losses.sum().float()
+            return self._sum(parts, noted | found.noted, step, labels)
 
-    def compared(self, batch: Batch, out: dict[str, Tensor], features: Captured) -> Compared:
+    def compared(self, batch: Batch, out: Mapping[str, Tensor], features: Captured) -> Compared:
         """What the teacher says of a batch, beside what the student gave."""
-        return self.comparing(self.teacher, self.zero, batch, out, features)
-
-    def _balanced(
-        self, balance: Balance, weights: Tensor, means: Tensor, names: Sequence[str], step: int
-    ) -> Tensor:
-        """Weights of parts ``(P,)`` times the factors of their terms, which learn from the means.
-
-        A validation learns nothing.
-        """
-        terms = [name.partition(".")[0] for name in names]
-        factors = balance.factors(terms)
-        values: dict[str, Tensor] = {}
-        for term, value in zip(terms, (weights * means[: len(terms)]).unbind(), strict=True):
-            scheduled = self.terms[term].schedule.factor(step, self.last_step)
-            own = value / scheduled if scheduled > 0 else 0.0 * value
-            values[term] = values[term] + own if term in values else own
-        noted = [f"{term}_{FACTOR}" for term in values]
-        self.values.note(noted, balance.factors(values))
-        if self.student.training:
-            balance.learn_values(values)
-        return weights * factors
-
-    def _look_at_gradients(self, losses: dict[str, Tensor], labels: Tensor, step: int) -> None:
-        """Compare each term's gradient with the labels', where someone wants to know."""
-        running = self.running(step)
-        due = self.diagnostics.due(step)
-        balancing = self.balance is not None and self.balance.looks(step, running)
-        if not (due or balancing):
-            return
-        found = gradients_of_terms(losses, (LABEL_LOSS, labels), self.student)
-        if due:
-            for name, value in found.items():
-                self.values.note_now(name, value)
-        if self.balance is not None and balancing:
-            scheduled = {n: t.schedule.factor(step, self.last_step) for n, t in running.items()}
-            self.balance.learn_gradients(found, LABEL_LOSS, scheduled)
-
-    def _note(self, names: Iterable[str], values: Tensor, weights: Tensor) -> None:
-        """Note each term's raw and weighted value."""
-        both = tuple(full for name in names for full in (name, f"{name}_weighted"))
-        self.values.note(both, torch.stack([values, weights * values], dim=1).flatten())
-
-    def _weight(self, term: Loss, step: int) -> float:
-        return term.coefficient * term.schedule.factor(step, self.last_step)
-
-    def _counts(self, counts: Sequence[Tensor | float]) -> Tensor:
-        """``(n,)``, float64; in one go to the device where none of them is there."""
-        numbers = [0.0 if isinstance(count, Tensor) else count for count in counts]
-        known = torch.tensor(numbers, dtype=torch.float64).to(self.device, non_blocking=True)
-        if not any(isinstance(count, Tensor) for count in counts):
-            return known
-        return torch.stack(
-            [c.double() if isinstance(c, Tensor) else k for c, k in zip(counts, known, strict=True)]
-        )
+        return self.comparing(self.teacher, self.zero, batch, dict(out), features)
 
     def check_elements(self, atomic_numbers: Tensor) -> None:
         """Refuse atoms, ``(N,)``, of which the teacher, or its zero, says nothing.
@@ -370,16 +269,9 @@ class Distillation:
         Raises:
             UserError: on every rank: there are no labels, or too few.
         """
-        shifts = torch.zeros(120, dtype=torch.float64)
-        with refused_by_all():
-            if rank() == 0:
-                shifts = fit_zero(
-                    self.teacher, self.teacher_requests, dataset, collate, self.device
-                ).shifts
-        if world_size() > 1:
-            shifts = shifts.to(self.device)
-            dist.broadcast(shifts, src=0)
-        self.zero = EnergyZero(shifts.cpu())
+        self.zero = fit_zero_on_first(
+            self.teacher, self.teacher_requests, dataset, collate, self.device
+        )
 
     def fit_spreads(self, dataset: Dataset, collate: Collate) -> None:
         """Calibrate the spread of an ensemble on labels, on the first rank for all.
@@ -415,35 +307,20 @@ class Distillation:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a saved state belongs to: the teacher, the statistics' samples and the terms.
-
-        Coefficients, schedules and loss functions may change on resume; what projections and
-        statistics were made for may not. Worked out once: the digest reads all of the teacher.
-        """
-        changeable = ("coefficient", "schedule", "fn", "delta")
-        terms = {}
-        for name, term in self.terms.items():
-            options = dataclasses.asdict(term.options)
-            terms[name] = {"kind": term.kind} | {
-                key: value for key, value in options.items() if key not in changeable
-            }
-        return {
-            "teacher": self.teacher.identity,
-            "statistics_samples": self.statistics_samples,
-            "losses": terms,
-            "teacher.energy_zero": self.zero_of,
-        }
+        """What a saved state belongs to; worked out once, for it may read all of the teacher."""
+        return identity_of(
+            self.terms,
+            teacher=self.teacher.identity,
+            samples=self.statistics_samples,
+            zero=self.zero_of,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        """Projections and statistics, what was fitted to labels, and what they belong to."""
+        state: dict[str, Any] = {
             "identity": self.identity,
             "terms": {name: term.state_dict() for name, term in self.terms.items()},
-            "optimizer": self.projections.state_dict(),
-        } | self._fitted_state()
-
-    def _fitted_state(self) -> dict[str, Any]:
-        """What was fitted to labels, as far as anything was."""
-        state: dict[str, Any] = {}
+        }
         if self.zero is not None:
             state["energy_zero"] = self.zero.shifts
         if self.spreads is not None:
@@ -452,26 +329,18 @@ class Distillation:
             state["balance"] = self.balance.state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Go on from a saved state (None: that of a run without distillation).
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
 
         Raises:
             UserError: it belongs to another teacher, or to other terms.
         """
-        saved = state["identity"] if state is not None else {}
-        for key, value in self.identity.items():
-            if _given(saved.get(key, _BEFORE.get(key))) != _given(value):
-                raise UserError(
-                    f"task.distillation.{key}: this run was started with another one, so it cannot "
-                    "be resumed: give the same as then, or start a new run."
-                )
-        assert state is not None
+        check_identity(state["identity"], self.identity)
         for name, term in self.terms.items():
             term.load_state_dict(state["terms"][name])
-        self.projections.load_state_dict(state["optimizer"])
         if "energy_zero" in state:
             self.zero = EnergyZero(state["energy_zero"].cpu())
-        if self.spreads is not None:
+        if self.spreads is not None and "spreads" in state:
             self.spreads.load_state_dict(state["spreads"])
         if self.balance is not None and "balance" in state:
             self.balance.load_state_dict(state["balance"])

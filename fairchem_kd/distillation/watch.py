@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
+from fairchem_kd.errors import UserError
+
 KNOWS_NOTHING = 0.9  # of a standardised feature loss, whose value is 1 for a guess of the mean
 _LEARNED = 0.1  # the share of the training after which a term should have come below it
 HEAVY = 3.0  # times the label loss that a weighted term may be without a word
+MOST_UNTRUSTED = 0.5  # of the structures so far
+SURE = 10  # steps before a share of untrusted structures counts that is not all
 _READINGS = 3  # over which the last of these is averaged
 
 
 class Watch:
-    """Warns of terms that teach nothing, and of those that drown the labels.
+    """Warns of terms that teach nothing and those that drown the labels; ends what is in vain.
 
     Args:
         standardised: the terms whose value is 1 where nothing is known.
@@ -25,6 +29,7 @@ class Watch:
     ) -> None:
         self.standardised, self.asked = set(standardised), set(asked)
         self.last_step = last_step
+        self._untrusted: list[float] = []  # shares, between two lines of the log
         self._read: list[Mapping[str, float]] = []
         self._begun: dict[str, int] = {}
         self._told: set[str] = set()
@@ -65,6 +70,21 @@ class Watch:
                     "the student follows the teacher more than its labels. If that is not meant, "
                     "give it a smaller coefficient.",
                 )
+
+    def untrusted(self, step: int, share: float) -> None:
+        """Take in the share of structures for which the teacher's word did not count.
+
+        Raises:
+            UserError: it has been most of them so far.
+        """
+        self._untrusted.append(share)
+        share = sum(self._untrusted) / len(self._untrusted)
+        if share == 1.0 or (share > MOST_UNTRUSTED and step >= SURE):
+            raise UserError(
+                f"Step {step}: of {share:.0%} of the structures the teacher says "
+                "NaN or infinity, so that it teaches little: take structures like those that it "
+                "was trained on, or another teacher."
+            )
 
     def validated(
         self, step: int, metrics: Mapping[str, float], *, distilling: bool, names: Iterable[str]

@@ -21,6 +21,7 @@ from fairchem_kd.distillation.agreement import composition, energy_errors, enoug
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Request
 from fairchem_kd.teachers import Taught, Teacher
+from fairchem_kd.training.ranks import rank, refused_by_all, same_on_ranks
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -111,14 +112,33 @@ def fit_zero(
         f"to {len(errors)} labels: off by {np.abs(errors).mean():.3g} eV on average before, and by "
         f"{np.abs(left).mean():.2g} eV now"
     )
-    rank = int(np.linalg.matrix_rank(counts[:, known]))
-    if rank < known.sum():
+    apart = int(np.linalg.matrix_rank(counts[:, known]))
+    if apart < known.sum():
         logging.warning(
-            f"The labels do not tell the zeros of {known.sum()} elements apart ({rank} can be): "
+            f"The labels do not tell the zeros of {known.sum()} elements apart ({apart} can be): "
             "the shift is right for structures composed as they are, and may not be for others."
         )
     shifts[~known] = np.nan
     return EnergyZero(torch.from_numpy(shifts))
+
+
+def fit_zero_on_first(
+    teacher: Teacher,
+    requests: Sequence[Request],
+    dataset: Any,
+    collate: Callable[[list[Any]], Batch],
+    device: torch.device,
+) -> EnergyZero:
+    """`fit_zero` on the first rank, for all; a collective.
+
+    Raises:
+        UserError: on every rank, what `fit_zero` refuses.
+    """
+    shifts = torch.zeros(120, dtype=torch.float64)
+    with refused_by_all():
+        if rank() == 0:
+            shifts = fit_zero(teacher, requests, dataset, collate, device).shifts
+    return EnergyZero(same_on_ranks(shifts))
 
 
 def _chosen(dataset: Any) -> list[int]:

@@ -38,6 +38,7 @@ class EnsembleTeacher:
 
     def __init__(self, members: Sequence[LiveTeacher], lead: int = 0) -> None:
         self.lives = list(members)
+        self.given = self.lives
         #: those that are asked: a member, or what reads its store
         self.members: list[LiveTeacher | StoredTeacher] = list(members)
         self.lead = lead

@@ -1,8 +1,7 @@
 """A training that goes on after any interruption as if there had been none, bit for bit.
 
-Stock's checkpoints are enough to start from, not to go on from: they hold no random states, and a
-kill while one is written leaves none. What is added here stands under one more key of a stock
-checkpoint, and knows no teacher: a subclass with state of its own has the hooks
+What a checkpoint has for it, `saving` writes and reads. A subclass with state of its own has the
+hooks
 
     set_up -> (load_own_state) -> steps: run_model, values -> own_state, seen
 """
@@ -10,22 +9,18 @@ checkpoint, and knows no teacher: a subclass with state of its own has the hooks
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from fairchem.core.common import distutils
-from fairchem.core.modules.exponential_moving_average import ExponentialMovingAverage
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features.architecture import refuse_wrong_forces
 from fairchem_kd.random_state import random_state, set_random_state
-from fairchem_kd.stock.gradient_forces import check_gradient_forces, close_at_cutoff
-from fairchem_kd.stock.trainer import StockTrainer
+from fairchem_kd.stock.gradient_forces import check_gradient_forces
 from fairchem_kd.training.before import check_ranks, check_space, check_split
 from fairchem_kd.training.checks import (
     check_finite,
@@ -34,25 +29,18 @@ from fairchem_kd.training.checks import (
     refuse_gradients,
     refuse_none_free,
 )
-from fairchem_kd.training.from_direct import without_force_head
-from fairchem_kd.training.interruption import Ask, Interruption, Stopped, how_to_go_on
+from fairchem_kd.training.interruption import Ask, Stopped, how_to_go_on
 from fairchem_kd.training.owner import Owner
 from fairchem_kd.training.progress import Progress
 from fairchem_kd.training.ranks import refused_by_all
 from fairchem_kd.training.records import Clock, Records
 from fairchem_kd.training.resume import (
-    STATE_FORMAT,
-    STATE_KEY,
-    check_format,
-    check_same_run,
     check_same_steps,
     has_checkpoint,
     random_state_for,
-    random_states,
-    read_student,
     remove_leftovers,
 )
-from fairchem_kd.training.writing import checkpoints_written_with
+from fairchem_kd.training.saving import OWN_STATE, SavingTrainer
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -61,26 +49,8 @@ if TYPE_CHECKING:
 #: Outputs of a batch's structures, in the student's normalised units.
 Predict = Callable[["Batch"], dict[str, torch.Tensor]]
 
-#: What a checkpoint's state holds of a subclass; the name is that of the first one there was.
-OWN_STATE = "distillation"
 
-
-@dataclass
-class Restart:
-    """Where a training came from and how far it is, as far as going on depends on it."""
-
-    asked: bool  #: for a run of this name, with ``--timestamp-id``
-    loaded_from: str = ""
-    state: dict[str, Any] | None = None  #: what the loaded file holds under `STATE_KEY`
-    random_state: dict[str, Any] | None = None  #: to be set when the first batch has come
-    scheduled_step: int = 0  #: the last step after which the scheduler took one
-    saved_step: int = 0
-    validated: dict[str, Any] | None = None  #: the last validated step, and its primary metric
-    training: bool = False
-    evaluating: bool = False
-
-
-class RestartableTrainer(StockTrainer):
+class RestartableTrainer(SavingTrainer):
     """Trains as stock does; its runs keep records, survive kills and go on with the same bits.
 
     Raises:
@@ -88,39 +58,17 @@ class RestartableTrainer(StockTrainer):
             run or one that cannot be written.
     """
 
-    ema: ExponentialMovingAverage | None
-    step: int
-    epoch: float
-
     def __init__(self, **stock: Any) -> None:
         self.records: Records | None = None
         self.progress: Progress | None = None
         self._none_free = False
         self.metrics: dict[str, Any] = {}  # stock has them from its first step on
-        self.restart = Restart(asked=stock.get("timestamp_id") is not None)
         super().__init__(**stock)
-        self.interruption = Interruption(self.device)
 
     # -- what a subclass adds ---------------------------------------------------------------------
 
     def set_up(self) -> None:
         """Make what is there before the first step; leaves the global random states as they are."""
-
-    def own_state(self) -> dict[str, Any] | None:
-        """What has to be saved of it."""
-        return None
-
-    def load_own_state(self, state: dict[str, Any] | None) -> None:
-        """Go on from what was saved of it; None of a run that had none.
-
-        Raises:
-            UserError: it does not belong to this training.
-        """
-        if state is not None:
-            raise UserError(
-                f"--timestamp-id {self.timestamp_id}: that run distilled, and this trainer does "
-                "not: give the config that it was started with, or start a new run."
-            )
 
     def seen(self) -> dict[str, Any]:
         """What all ranks have to agree on beside config and data, by what a user calls it."""
@@ -330,85 +278,7 @@ class RestartableTrainer(StockTrainer):
         finally:
             self.restart.evaluating = False
 
-    # -- checkpoints ------------------------------------------------------------------------------
-
-    def save(
-        self,
-        metrics: Any = None,
-        checkpoint_file: str = "checkpoint.pt",
-        training_state: bool = True,
-    ) -> str | None:
-        """Stock's checkpoint, written aside and renamed, with our state under one more key.
-
-        Raises:
-            UserError: it cannot be written, e.g. for a full disk; the one before is whole then.
-        """
-        if self.interruption.answering:  # every rank has just saved; stock asks the first one again
-            return self._own_checkpoint
-        extra = {STATE_KEY: self._state()} if training_state else {}
-        try:
-            with checkpoints_written_with(extra):
-                path = super().save(metrics, checkpoint_file, training_state)
-        except OSError as error:
-            run = self.config["cmd"]["timestamp_id"]
-            raise UserError(
-                f"{checkpoint_file} of step {self.step} could not be written ({error}), and the "
-                "one before it is kept: make room, then start the same command again with "
-                f"--timestamp-id {run}."
-            ) from error
-        if training_state:
-            self.restart.saved_step = self.step
-        return path
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "format": STATE_FORMAT,
-            OWN_STATE: self.own_state(),
-            "random_states": random_states(gather=self.restart.training),
-            "scheduler_stepped": self.restart.scheduled_step >= self.step,
-            "validated": self.restart.validated,
-            "steps_per_epoch": len(self.train_loader) if self.train_loader is not None else None,
-        }
-
-    def load_checkpoint(
-        self,
-        checkpoint_path: str,
-        checkpoint: dict[str, Any] | None = None,
-        inference_only: bool = False,
-    ) -> None:
-        """Stock's, from a file read without executing code."""
-        own = self.restart.asked and self._is_own(checkpoint_path)
-        if checkpoint is None:
-            logging.info(f"Loading checkpoint from: {checkpoint_path}")
-            checkpoint = read_student(checkpoint_path, own=own)
-        if own:
-            check_same_run(checkpoint["config"], self.config, self.timestamp_id)
-        else:
-            weights = self._unwrapped_model.state_dict()
-            checkpoint = without_force_head(checkpoint, self.config, weights, checkpoint_path)
-        super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
-        if inference_only:
-            return
-        close_at_cutoff(self._unwrapped_model, self.ema)
-        if self.ema_decay and self.ema is None:
-            # Stock drops EMA where the file has none, e.g. for an exported student.
-            self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
-        self.restart.loaded_from = checkpoint_path
-        self.restart.state = checkpoint.get(STATE_KEY)
-        self.restart.saved_step = self.step if own else 0
-        check_format(self.restart.state, checkpoint_path)
-
-    @property
-    def _own_checkpoint(self) -> str:
-        return os.path.join(self.config["cmd"]["checkpoint_dir"], "checkpoint.pt")
-
-    @property
-    def continues_run(self) -> bool:
-        """Whether what was loaded is this run's own, rather than a start for a new one."""
-        return self.restart.loaded_from != "" and self._is_own(self.restart.loaded_from)
-
-    def _is_own(self, path: str) -> bool:
-        return os.path.abspath(path) == os.path.abspath(self._own_checkpoint)
+    # -- going on ---------------------------------------------------------------------------------
 
     def _resume_own_run(self) -> None:
         """Go on from this run's own checkpoint, if it was asked for by name and there is one."""

@@ -44,7 +44,7 @@ def first_losses(arguments: dict[str, Any]) -> tuple[float, dict[str, float], di
     with trainer(arguments) as built:
         batch = first_batch(built)
         out = built._forward(batch)
-        taught, built._distilled = built._distilled, None
+        taught, built.distiller.watched = built.distiller.watched, None
         label = built._compute_loss(out, batch).item()
         distillation = built.distillation
         inputs = distillation.compared(*taught).inputs

@@ -9,8 +9,12 @@ from typing import Any
 import models
 import pytest
 import torch
+from fairchem.core.datasets import data_list_collater
 from fairchem.core.modules.normalization.normalizer import create_normalizer
+from fairchem.core.trainers import OCPTrainer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from trainings import assert_same, config, start_ranks, trainer
 from trainings import data as data
 from trainings import teacher as teacher
 
@@ -210,6 +214,11 @@ def test_a_loop_goes_on_from_its_state(tmp_path: Path) -> None:
     other = Distiller(student, models.small_model("gemnet_oc", seed=4), losses, steps=10)
     with pytest.raises(UserError, match="started with another one"):
         other.load_state_dict(distiller.state_dict())
+    for step in (-1, True, 1.5):
+        with distiller.watch(models.batch()):
+            student(models.batch())
+        with pytest.raises(UserError, match="step is"):
+            distiller.loss(step=step)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no state of a Distiller"):
         other.load_state_dict({"step": 3})
 
@@ -319,6 +328,80 @@ def test_a_list_of_teachers_is_their_mean() -> None:
     assert loss.item() == pytest.approx((ours - said).abs().mean().item(), rel=1e-4)
     with pytest.raises(UserError, match="of the type Odd"):
         Distiller(student, [gemnet(), Odd()], {"vanilla": {}})  # type: ignore[list-item]
+
+
+# -- the trainer, and several processes ------------------------------------------------------------
+
+
+def test_a_trainer_steps_as_a_loop_of_ones_own(tmp_path: Path, data: Path, teacher: Path) -> None:
+    """The same terms of the same projections: the same loss to the last bit, and one state."""
+    losses = {"n2n": {"coefficient": 3.0}, "v2v": {}, "vanilla": {}}
+    arguments = config(tmp_path, data, teacher=teacher, losses=losses)
+    with trainer(arguments) as built:
+        built.set_up()
+        built.step = 1
+        built.model.train()
+        batch = next(iter(built.train_loader))
+        loss = built._compute_loss(built._forward(batch.clone()), batch)
+        told = built.distiller.values()
+        labels = OCPTrainer._compute_loss(built, OCPTrainer._forward(built, batch), batch)
+        own = Distiller(
+            built._unwrapped_model,
+            teacher,
+            losses,
+            units=Units(built.normalizers, built.elementrefs),
+            loss_functions=arguments["loss_functions"],
+        )
+        own.distillation.statistics_samples = 8  # as the config has it
+        own.load_state_dict(built.own_state())
+        with own.watch(batch):
+            built._unwrapped_model(batch)
+        distilled = own.loss(labels, step=1)
+        assert torch.equal(labels + distilled, loss)
+        assert own.values() == told
+        assert told["label_loss"] == pytest.approx(labels.item())
+        assert own.step == 1
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    """Students in DistributedDataParallel, projections through `average_gradients`."""
+    whole = step_of([0, 1, 2, 3])
+    start_ranks(step_of_rank, 2, tmp_path)
+    ranks = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1)]
+    assert_same(ranks[0]["projections"], ranks[1]["projections"], "projections")
+    for key in ("student", "projections"):
+        assert ranks[0][key].keys() == whole[key].keys()
+        for name, gradient in whole[key].items():
+            atol = 1e-5 * gradient.abs().max().item() + 1e-9
+            torch.testing.assert_close(ranks[0][key][name], gradient, rtol=1e-4, atol=atol)
+        assert any(gradient.abs().max() > 0 for gradient in whole[key].values())
+    assert ranks[0]["values"] == pytest.approx(whole["values"], rel=1e-5)
+
+
+def step_of_rank(rank: int, world: int, root: Path) -> None:
+    """Unequal shares of the batch of one process."""
+    torch.save(step_of([[0], [1, 2, 3]][rank], ranks=world), root / f"rank{rank}")
+
+
+def step_of(chosen: list[int], ranks: int = 1) -> dict[str, Any]:
+    """Gradients and values of a step with these structures."""
+    samples = [models.to_data(atoms) for atoms in models.structures(4, seed=4)]
+    student = painn()
+    model = student if ranks == 1 else DistributedDataParallel(student, find_unused_parameters=True)
+    losses = {"n2n": {"atoms": "free"}, "v2v": {}, "cka": {}, "vanilla": {}}
+    distiller = Distiller(model, gemnet(), losses)
+    distiller.fit([data_list_collater(samples, otf_graph=True)])
+    batch = data_list_collater([samples[i] for i in chosen], otf_graph=True)
+    with distiller.watch(batch):
+        model(batch)
+    distiller.loss().backward()
+    distiller.average_gradients()
+    return {
+        "student": {n: p.grad for n, p in student.named_parameters() if p.grad is not None},
+        "projections": {str(i): p.grad for i, p in enumerate(distiller.parameters())},
+        "values": distiller.values(),
+    }
 
 
 class Odd:

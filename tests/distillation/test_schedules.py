@@ -59,11 +59,11 @@ def test_what_has_ended_leaves_plain_training(tmp_path: Path, data: Path, teache
                 built, OCPTrainer._forward(built, batch.clone()), batch
             )
             assert (loss.item() != plain.item()) is distils
-            projections = [p.clone() for p in built.distillation.projections.parameters]
+            projections = [p.clone() for p in built.projections.parameters]
             built._backward(loss)
             moved = [
                 not torch.equal(a, b)
-                for a, b in zip(projections, built.distillation.projections.parameters, strict=True)
+                for a, b in zip(projections, built.projections.parameters, strict=True)
             ]
             assert all(moved) if distils else not any(moved)
 

@@ -110,12 +110,12 @@ def test_every_loss_trains_every_student(
         start = weights(built)
         built.train(disable_eval_tqdm=True)
         folder = Path(built.config["cmd"]["checkpoint_dir"])
-        assert all(p.grad is not None for p in built.distillation.projections.parameters)
+        assert all(p.grad is not None for p in built.projections.parameters)
         assert not any(
             p.requires_grad for p in built.distillation.teacher.live.frozen.model.parameters()
         )
         assert any(not torch.equal(v, start[k]) for k, v in weights(built).items())
-        assert built._distilled is None
+        assert built.distiller.watched is None
     records = read_records(folder)
     kinds = ["config", "train", "train", "train", "val", "train", "end"]
     assert [r["kind"] for r in records] == kinds

@@ -18,11 +18,11 @@ def test_the_projections_learn_and_follow_the_students_schedule(
     arguments["task"]["distillation"]["projections"] = {"lr": 0.1, "clip_grad_norm": 0.5}
     with trainer(arguments) as built:
         built.train(disable_eval_tqdm=True)
-        (group,) = built.distillation.projections.optimizer.param_groups
+        (group,) = built.projections.optimizer.param_groups
         # the rate that the last step was taken with: after 3 of 8 cosine steps
         rate = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 3 / 8)).item())
         assert group["lr"] == pytest.approx(0.1 * rate, rel=1e-6)
-        grads = torch.cat([p.grad.flatten() for p in built.distillation.projections.parameters])
+        grads = torch.cat([p.grad.flatten() for p in built.projections.parameters])
         assert grads.norm().item() == pytest.approx(0.5, rel=1e-4)  # clipped, by itself
         first = built.distillation.terms["n2n"].projection.weight
         other = config(tmp_path / "b", data, teacher=teacher, losses={"n2n": {}})

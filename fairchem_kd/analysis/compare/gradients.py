@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.analysis.compare.comparison import TEACHER, Comparison
 from fairchem_kd.distillation.gradients import COSINE, NORM
-from fairchem_kd.distillation.terms import LABEL_LOSS
+from fairchem_kd.distillation.summing import LABEL_LOSS
 from fairchem_kd.report.figures import legend, logarithmic, new_figure, style
 
 if TYPE_CHECKING:

@@ -228,13 +228,13 @@ class _Stepping(DistillationTrainer):
     @contextmanager
     def going(self, way: str) -> Iterator[None]:
         """Within the block, train plainly or with distillation."""
-        kept = self.distillation, self.companions
+        kept = self.distiller, self.companions
         if way == PLAIN:
-            self.distillation = self.companions = None
+            self.distiller = self.companions = None
         try:
             yield
         finally:
-            self.distillation, self.companions = kept
+            self.distiller, self.companions = kept
 
     def one_step(self, batch: Batch) -> None:
         """What stock's loop does with a batch; ``batch`` is used up."""
@@ -259,8 +259,8 @@ class _Stepping(DistillationTrainer):
         with torch.autocast("cuda", enabled=self.scaler is not None):
             with part("student forward"):
                 out = self._forward(batch)
-            whole = batch if self._distilled is None else self._distilled[0]
-            self.structures = whole.natoms.numel()
+            watched = None if self.distiller is None else self.distiller.watched
+            self.structures = (batch if watched is None else watched.batch).natoms.numel()
             with part("label losses"):
                 loss = self._compute_loss(out, batch)
         with part("metrics"):
@@ -294,8 +294,8 @@ class _Stepping(DistillationTrainer):
             wanted += [
                 *((one.frozen, "forward", "teacher forward") for one in lives),
                 (self.distillation, "loss", "units and sums of the terms"),
-                (self.distillation.projections, "step", "projections' optimiser"),
-                (self.distillation.projections, "zero_grad", "projections' optimiser"),
+                (self.projections, "step", "projections' optimiser"),
+                (self.projections, "zero_grad", "projections' optimiser"),
             ]
             wanted += [
                 (term, "forward", f"loss {name}") for name, term in self.distillation.terms.items()

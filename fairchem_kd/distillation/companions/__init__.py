@@ -1,6 +1,7 @@
 """Structures beyond the labelled batch: rattled copies, and structures without labels."""
 
 from fairchem_kd.distillation.companions.join import Companions
+from fairchem_kd.distillation.companions.making import make_companions
 from fairchem_kd.distillation.companions.rattle import (
     ADVERSARIAL,
     AdversarialOptions,
@@ -17,4 +18,5 @@ __all__ = [
     "Rattler",
     "UnlabelledLoader",
     "UnlabelledOptions",
+    "make_companions",
 ]
