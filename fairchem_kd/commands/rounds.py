@@ -224,7 +224,7 @@ def _teacher(
         told = {"teacher": told_of_file(path)}
         trust = teacher.get("trust_checkpoint") is True
         return ModelPotential(path, cpu=args.cpu, trust=trust), told, None
-    if checkpoint is not None or store is None:
+    if checkpoint is not None or store is None or named_in(store) is not None:
         raise UserError(
             f"{args.config}: with --calculator task.distillation.teacher must be {{store: FOLDER}} "
             "without a checkpoint, which would be another teacher."

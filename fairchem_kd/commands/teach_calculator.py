@@ -68,6 +68,8 @@ def store_of(args: argparse.Namespace) -> Path:
     Raises:
         UserError: neither names a folder, or the config names a checkpoint.
     """
+    from fairchem_kd.distillation.config import named_in
+
     named = args.out
     if is_config(args):
         teacher = _teacher_of(Path(args.what[0]))
@@ -78,6 +80,11 @@ def store_of(args: argparse.Namespace) -> Path:
                 "out."
             )
         named = named or teacher.get("store")
+        if named_in(named) is not None:
+            raise UserError(
+                f"{args.what[0]}: task.distillation.teacher.store names several stores: say with "
+                "--out which of them this calculator fills."
+            )
     if named is None or str(named).strip().lower() in ("auto", "off", ""):
         raise UserError(
             "--calculator needs --out STORE, the folder of a store (or a config with "

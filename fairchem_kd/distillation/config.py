@@ -41,7 +41,9 @@ class TeacherConfig:
     """
 
     checkpoint: str | list[str] | None = option(
-        None, help="the teacher's checkpoint; a list: an ensemble, whose mean teaches"
+        None,
+        help="the teacher's checkpoint; a list: an ensemble, whose mean teaches, in which a folder "
+        "is the store of a member that is not here",
     )
     trust_checkpoint: bool = option(
         False, help="unpickle a file that the safe reader refuses: this runs code from the file"
@@ -54,10 +56,10 @@ class TeacherConfig:
         choices=PRECISIONS,
         help="how it computes: tf32 is of NVIDIA's GPUs (fp32 elsewhere), bf16 torch's autocast",
     )
-    store: str = option(
+    store: str | list[str] = option(
         AUTO,
         help="where its answers are kept and read: auto, off (ask at every step) or a folder, "
-        "which without checkpoint is the teacher",
+        "which without checkpoint is the teacher; a list of folders: an ensemble of such",
     )
     energy_zero: str = option(
         "teacher",
@@ -69,40 +71,68 @@ class TeacherConfig:
         "fp32", choices=tuple(KEPT), help="how features are kept; outputs are kept whole"
     )
     ensemble: EnsembleOptions | None = option(
-        None, help="of a list of checkpoints: what their spread is used for"
+        None, help="of a list of checkpoints or stores: what their spread is used for"
     )
 
     def __post_init__(self) -> None:
         if (several := named_in(self.checkpoint)) is not None:
-            self.checkpoint = _members(several)
+            self.checkpoint = _members(several, "checkpoint", "the path of a checkpoint")
+        if (several := named_in(self.store)) is not None:
+            self.store = _members(several, "store", "the folder of a store") or ""
+        self._check_store()
         self._check_ensemble()
-        if not self.store.strip():
-            raise UserError(f"{WHERE}.teacher.store must be auto, off or a folder, not empty.")
+
+    def _check_store(self) -> None:
+        if isinstance(self.store, str):
+            if not self.store.strip():
+                raise UserError(f"{WHERE}.teacher.store must be auto, off or a folder, not empty.")
+            return
+        if self.checkpoint:
+            raise UserError(
+                f"{WHERE}.teacher.store is a list, which is an ensemble of stores alone, and there "
+                f"is a {WHERE}.teacher.checkpoint too: give one folder for what that says, or name "
+                "the stores beside it in the list of checkpoints."
+            )
+        for number, name in enumerate(self.store):
+            if name.strip().lower() in (AUTO, OFF):
+                raise UserError(
+                    f"{WHERE}.teacher.store[{number}] is {name}, which is no store of a teacher: "
+                    "name the folders of the members."
+                )
 
     def _check_ensemble(self) -> None:
         if self.ensemble is None:
             return
-        if not isinstance(self.checkpoint, list):
+        if len(self.members) < 2:
             raise UserError(
                 f"{WHERE}.teacher.ensemble is of several teachers, and {WHERE}.teacher.checkpoint "
-                "names fewer than two: give a list of them, or take ensemble out."
+                "(or store) names fewer than two: give a list of them, or take ensemble out."
             )
         lead = self.ensemble.features
-        if lead is not None and lead not in self.checkpoint:
+        if lead is not None and lead not in self.members:
+            key = "store" if isinstance(self.store, list) else "checkpoint"
             raise UserError(
                 f"{WHERE}.teacher.ensemble.features is '{lead}', which is none of teacher."
-                f"checkpoint{did_you_mean(lead, self.checkpoint)}: name it as it is there."
+                f"{key}{did_you_mean(lead, self.members)}: name it as it is there."
             )
+
+    @property
+    def members(self) -> list[str]:
+        """What an ensemble is of; empty where one teaches."""
+        named = self.store if isinstance(self.store, list) else self.checkpoint
+        return named if isinstance(named, list) else []
 
     @property
     def lead(self) -> int:
-        """The number of the checkpoint whose features are compared."""
+        """The number of the member whose features are compared."""
         named = self.ensemble.features if self.ensemble is not None else None
-        return self.checkpoint.index(named) if named and isinstance(self.checkpoint, list) else 0
+        return self.members.index(named) if named else 0
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the teacher is a store and nothing else."""
+        """Whether the teacher is a store, or several, and nothing else."""
+        if isinstance(self.store, list):
+            return True
         return not self.checkpoint and self.store.strip().lower() not in (AUTO, OFF)
 
 
@@ -229,7 +259,7 @@ def parse_distillation(task: Mapping[str, Any] | None) -> DistillationConfig:
 
 
 def named_in(given: Any) -> list[str] | None:
-    """The checkpoints of a list, as YAML or the command line (``[a.pt, b.pt]``) gives it.
+    """The files or folders of a list, as YAML or the command line (``[a.pt, b.pt]``) gives it.
 
     None where it is no list.
     """
@@ -239,22 +269,28 @@ def named_in(given: Any) -> list[str] | None:
     return list(given) if isinstance(given, list | tuple) else None
 
 
-def _members(given: list[str]) -> str | list[str] | None:
-    """The checkpoints of a list; of one alone, that.
+def _members(given: list[str], key: str, what: str) -> str | list[str] | None:
+    """The files or folders of a list; of one alone, that.
+
+    Args:
+        given: as a config has them.
+        key: under ``task.distillation.teacher``.
+        what: each of them is, in words.
 
     Raises:
         UserError: one of them is named twice, or by nothing.
     """
     seen: dict[Path, str] = {}
     for number, name in enumerate(given):
-        where = f"{WHERE}.teacher.checkpoint[{number}]"
+        where = f"{WHERE}.teacher.{key}[{number}]"
         if is_null(name):
-            raise UserError(f"{where} is empty: give the path of a checkpoint, or take it out.")
+            raise UserError(f"{where} is empty: give {what}, or take it out.")
         path = Path(name).resolve()
         if path in seen:
+            kind = "file" if key == "checkpoint" else "folder"
             raise UserError(
-                f"{where}: {name} is the same file as {seen[path]}, so that they are never apart: "
-                "name each once."
+                f"{where}: {name} is the same {kind} as {seen[path]}, so that they are never "
+                "apart: name each once."
             )
         seen[path] = name
     return given if len(given) > 1 else next(iter(given), None)

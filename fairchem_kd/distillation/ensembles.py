@@ -21,12 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairchem_kd.distillation.agreement import (
-    Shift,
-    composition,
-    difference_in_zeros,
-    evenly,
-)
+from fairchem_kd.distillation.agreement import Shift, composition, evenly
+from fairchem_kd.distillation.members import Seen, check_forces, check_zeros
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.losses import Part
 from fairchem_kd.schema import option
@@ -146,17 +142,20 @@ class Spreads:
             shifted: what answers are changed by before they are compared with labels.
 
         Raises:
-            UserError: members differ by the zero of their energies, or never at all.
+            UserError: members differ by the zero of their energies, by the unit of their forces,
+                or never at all.
         """
         chosen = evenly(len(dataset), self.options.samples)
-        seen = _Seen()
+        seen = Seen()
         for start in range(0, len(chosen), _BATCH):
             samples = [dataset[i] for i in chosen[start : start + _BATCH]]
             batch = collate(samples).to(device)
             seen.add(teacher, requests, batch, self.ratios, shifted)
             seen.compositions += [composition(sample) for sample in samples]
+        if "forces" in self.ratios:
+            check_forces(teacher, seen)
         if "energy" in self.ratios:
-            _check_zeros(teacher, seen)
+            check_zeros(teacher, seen)
         for name in self.ratios:
             self._fit_output(name, *seen.of(name))
 
@@ -268,74 +267,6 @@ class Spreads:
             within = spreads[name] <= limit
             counting = within if counting is None else counting & within
         return counting
-
-
-class _Seen:
-    """What an ensemble says of labelled structures, collected."""
-
-    def __init__(self) -> None:
-        self.compositions: list[np.ndarray] = []
-        self.energies: list[np.ndarray] = []  # (M, B) each: of the members, as they are
-        self._spreads: dict[str, list[np.ndarray]] = {}
-        self._errors: dict[str, list[np.ndarray]] = {}
-
-    def add(
-        self,
-        teacher: EnsembleTeacher,
-        requests: Sequence[Request],
-        batch: Batch,
-        names: Iterable[str],
-        shifted: Shift | None,
-    ) -> None:
-        """Take in a batch."""
-        answers = teacher.answers(batch, requests)
-        said = teacher.combined(answers)
-        said = said if shifted is None else shifted(said, batch)
-        if "energy" in said.outputs:
-            energies = torch.stack([one.outputs["energy"].view(-1) for one in answers])
-            self.energies.append(energies.cpu().numpy())
-        for name in names:
-            self._spreads.setdefault(name, []).append(said.spread[name].cpu().numpy())
-            errors = _errors(said.outputs[name], batch.get(name), batch)
-            self._errors.setdefault(name, []).append(errors.cpu().numpy())
-
-    def of(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Spreads and errors of an output, ``(S,)`` each."""
-        return np.concatenate(self._spreads[name]), np.concatenate(self._errors[name])
-
-
-def _errors(theirs: Tensor, label: Any, batch: Batch) -> Tensor:
-    """``(B,)``: the rms over each structure of an output minus its label; NaN without one."""
-    systems = len(batch.natoms)
-    if not isinstance(label, Tensor) or label.numel() != theirs.numel():
-        return theirs.new_full((systems,), torch.nan)
-    square = (theirs - label.to(theirs).view_as(theirs)).square().mean(1)
-    if len(square) == systems:
-        return square.sqrt()
-    sums = square.new_zeros(systems).index_add(0, batch.batch, square)
-    return (sums / batch.natoms).sqrt()
-
-
-def _check_zeros(teacher: EnsembleTeacher, seen: _Seen) -> None:
-    """Refuse members whose energies differ by an energy for each element.
-
-    Raises:
-        UserError: naming the member that is furthest from the mean.
-    """
-    energies = np.concatenate(seen.energies, axis=1)  # (M, S)
-    found = [
-        (size, number)
-        for number, own in enumerate(energies - energies.mean(0))
-        if (size := difference_in_zeros(own, np.stack(seen.compositions))) is not None
-    ]
-    if found:
-        size, number = max(found)
-        raise UserError(
-            f"The energies of the ensemble's members have different zeros: those of "
-            f"{teacher.lives[number].name} are {size:.3g} eV off the mean of all, most of it an "
-            "energy for each element, so that their spread is not one of uncertainty: take members "
-            "that were trained on labels with one zero."
-        )
 
 
 def _rms(values: np.ndarray) -> float:

@@ -96,7 +96,7 @@ def keep(
         UserError: a store of another teacher or precision, or one that says something else than the
             teacher; a structure that the teacher cannot be asked about.
     """
-    folder = store_folder(config.store, live.digest, config.store_features, run_dir)
+    folder = store_folder(str(config.store), live.digest, config.store_features, run_dir)
     if folder is None or not wanted:
         return None
     if not getattr(backbone_of(live.frozen.model), "otf_graph", True):

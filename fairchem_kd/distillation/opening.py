@@ -12,6 +12,7 @@ from fairchem_kd.models.frozen import Teacher as FrozenModel
 from fairchem_kd.store.format import CARD
 from fairchem_kd.teachers.ensemble import KEY, EnsembleTeacher
 from fairchem_kd.teachers.live import LiveTeacher
+from fairchem_kd.teachers.recorded import KEY as STORE
 from fairchem_kd.teachers.recorded import RecordedTeacher
 from fairchem_kd.training.ranks import file_seen
 
@@ -25,15 +26,30 @@ def open_teacher(config: TeacherConfig, device: torch.device) -> OpenTeacher | N
     Raises:
         UserError: its checkpoint or its store will not do.
     """
+    if isinstance(config.store, list):
+        stores = [
+            RecordedTeacher(Path(folder), f"{STORE}[{number}]")
+            for number, folder in enumerate(config.store)
+        ]
+        return EnsembleTeacher(stores, config.lead)
     if isinstance(config.checkpoint, list):
         members = [
-            _live(path, config, device, f"{KEY}[{number}]")
+            _member(path, config, device, f"{KEY}[{number}]")
             for number, path in enumerate(config.checkpoint)
         ]
         return EnsembleTeacher(members, config.lead)
     if config.checkpoint is not None:
         return _live(config.checkpoint, config, device, KEY)
     return RecordedTeacher(Path(config.store)) if config.is_recorded else None
+
+
+def _member(
+    path: str, config: TeacherConfig, device: torch.device, where: str
+) -> LiveTeacher | RecordedTeacher:
+    """A model, or where a folder is named the store of a teacher that is not here."""
+    if Path(path).is_dir():
+        return RecordedTeacher(Path(path), where)
+    return _live(path, config, device, where)
 
 
 def _live(path: str, config: TeacherConfig, device: torch.device, where: str) -> LiveTeacher:
@@ -49,8 +65,15 @@ def _live(path: str, config: TeacherConfig, device: torch.device, where: str) ->
 
 def teacher_seen(config: TeacherConfig) -> dict[str, str]:
     """The teacher in short, which has to be the same on all ranks, by the key that names it."""
-    if config.checkpoint is None and config.is_recorded:
-        return {"task.distillation.teacher.store": file_seen(Path(config.store) / CARD)}
+    if isinstance(config.store, list):
+        return {f"{STORE}[{i}]": _seen(Path(folder)) for i, folder in enumerate(config.store)}
     if isinstance(config.checkpoint, list):
-        return {f"{KEY}[{i}]": file_seen(path) for i, path in enumerate(config.checkpoint)}
+        return {f"{KEY}[{i}]": _seen(Path(path)) for i, path in enumerate(config.checkpoint)}
+    if config.is_recorded:
+        return {STORE: file_seen(Path(config.store) / CARD)}
     return {KEY: file_seen(config.checkpoint or "")}
+
+
+def _seen(path: Path) -> str:
+    """A checkpoint, or of a folder the card of the store, in short."""
+    return file_seen(path / CARD if path.is_dir() else path)

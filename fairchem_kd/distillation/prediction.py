@@ -51,6 +51,12 @@ def prediction_of(distillation: Distillation, targets: Mapping[str, Mapping[str,
 
 def _can_say(teacher: Teacher, batch: Batch) -> bool:
     """Whether a teacher says something of all structures of a batch; one that is here does."""
-    if not isinstance(teacher, StoredTeacher) or teacher.live.is_here:
-        return True
-    return not teacher.said(batch.clone().to("cpu"))[MISSING]
+    stores: list[Teacher] = [teacher]
+    if isinstance(teacher, EnsembleTeacher):
+        stores = [*teacher.members]
+    return not any(
+        isinstance(one, StoredTeacher)
+        and not one.live.is_here
+        and one.said(batch.clone().to("cpu"))[MISSING]
+        for one in stores
+    )

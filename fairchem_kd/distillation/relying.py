@@ -12,7 +12,7 @@ from fairchem_kd.features import Request
 from fairchem_kd.store.failures import FAILED
 from fairchem_kd.teachers.answers import structures_of
 from fairchem_kd.teachers.filling import Source, is_marked, note_filled
-from fairchem_kd.teachers.recorded import KEY, RecordedTeacher
+from fairchem_kd.teachers.recorded import RecordedTeacher
 from fairchem_kd.teachers.stored import StoredTeacher
 from fairchem_kd.training.ranks import rank, refused_by_all
 
@@ -78,14 +78,14 @@ def _look(stored: StoredTeacher, teacher: RecordedTeacher, sources: Sequence[Sou
             )
         if failed > MOST_FAILED * structures:
             raise UserError(
-                f"{KEY}: the teacher could say nothing of {failed} of {structures} structures of "
-                f"{source.name} ({stored.folder / FAILED} says why): mend that and ask again with "
-                f"{teacher.mend} and --retry, or take other structures."
+                f"{teacher.where}: the teacher could say nothing of {failed} of {structures} "
+                f"structures of {source.name} ({stored.folder / FAILED} says why): mend that and "
+                f"ask again with {teacher.mend} and --retry, or take other structures."
             )
     if lacking:
         raise UserError(
-            f"{KEY}: {stored.folder} lacks {', '.join(lacking)}, and without teacher.checkpoint "
-            f"nobody can be asked: {teacher.mend} fills it."
+            f"{teacher.where}: {stored.folder} lacks {', '.join(lacking)}, and without "
+            f"teacher.checkpoint nobody can be asked: {teacher.mend} fills it."
         )
     note_filled(stored.folder, stored.names, whole)
 

@@ -62,7 +62,7 @@ def teach_for_training(
     with trainer_for_teaching(path, given, cpu=cpu) as trainer:
         if teacher is None and trainer.distillation_config.teacher.is_recorded:
             raise UserError(
-                f"{path}: {WHERE}.teacher names a store and no checkpoint, so that there is nobody "
+                f"{path}: {WHERE}.teacher names stores and no checkpoint, so that there is nobody "
                 "to ask: give --teacher FILE or --calculator MODULE:FACTORY."
             )
         with isolated_random_state():
@@ -98,7 +98,9 @@ def trainer_for_teaching(
     block = (config.get("task") or {}).get("distillation")
     if not isinstance(block, dict):
         raise UserError(f"{path} has no {WHERE}, so that nobody is asked anything.")
-    block["teacher"] = {**(block.get("teacher") or {}), **given}
+    block["teacher"] = merged = {**(block.get("teacher") or {}), **given}
+    if not any(isinstance(merged.get(key), list) for key in ("checkpoint", "store")):
+        merged.pop("ensemble", None)  # one alone is asked
     config["optim"]["num_workers"] = 0
     with without_noise(), quiet():
         trainer = in_one_process(

@@ -15,6 +15,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.features import FeatureSpec, Request
 from fairchem_kd.teachers.base import Taught
 from fairchem_kd.teachers.live import LiveTeacher
+from fairchem_kd.teachers.recorded import RecordedTeacher
 from fairchem_kd.teachers.stored import MEMBERS, MISSING, SAID, Reading, StoredTeacher
 
 if TYPE_CHECKING:
@@ -27,74 +28,80 @@ class EnsembleTeacher:
     """The mean of several teachers' outputs; features and energies of atoms are of one of them.
 
     Args:
-        members: two or more, of any architectures, with the same outputs.
+        members: two or more, of any architectures, with the same outputs; models, and stores of
+            what teachers have said that are not here.
         lead: the number of the one whose features are compared.
 
     Raises:
         UserError: two of them are the same, or do not give the same outputs.
     """
 
-    is_here = True
-
-    def __init__(self, members: Sequence[LiveTeacher], lead: int = 0) -> None:
-        self.lives = list(members)
-        self.given = self.lives
+    def __init__(self, members: Sequence[LiveTeacher | RecordedTeacher], lead: int = 0) -> None:
+        #: the members as they are, models and stores of those that are not here
+        self.given = list(members)
         #: those that are asked: a member, or what reads its store
-        self.members: list[LiveTeacher | StoredTeacher] = list(members)
+        self.members: list[LiveTeacher | RecordedTeacher | StoredTeacher] = list(members)
         self.lead = lead
         self._check()
 
     def _check(self) -> None:
-        first = self.lives[0]
+        first = self.given[0]
         known: dict[str, str] = {}
-        for number, one in enumerate(self.lives):
-            if one.identity in known:
-                raise UserError(
-                    f"{KEY}[{number}]: {one.name} is the same teacher as {known[one.identity]}, "
-                    "so that they are never apart: name each once."
-                )
-            known[one.identity] = one.name
-            for level in sorted(first.levels.items() ^ one.levels.items()):
+        for number, one in enumerate(self.given):
+            where = one.where if isinstance(one, RecordedTeacher) else f"{KEY}[{number}]"
+            for told in (one.identity, one.digest):
+                if told in known:
+                    raise UserError(
+                        f"{where}: {called(one)} is the same teacher as {known[told]}, so that "
+                        "they are never apart: name each once."
+                    )
+            known |= dict.fromkeys((one.identity, one.digest), called(one))
+            for level in sorted(set(first.levels.items()) ^ set(one.levels.items())):
                 name, of = level
                 having, other = (first, one) if level in first.levels.items() else (one, first)
                 raise UserError(
-                    f"{KEY}[{number}]: {other.name} does not predict '{name}' of the level {of}, "
-                    f"and {having.name} does: the members of an ensemble give the same outputs, so "
+                    f"{where}: {called(other)} does not predict '{name}' of the level {of}, and "
+                    f"{called(having)} does: the members of an ensemble give the same outputs, so "
                     "take teachers of the same targets."
                 )
 
     # -- what they are ----------------------------------------------------------------------------
 
     @property
+    def lives(self) -> list[LiveTeacher]:
+        """The members that are models."""
+        return [one for one in self.given if isinstance(one, LiveTeacher)]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of them can be asked about what a store lacks."""
+        return all(one.is_here for one in self.given)
+
+    @property
     def name(self) -> str:
-        return " and ".join(one.name for one in self.lives)
+        return " and ".join(called(one) for one in self.given)
 
     @property
     def identity(self) -> str:
-        told = "/".join([*(one.identity for one in self.lives), str(self.lead)])
+        told = "/".join([*(one.identity for one in self.given), str(self.lead)])
         return hashlib.sha256(told.encode()).hexdigest()
 
     @property
-    def device(self) -> torch.device:
-        """Where they compute."""
-        return self.lives[0].device
-
-    @property
     def levels(self) -> Mapping[str, str]:
-        return self.lives[0].levels
+        return self.given[0].levels
 
     @property
     def energy_name(self) -> str | None:
-        return self.lives[self.lead].energy_name
+        return self.given[self.lead].energy_name
 
     def specs(self, requests: Sequence[Request]) -> Mapping[Request, FeatureSpec]:
-        return self.lives[self.lead].specs(requests)
+        return self.given[self.lead].specs(requests)
 
     def require_outputs(self, names: Iterable[str]) -> None:
-        self.lives[0].require_outputs(names)
+        self.given[0].require_outputs(names)
 
     def check_elements(self, atomic_numbers: Tensor) -> None:
-        for one in self.lives:
+        for one in self.given:
             one.check_elements(atomic_numbers)
 
     # -- stores -----------------------------------------------------------------------------------
@@ -166,6 +173,11 @@ class EnsembleTeacher:
             self.name,
             spreads,
         )
+
+
+def called(member: LiveTeacher | RecordedTeacher) -> str:
+    """What tells a member from the others: of the stores of one kind of calculator the folder."""
+    return str(member.folder) if isinstance(member, RecordedTeacher) else member.name
 
 
 def _spread(values: Tensor, level: str, natoms: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class RecordedTeacher:
 
     Args:
         folder: the store's.
+        where: the key of a config that names it.
 
     Raises:
         UserError: there is no store, or one that holds no answers.
@@ -39,15 +40,16 @@ class RecordedTeacher:
 
     is_here = False
 
-    def __init__(self, folder: Path) -> None:
-        card = Card.read(folder)
+    def __init__(self, folder: Path, where: str = KEY) -> None:
+        card = Card.read(folder, where)
         if card is None:
             raise UserError(
-                f"{KEY}: there is no store {folder}, and without teacher.checkpoint nobody else "
+                f"{where}: there is no store {folder}, and without teacher.checkpoint nobody else "
                 f"can be asked: fill it with `fairchem-kd teach CONFIG.yml --out {folder} "
                 "--calculator MODULE:FACTORY` (or --teacher FILE), or name another folder."
             )
         self.folder = folder
+        self.where = where
         self.card = card
         requests, columns = requests_in(folder)
         self.held = {column.name: column for column in columns}
@@ -59,7 +61,7 @@ class RecordedTeacher:
         }
         if not self.levels:
             raise UserError(
-                f"{KEY}: {folder} holds no answers: {self.mend} fills it; or name another folder."
+                f"{where}: {folder} holds no answers: {self.mend} fills it; or name another folder."
             )
         self._failed: dict[bytes, object] | None = None
 
@@ -171,7 +173,7 @@ class RecordedTeacher:
                    if one.key() not in self.failed]  # fmt: skip
         if strange:
             raise UserError(
-                f"{KEY}: {self.folder} does not hold {len(strange)} of {len(batch.natoms)} "
+                f"{self.where}: {self.folder} does not hold {len(strange)} of {len(batch.natoms)} "
                 f"structures of a batch, and nobody can be asked about them: {self.mend} fills it."
             )
         rows = {"structure": len(batch.natoms), "atom": len(batch.pos), "edge": 0}

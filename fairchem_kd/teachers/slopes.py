@@ -31,18 +31,20 @@ def live_members(teacher: Teacher) -> list[LiveTeacher]:
     """The models that can be differentiated, one or those of an ensemble.
 
     Raises:
-        UserError: the teacher is a store alone, or something else without a model.
+        UserError: the teacher, or a member, is a store alone or something else without a model.
     """
     if isinstance(teacher, EnsembleTeacher):
-        return teacher.lives
-    live = teacher.live if isinstance(teacher, StoredTeacher) else teacher
-    if not isinstance(live, LiveTeacher):
+        given: Sequence[object] = teacher.given
+    else:
+        given = [teacher.live if isinstance(teacher, StoredTeacher) else teacher]
+    found = [one for one in given if isinstance(one, LiveTeacher)]
+    if len(found) < len(given):
         raise UserError(
             "The slopes of a teacher's forces need its model, which a store alone does not have: "
             "give task.distillation.teacher.checkpoint; or in place of the loss jacobian take "
             "jacobian_antithetic, and in place of adversarial copies others."
         )
-    return [live]
+    return found
 
 
 def force_slopes(teacher: Teacher, batch: Batch, cotangents: Sequence[Tensor]) -> list[Tensor]:

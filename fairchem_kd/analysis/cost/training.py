@@ -284,13 +284,12 @@ class _Stepping(DistillationTrainer):
         taps: dict[str, FeatureExtractor] = {}
         if self.distillation is not None:
             teacher = self.distillation.teacher
-            given = teacher.lives if isinstance(teacher, EnsembleTeacher) else [teacher]
+            given = teacher.given if isinstance(teacher, EnsembleTeacher) else [teacher]
             lives = [one for one in given if isinstance(one, LiveTeacher)]
-            lead = lives[teacher.lead if isinstance(teacher, EnsembleTeacher) else 0]
-            taps = {
-                "student taps": self.distillation.student_tap,
-                "teacher taps": lead.extractor(self.distillation.teacher_requests),
-            }
+            lead = given[teacher.lead if isinstance(teacher, EnsembleTeacher) else 0]
+            taps = {"student taps": self.distillation.student_tap}
+            if isinstance(lead, LiveTeacher):
+                taps["teacher taps"] = lead.extractor(self.distillation.teacher_requests)
             wanted += [
                 *((one.frozen, "forward", "teacher forward") for one in lives),
                 (self.distillation, "loss", "units and sums of the terms"),
