@@ -35,6 +35,7 @@ ROOMS = (
 #: What every room stands on.
 GROUND = (
     "_version",
+    "digest",
     "entry_points",
     "errors",
     "files",

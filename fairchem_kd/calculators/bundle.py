@@ -16,6 +16,7 @@ from fairchem_kd._version import __version__
 MODULES = (
     "_version",
     "text",
+    "digest",
     "errors",
     "json_file",
     "npz",

@@ -21,11 +21,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fairchem_kd.digest import sha256_of
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.json_file import parse_json
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Factory:
         file = getattr(module, "__file__", None)
         versions = _versions(self.path.partition(":")[0].partition(".")[0], file)
         if not versions and file is not None and Path(file).is_file():
-            versions[Path(file).name] = f"sha256 {_digest_of_file(file)[:16]}"
+            versions[Path(file).name] = f"sha256 {sha256_of(file)[:16]}"
         return versions
 
     @cached_property
@@ -218,16 +218,8 @@ def _contents(value: Any) -> Any:
     if isinstance(value, list):
         return [_contents(one) for one in value]
     if isinstance(value, str) and 0 < len(value) < 1000 and os.path.isfile(value):
-        return {"file": _digest_of_file(value)}
+        return {"file": sha256_of(value)}
     return value
-
-
-def _digest_of_file(path: str | os.PathLike[str]) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

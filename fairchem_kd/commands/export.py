@@ -106,7 +106,8 @@ def _named_elements(args: argparse.Namespace, config: dict[str, Any]) -> list[in
 def _export(args: argparse.Namespace) -> None:
     """Write a checkpoint and its card."""
     dest, card = args.dest, args.dest.with_suffix(".json")
-    from fairchem_kd.models.card import DIGEST, digest_of, is_left_over
+    from fairchem_kd.digest import sha256_of
+    from fairchem_kd.models.card import DIGEST, is_left_over
 
     if not args.force and (dest.exists() or (card.exists() and not is_left_over(card, dest))):
         raise UserError(f"{dest} or its card {card.name} exists; give --force to overwrite them.")
@@ -167,7 +168,7 @@ def _export(args: argparse.Namespace) -> None:
         """Write the card of the file, which only then gets its place."""
         if args.data is not None and not args.no_metrics:
             contents["metrics"] = evaluate(file, args.data)
-        contents[DIGEST] = digest_of(file)
+        contents[DIGEST] = sha256_of(file)
         write_json(card, plain(contents))
 
     write_checkpoint(exported, dest, before=complete)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fairchem_kd.data.build import ensure_built
+from fairchem_kd.digest import sha256_of
 from fairchem_kd.distillation.config import parse_distillation
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.noise import quiet
@@ -65,7 +66,7 @@ def teacher_digest(config: Mapping[str, Any]) -> str:
     path = (distillation.get("teacher") or {}).get("checkpoint")
     if not path or not Path(path).is_file():
         return ""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return sha256_of(path)
 
 
 def read_configs(folder: Path) -> dict[str, dict[str, Any]]:

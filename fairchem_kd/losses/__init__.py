@@ -16,7 +16,7 @@ from fairchem_kd.losses.base import (
     register_loss,
 )
 from fairchem_kd.losses.edges import EdgeToEdge, match_edges
-from fairchem_kd.losses.elementwise import elementwise
+from fairchem_kd.losses.elementwise import elementwise, vectorwise
 from fairchem_kd.losses.features import (
     EdgeToNode,
     FeatureLoss,
@@ -70,4 +70,5 @@ __all__ = [
     "pair_atoms",
     "projection",
     "register_loss",
+    "vectorwise",
 ]

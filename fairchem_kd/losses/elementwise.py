@@ -30,3 +30,22 @@ def elementwise(fn: str, student: Tensor, teacher: Tensor, delta: float = 1.0) -
     if fn == "huber":
         return torch.nn.functional.huber_loss(student, teacher, reduction="none", delta=delta)
     raise ValueError(f"fn must be one of {', '.join(FUNCTIONS)}, not {fn!r}")
+
+
+def vectorwise(fn: str, student: Tensor, teacher: Tensor, delta: float = 1.0) -> Tensor:
+    """The same of vectors ``(N, 3, ...)``, in a way that does not depend on how they are turned.
+
+    Squares are taken of x, y and z, ``(N, 3, ...)``, for they add up to a length's; ``mae`` and
+    ``huber`` of the length of the difference, ``(N, ...)``, without a gradient where that is 0. So
+    fairchem's ``l2mae`` is to its ``mae``.
+
+    Raises:
+        ValueError: as of `elementwise`.
+    """
+    if fn == "mse":
+        return elementwise(fn, student, teacher)
+    if student.shape != teacher.shape:
+        return elementwise(fn, student, teacher)  # refuses them
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    length = torch.linalg.vector_norm(student.to(dtype) - teacher.to(dtype), dim=1)
+    return elementwise(fn, length, torch.zeros_like(length), delta)

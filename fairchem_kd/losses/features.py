@@ -23,7 +23,7 @@ from fairchem_kd.losses.base import (
     masked_sum,
     register_loss,
 )
-from fairchem_kd.losses.elementwise import elementwise
+from fairchem_kd.losses.elementwise import elementwise, vectorwise
 from fairchem_kd.losses.pairs import PairLoss
 from fairchem_kd.losses.projection import PROJECTIONS, projection, without_shift
 from fairchem_kd.losses.standardize import Standardizer
@@ -150,9 +150,12 @@ class EdgeToNode(FeatureLoss):
 class VectorToVector(FeatureLoss):
     """Vector features against vector features (edge features times unit vectors, summed).
 
-    With mse the loss is invariant under rotations; with mae and huber, which look at x, y and z one
-    by one, it depends on how a structure is turned, as the MAE of force components does.
+    It is the same however a structure is turned: mae and huber are of the length of the difference
+    of two vectors, of each atom and channel.
     """
 
     Options = V2VOptions
     form = "vector"
+
+    def elementwise(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return vectorwise(self.options.fn, student, teacher, self.options.delta)

@@ -27,7 +27,7 @@ from fairchem_kd.losses.base import (
     masked_sum,
     register_loss,
 )
-from fairchem_kd.losses.elementwise import elementwise
+from fairchem_kd.losses.elementwise import elementwise, vectorwise
 from fairchem_kd.losses.relational import lots
 from fairchem_kd.schema import option
 
@@ -131,10 +131,10 @@ class AntitheticOptions(ElementwiseOptions):
 class JacobianAntithetic(_OfForces):
     """Differences of forces between the two copies of an antithetic pair, over their distance.
 
-    The mean over atoms and axes of ``fn((F_s(x + hv) - F_s(x - hv)) / 2h, (F_t(x + hv) -
-    F_t(x - hv)) / 2h)``, with ``v`` of rms 1 over the atoms that may move, in the student's
-    normalised forces per Å. It needs ``rattle.antithetic: true``, no second derivative, and nothing
-    of the teacher but forces, which a store has.
+    The mean over atoms and axes (mae and huber: of lengths, over atoms) of ``fn((F_s(x + hv) -
+    F_s(x - hv)) / 2h, (F_t(x + hv) - F_t(x - hv)) / 2h)``, with ``v`` of rms 1 over the atoms that
+    may move, in the student's normalised forces per Å. It needs ``rattle.antithetic: true``, no
+    second derivative, and nothing of the teacher but forces, which a store has.
     """
 
     Options: ClassVar[type[LossOptions]] = AntitheticOptions
@@ -158,7 +158,7 @@ class JacobianAntithetic(_OfForces):
         scale = (2 * length.clamp(min=_SMALL)).to(student)[of][:, None]
         ours = (student[plus] - student[minus]) / scale
         theirs = (teacher[plus] - teacher[minus]) / scale
-        values = elementwise(self.options.fn, ours, theirs, self.options.delta)
+        values = vectorwise(self.options.fn, ours, theirs, self.options.delta)
         rows = far[of]
         counting = self._rows(inputs)
         if counting is not None:

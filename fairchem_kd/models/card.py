@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from fairchem_kd.digest import sha256_of
 from fairchem_kd.errors import UserError
 from fairchem_kd.reading import read_json
 
 DIGEST = "sha256"
-_BLOCK = 1 << 20
 
 
 def card_of(checkpoint: str | os.PathLike[str]) -> Path:
     """Where the card of a checkpoint is, if it has one."""
     return Path(checkpoint).with_suffix(".json")
-
-
-def digest_of(checkpoint: str | os.PathLike[str]) -> str:
-    """The digest of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(checkpoint, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_digest(checkpoint: Path) -> None:
@@ -51,7 +41,7 @@ def check_digest(checkpoint: Path) -> None:
         raise UserError(
             f"The card {card} has a {DIGEST} that is none: copy it again, or remove that key."
         )
-    found = digest_of(checkpoint)
+    found = sha256_of(checkpoint)
     if found != told:
         raise UserError(
             f"The checkpoint {checkpoint} is not the file that its card {card} is of ({DIGEST} "

@@ -26,6 +26,7 @@ from terms import (
 
 from fairchem_kd.features import FeatureExtractor, FeatureSpec
 from fairchem_kd.losses import LossInputs, loss_class
+from fairchem_kd.losses.elementwise import vectorwise
 
 
 @pytest.mark.parametrize(
@@ -54,11 +55,7 @@ def test_features_equal_loops(kind, fn, standardize, atoms, name):
         teacher = standardised(teacher, rows)
     with torch.no_grad():
         projected = term.projection(student)
-    values = [
-        compare(fn, a - b, 0.7)
-        for i in rows
-        for a, b in zip(projected[i].flatten(), teacher[i].flatten(), strict=True)
-    ]
+    values = [compare(fn, d, 0.7) for i in rows for d in apart(projected[i], teacher[i], kind, fn)]
     (part,) = term(inputs)
     assert part.name == ""
     assert part.weight == 1.0
@@ -67,6 +64,16 @@ def test_features_equal_loops(kind, fn, standardize, atoms, name):
     assert float(part.total.detach()) == pytest.approx(
         sum(values), rel=1e-5 if standardize else 1e-12
     )
+
+
+def apart(student, teacher, kind, fn):
+    """What ``fn`` is of, for one atom: differences, and of vectors (3, C) their lengths."""
+    if kind != "v2v" or fn == "mse":
+        return [float(d) for d in (student - teacher).flatten()]
+    return [
+        sum(float(student[k, c] - teacher[k, c]) ** 2 for k in range(3)) ** 0.5
+        for c in range(student.shape[1])
+    ]
 
 
 def test_linear_n2n_written_out():
@@ -78,6 +85,15 @@ def test_linear_n2n_written_out():
         m = sum(float(weight[d, h] * student[i, h]) for h in range(STUDENT))
         total += (m + float(bias[d]) - float(teacher[i, d])) ** 2
     assert value(term(inputs)) == pytest.approx(total / (8 * TEACHER), rel=1e-12)
+
+
+@pytest.mark.parametrize("fn", ["mae", "huber"])
+def test_equal_vectors_have_no_gradient_rather_than_nan(fn):
+    same = random(4, 3, 2, seed=3).requires_grad_()
+    vectorwise(fn, same, same.detach(), 0.5).sum().backward()
+    assert torch.equal(same.grad, torch.zeros_like(same))
+    with pytest.raises(ValueError, match="differ in shape"):
+        vectorwise(fn, same, same[:, :1])
 
 
 @pytest.mark.parametrize("kind", ["n2n", "e2n", "v2v"])
@@ -94,10 +110,11 @@ def test_gradients_reach_student_and_projection_but_not_the_teacher(kind):
     assert all(p.grad is not None for p in term.projection.parameters())
 
 
+@pytest.mark.parametrize("fn", ["mse", "mae", "huber"])
 @pytest.mark.parametrize("projection", ["linear", "mlp"])
 @pytest.mark.parametrize("reflect", [False, True])
-def test_v2v_is_invariant(projection, reflect):
-    term = feature_loss("v2v", projection=projection)
+def test_v2v_is_invariant(projection, reflect, fn):
+    term = feature_loss("v2v", projection=projection, fn=fn, delta=0.3)
     inputs, student, teacher = feature_inputs(term)
     term.update_statistics(inputs.teacher, inputs.batch)
     term.finalize_statistics()
@@ -111,7 +128,7 @@ def test_v2v_is_invariant(projection, reflect):
     )
     assert value(term(turned)) == pytest.approx(value(term(inputs)), rel=1e-12)
     # and so are its statistics
-    again = feature_loss("v2v", projection=projection)
+    again = feature_loss("v2v", projection=projection, fn=fn)
     again.update_statistics(turned.teacher, turned.batch)
     again.finalize_statistics()
     torch.testing.assert_close(again.standardizer.scale, term.standardizer.scale)

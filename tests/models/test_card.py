@@ -14,8 +14,8 @@ import pytest
 from configs import ROOT
 
 from fairchem_kd.commands import main as cli
+from fairchem_kd.digest import sha256_of
 from fairchem_kd.errors import UserError
-from fairchem_kd.models.card import digest_of
 from fairchem_kd.models.file import read_checkpoint
 
 SHIPPED = sorted((ROOT / "checkpoints").glob("*.pt"))
@@ -36,7 +36,7 @@ def card(place: Path, name: str = "model.json") -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_shipped_ones_are_those_of_their_cards(path: Path) -> None:
-    assert json.loads(path.with_suffix(".json").read_text())["sha256"] == digest_of(path)
+    assert json.loads(path.with_suffix(".json").read_text())["sha256"] == sha256_of(path)
     assert path.name == json.loads(path.with_suffix(".json").read_text())["checkpoint"]
 
 
@@ -84,7 +84,7 @@ def test_an_export_that_was_killed_can_be_run_again(place: Path) -> None:
     assert not (place / "small.pt").exists()
     assert card(place, "small.json")["checkpoint"] == "small.pt"
     attacks.run(EXPORT, place).went_on()
-    assert card(place, "small.json")["sha256"] == digest_of(place / "small.pt")
+    assert card(place, "small.json")["sha256"] == sha256_of(place / "small.pt")
     assert read_checkpoint(place / "small.pt")
     attacks.run(EXPORT, place).sentence("small.pt", "--force")
 
