@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from fairchem.core.common import distutils
 from trainings import config, write_lmdb, write_splits, write_teacher, write_yaml
 
 from fairchem_kd.commands.fairchem import main as fairchem
+from fairchem_kd.distillation.config import parse_distillation
+from fairchem_kd.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,7 @@ def test_an_element_that_the_teacher_does_not_know(
 
 @pytest.mark.parametrize(
     ("key", "words"),
-    [("pos", "positions of structure"), ("energy", "energy label"), ("forces", "forces label")],
+    [("pos", "positions, not finite"), ("energy", "energy label"), ("forces", "forces label")],
 )
 def test_not_a_number(
     tmp_path: Path,
@@ -213,3 +216,77 @@ def test_graph_parallel_is_refused(
     arguments = config(tmp_path, data, teacher=teachers["gemnet_oc"], losses={"n2n": {}})
     said = refusal(tmp_path, arguments, capsys, "--gp-gpus", "2")
     assert said == "error: --gp-gpus: distillation does not run graph-parallel; remove the flag."
+
+
+PLACES = {
+    "no trainer": lambda c: c.pop("trainer"),
+    "stock's": lambda c: c.update(trainer="ocp"),
+    "at the top": lambda c: c.update(distillation=c["task"].pop("distillation")),
+    "elsewhere": lambda c: c["optim"].update(distillation=c["task"].pop("distillation")),
+    "near miss": lambda c: c.update(datset=c["dataset"]),
+    "normaliser": lambda c: transforms(c).update(normaliser=transforms(c).pop("normalizer")),
+    "of no output": lambda c: transforms(c)["normalizer"].update(enery={"mean": 0, "rmsd": 1}),
+    "of validation": lambda c: c["dataset"]["val"].update(
+        transforms={"normalizer": {"energy": {"mean": 0.0, "rmsd": 1.0}}}
+    ),
+    "folder": lambda c: None,
+}
+
+
+def transforms(contents: dict[str, Any]) -> dict[str, Any]:
+    return contents["dataset"]["train"]["transforms"]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("no trainer", "trainer is 'ocp', which would train plainly"),
+        ("stock's", "trainer is 'ocp', which would train plainly"),
+        ("at the top", "distillation stands where nobody reads it"),
+        ("elsewhere", "optim.distillation stands where nobody reads it"),
+        ("near miss", "the config has an unknown key 'datset' (did you mean 'dataset'?)"),
+        ("normaliser", "dataset.train.transforms has an unknown key 'normaliser'"),
+        ("of no output", "normalizer has an unknown key 'enery' (did you mean 'energy'?)"),
+        ("of validation", "dataset.val.transforms.normalizer is not read"),
+        ("folder", "--run-dir"),
+    ],
+)
+def test_what_nobody_would_read_is_refused(
+    tmp_path: Path,
+    data: Path,
+    teachers: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+    words: str,
+) -> None:
+    """Each trained another student than was meant, without a word, or ended in a traceback."""
+    arguments = config(tmp_path, data, teacher=teachers["painn"], losses={"n2n": {}})
+    path = write_yaml(tmp_path / "run.yml", arguments)
+    contents = yaml.safe_load(path.read_text())
+    PLACES[case](contents)
+    path.write_text(yaml.safe_dump(contents))
+    folder = path if case == "folder" else tmp_path  # a file
+    argv = ["--mode", "train", "--config-yml", str(path), "--run-dir", str(folder), "--cpu"]
+    assert fairchem(argv) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_weights_of_another_model_and_an_output_that_nothing_learns(
+    tmp_path: Path, data: Path, teachers: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = config(tmp_path, data)
+    said = refusal(tmp_path, arguments, capsys, "--checkpoint", str(teachers["gemnet_oc"]))
+    assert "gemnet_oc" in said
+    assert "its weights do not fit the model of this config" in said
+    arguments["loss_functions"] = [{"energy": {"fn": "mae", "coefficient": 1}}]
+    said = refusal(tmp_path, arguments, capsys)
+    assert "No loss reaches" in said
+    assert "out_forces" in said
+
+
+def test_an_off_of_yaml_is_off() -> None:
+    block = {"teacher": {"checkpoint": "a.pt", "store": False}, "losses": {"n2n": {}}}
+    assert parse_distillation({"distillation": block}).teacher.store == "off"
+    block["teacher"] = {"checkpoint": "a.pt", "store": True}
+    with pytest.raises(UserError, match=r"store must be"):
+        parse_distillation({"distillation": block})

@@ -255,7 +255,15 @@ def parse_distillation(task: Mapping[str, Any] | None) -> DistillationConfig:
         near = difflib.get_close_matches(str(key), OURS, n=1)
         if key not in OURS and near:
             raise UserError(f"task has an unknown key '{key}' (did you mean '{near[0]}'?).")
-    return parse(DistillationConfig, task.get("distillation"), WHERE)
+    return parse(DistillationConfig, _with_off(task.get("distillation")), WHERE)
+
+
+def _with_off(block: Any) -> Any:
+    """The block, with ``store: off`` as it was meant: YAML reads an ``off`` as false."""
+    teacher = block.get("teacher") if isinstance(block, Mapping) else None
+    if not isinstance(teacher, Mapping) or teacher.get("store") is not False:
+        return block
+    return {**block, "teacher": {**teacher, "store": OFF}}
 
 
 def named_in(given: Any) -> list[str] | None:

@@ -6,13 +6,16 @@ import argparse
 import copy
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fairchem.core.common.flags import flags
 
+from fairchem_kd.distillation.config import OURS
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.models.legacy import refuse_renamed_keys
+from fairchem_kd.schema import is_null
 from fairchem_kd.stock.configs import build_config, read_yaml
 from fairchem_kd.stock.options import check_overrides
 from fairchem_kd.stock.trainer import check_run_names
@@ -81,9 +84,33 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
     return config
 
 
-def is_ours(config: dict[str, Any]) -> bool:
+def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether the trainer that it names is ours."""
     return str(config.get("trainer")).rpartition(".")[2] in ("distillation", "DistillationTrainer")
+
+
+def check_placed(config: Mapping[str, Any]) -> None:
+    """Refuse a distillation that nobody would read, so that a student would be trained plainly.
+
+    Raises:
+        UserError: the block is elsewhere than under ``task``, or the trainer is not ours.
+    """
+    for name, block in {"": config, **config}.items():
+        if name != "task" and isinstance(block, Mapping) and OURS[0] in block:
+            where = f"{name}.{OURS[0]}" if name else OURS[0]
+            raise UserError(
+                f"{where} stands where nobody reads it: the block belongs under task, as "
+                "task.distillation."
+            )
+    task = config.get("task")
+    given = task.get(OURS[0]) if isinstance(task, Mapping) else None
+    if given and not is_null(given) and not is_ours(config):
+        trainer = config.get("trainer", "ocp")
+        raise UserError(
+            f"task.distillation is read by fairchem_kd.DistillationTrainer, and trainer is "
+            f"{trainer!r:.60}, which would train plainly: set trainer: "
+            "fairchem_kd.DistillationTrainer, or take the block out."
+        )
 
 
 def _as_literal(override: str) -> str:

@@ -28,7 +28,7 @@ from submitit import AutoExecutor
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
 from fairchem_kd.errors import UserError, report
-from fairchem_kd.launch.config import is_ours, make_parser, read_config
+from fairchem_kd.launch.config import check_placed, is_ours, make_parser, read_config
 from fairchem_kd.launch.ranks import KDRunner, run_launched_rank, run_rank, sentence_of_ranks
 from fairchem_kd.launch.stock_command import stock_command_with
 from fairchem_kd.launch.submission import Executor, refusals_told
@@ -38,6 +38,7 @@ from fairchem_kd.stock.noise import VERBOSE, plain_logs
 from fairchem_kd.stock.options import check_training_config
 from fairchem_kd.stock.predictions import in_single_precision
 from fairchem_kd.stock.relaxation import take_optimizer_name
+from fairchem_kd.teachers.place import writable
 
 #: Makes the configs of a sweep out of a base config and the sweep's file.
 Grid = Callable[[dict[str, Any], Path], list[dict[str, Any]]]
@@ -46,6 +47,12 @@ Grid = Callable[[dict[str, Any], Path], list[dict[str, Any]]]
 def run_config(args: argparse.Namespace, config: dict[str, Any], grid: Grid | None = None) -> None:
     """Build the data that is missing, then launch the config as stock would."""
     parse_distillation(config.get("task"))  # before minutes are spent on data
+    check_placed(config)
+    if why := writable(Path(args.run_dir)):
+        raise UserError(
+            f"--run-dir {args.run_dir} cannot be written ({why}), and runs make their folders in "
+            "it: name another folder."
+        )
     check_conservative(config, ours=is_ours(config))
     if is_ours(config):
         check_training_config(config)

@@ -28,11 +28,11 @@ from fairchem_kd.stock.option_table import (
     mapping,
     refuse_near_misses,
 )
+from fairchem_kd.stock.transform_options import check_normalizer, check_transforms
 
 #: What ``scheduler`` may be beside the names of torch.optim.lr_scheduler.
 _NO_SCHEDULER = "Null"
 _LAMBDA = ("warmup_steps", "warmup_factor", "lr_milestones", "lr_gamma")
-_NORMALIZER = ("mean", "rmsd", "stdev", "file", "fit", "batch_size", "shuffle", "num_batches")
 _POSITIVE = ("cutoff", "max_radius", "max_neighbors")
 _LOGGERS = ("tensorboard", "wandb")
 
@@ -43,12 +43,14 @@ def check_training_config(config: dict[str, Any]) -> None:
     Raises:
         UserError: one sentence naming the key, what is wrong, and what it may be.
     """
+    refuse_near_misses(config, BLOCKS, "the config")
     _optim(config)
     _model(config)
     splits = config.get("dataset")
     for split, settings in splits.items() if isinstance(splits, Mapping) else ():
         if settings is not None and split in ("train", "val", "test", "relax"):
             _dataset(settings, f"dataset.{split}", train=split == "train")
+    check_transforms(config.get("dataset"), _targets(config) if config.get("outputs") else ())
     task = config.get("task")
     if not isinstance(task, Mapping | None):
         raise UserError(f"task must be a mapping of keys, not {task!r:.60}.")
@@ -244,28 +246,7 @@ def _dataset(settings: Any, where: str, *, train: bool) -> None:
     for kind in ("normalizer", "element_references"):
         check_units(transforms.get(kind), f"{where}.transforms.{kind}")
     if normalizer is not None:
-        _normalizer(mapping(normalizer, f"{where}.transforms.normalizer"), where)
-
-
-def _normalizer(normalizer: dict[str, Any], where: str) -> None:
-    where = f"{where}.transforms.normalizer"
-    if "file" in normalizer or "fit" in normalizer:
-        return
-    for target, values in normalizer.items():
-        here = f"{where}.{target}"
-        values = mapping(values, here)
-        if "file" in values:
-            continue
-        for old in ("std", "rms"):
-            if old in values:
-                raise UserError(f"{here} has an unknown key '{old}' (did you mean 'rmsd'?).")
-        refuse_near_misses(values, _NORMALIZER, here)
-        if "mean" not in values or not {"rmsd", "stdev"} & set(values):
-            raise UserError(f"{here} needs mean and rmsd; it has {', '.join(values) or 'nothing'}.")
-        for key in ("mean", "rmsd", "stdev"):
-            if key in values:
-                positive = {"gt": 0} if key != "mean" else {}
-                values[key] = read_value(float, values[key], f"{here}.{key}", positive)
+        check_normalizer(mapping(normalizer, f"{where}.transforms.normalizer"), where)
 
 
 def _outputs(config: Mapping[str, Any]) -> None:

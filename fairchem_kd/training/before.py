@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fairchem.core.common import distutils
 
+from fairchem_kd.errors import UserError
+from fairchem_kd.features.architecture import architecture_of
 from fairchem_kd.training.checks import check_labels
 from fairchem_kd.training.first_samples import (
     Search,
@@ -21,6 +23,8 @@ from fairchem_kd.training.ranks import check_same_on_ranks, seen_by_rank
 from fairchem_kd.training.room import check_room, size_of_checkpoint
 
 if TYPE_CHECKING:
+    import torch
+
     from fairchem_kd.stock.trainer import StockTrainer
 
 #: Under which models keep the lengths within which they look for neighbours.
@@ -48,8 +52,17 @@ def check_split(trainer: StockTrainer, split: str) -> None:
         labels,
         named=split == "test",
         search=_search(trainer, split),
+        elements=_elements(trainer._unwrapped_model),
     )
     check_neighbours(loader.dataset, where, trainer._unwrapped_model, trainer.device)
+
+
+def _elements(model: torch.nn.Module) -> int | None:
+    """The last atomic number that a model has a row for, where that is known of its kind."""
+    try:
+        return architecture_of(model).num_elements
+    except UserError:
+        return None
 
 
 def check_space(trainer: StockTrainer) -> None:

@@ -74,6 +74,27 @@ def check_finite(batch: Batch, targets: tuple[str, ...]) -> None:
         )
 
 
+def refuse_unlearned(model: torch.nn.Module, error: RuntimeError) -> None:
+    """Say what DistributedDataParallel means by a reduction that has not finished.
+
+    Args:
+        model: after a step.
+        error: of its next forward.
+
+    Raises:
+        UserError: no loss reaches some parameters.
+    """
+    if "Expected to have finished reduction" not in str(error):
+        return
+    left = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    shown = ", ".join(name.removeprefix("module.") for name in left[:3])
+    raise UserError(
+        f"No loss reaches {len(left)} of the model's parameters ({shown}): add a loss on what they "
+        "predict to loss_functions, or have the model predict what is learned alone "
+        "(model.regress_forces: false where no forces are)."
+    ) from error
+
+
 def none_free(batch: Batch) -> bool:
     """Whether every atom of a batch in host memory is fixed."""
     fixed = batch.get("fixed")

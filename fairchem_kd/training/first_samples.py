@@ -7,11 +7,15 @@ metrics and predictions will ask of them.
 
 from __future__ import annotations
 
+import logging
+import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ase.data import covalent_radii
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.random_state import isolated_random_state
@@ -20,6 +24,13 @@ from fairchem_kd.stock.samples import collate
 from fairchem_kd.stock.search import MEND, distances_of, too_much
 
 MOST = 256  # samples of a set that are looked at
+_APART = 0.01  # Å: two atoms of a structure that are not at one place
+#: What no label of a structure in these units is: eV an atom (all electrons of uranium: 8e5), eV/Å.
+_LARGEST = {"energy": 1e7, "forces": 1e5}
+#: Bounds of the distance of the closest atoms over the sum of their covalent radii, where positions
+#: are in Å; in Bohr it is 1.9 times what it should be, in nm a tenth.
+_BONDS = (0.4, 1.6)
+_PAIRS_OF = 1000  # atoms of a structure whose pairs are looked at
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Search:
 
 def check_samples(
     dataset: Any, where: str, outputs: Mapping[str, Mapping[str, Any]], targets: Iterable[str],
-    *, named: bool, search: Search | None = None,
+    *, named: bool, search: Search | None = None, elements: int | None = None,
 ) -> None:  # fmt: skip
     """Refuse a data set of which a sample does not fit.
 
@@ -44,22 +55,29 @@ def check_samples(
         targets: the labels that each sample has to have.
         named: whether each has to have a ``sid``, for predictions.
         search: how neighbours are looked for in batches of it.
+        elements: the model knows the elements 1 to this one; None: it is not known.
 
     Raises:
         UserError: naming the set, the sample's number and the key.
     """
     count = len(dataset)
     targets = list(targets)
-    found = []
+    found, bonds = [], []
     for index in _chosen(count):
         sample = read_sample(dataset, index, where)
-        problem = _problem(sample, outputs, targets, named)
+        problem = _problem(sample, outputs, targets, named) or _strange(sample, targets, elements)
+        if not problem:
+            apart, bond = _closest(sample)
+            bonds += [] if bond is None else [bond]
+            if apart < _APART:
+                problem = f"has two atoms at one place ({apart:.2g} Å apart): remove one, or it"
         if problem:
             raise UserError(f"{where}: sample {index}{_name(sample)} {problem}.")
         if search is not None:
             found.append((distances_of(sample, search.cutoff), index, _name(sample)))
     if search is not None and found:
         _check_search(found, where, search)
+    _tell_units(bonds, where)
 
 
 def _check_search(found: list[tuple[float, int, str]], where: str, search: Search) -> None:
@@ -139,6 +157,12 @@ def _problem(
         if getattr(sample, key, None) is None:
             mend = "predictions are written by it" if key == "sid" else "models need it"
             return f"has no '{key}', and {mend}: write it into the data"
+    for key in ("pos", "atomic_numbers", "natoms", "cell", "tags", "fixed", *targets):
+        value = getattr(sample, key, None)
+        if value is None or isinstance(value, torch.Tensor):
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.Tensor):
+            return f"has '{key}' of the type {type(value).__name__}, and not as a tensor"
     natoms = int(torch.as_tensor(sample.natoms))
     for key, shape in (("pos", (natoms, 3)), ("atomic_numbers", (natoms,))):
         found = tuple(torch.as_tensor(getattr(sample, key)).shape)
@@ -152,6 +176,9 @@ def _problem(
             f"has 'fixed' of shape {tuple(torch.as_tensor(fixed).shape)}: it has to say of each of "
             f"the {natoms} atoms whether it is fixed, 0 or 1"
         )
+    tags = getattr(sample, "tags", None)
+    if tags is not None and tuple(torch.as_tensor(tags).shape) != (natoms,):
+        return f"has 'tags' of shape {tuple(torch.as_tensor(tags).shape)}, not ({natoms},)"
     for name in targets:
         value = getattr(sample, name, None)
         if value is None:
@@ -162,7 +189,70 @@ def _problem(
             return f"has the label '{name}' with {size} numbers, which {rows} rows do not share"
         if name == "forces" and size != 3 * natoms:
             return f"has forces of {size} numbers, and {natoms} atoms need {3 * natoms}"
+        if name == "energy" and size != 1:
+            return f"has the label 'energy' with {size} numbers, and a structure has one"
+        label = torch.as_tensor(value)
+        if rows == natoms > 1 and len(label) != natoms:
+            return (
+                f"has the label '{name}' of shape {tuple(label.shape)}, and not a row for each of "
+                "its atoms"
+            )
     return ""
+
+
+def _strange(sample: Any, targets: Sequence[str], elements: int | None) -> str:
+    """What cannot be, in a sample of the right shape; empty where all can."""
+    words = {"pos": "positions", "cell": "a cell", "energy": "an energy label"}
+    for key in ("pos", "cell", *targets):
+        value = torch.as_tensor(getattr(sample, key)).double()
+        if not bool(torch.isfinite(value).all()):
+            named = words.get(key, f"a {key} label")
+            return f"has {named}, not finite (NaN or infinity): remove or mend it"
+        largest = _LARGEST.get(key, math.inf)
+        size = float(value.abs().max()) / (int(sample.natoms) if key == "energy" else 1)
+        if key in targets and size > largest:
+            unit = "eV an atom" if key == "energy" else "eV/Å"
+            return f"has labels of {key} of {size:.3g} {unit}, which cannot be: remove or mend it"
+    kinds = torch.as_tensor(sample.atomic_numbers).double()
+    if bool((kinds != kinds.round()).any()):
+        wrong = kinds[kinds != kinds.round()][0].item()
+        return f"has the atomic number {wrong:g}, and they are whole numbers"
+    for wrong in kinds[(kinds < 1) | (kinds >= len(covalent_radii))].tolist():
+        return f"has the atomic number {wrong:g}, which no element has"
+    if elements is not None and float(kinds.max()) > elements:
+        return (
+            f"has the atomic number {kinds.max():g}, and the model knows the elements 1 to "
+            f"{elements}: leave such structures out, or raise its number of elements"
+        )
+    return ""
+
+
+def _closest(sample: Any) -> tuple[float, float | None]:
+    """The distance of the closest atoms, Å, and the least one over the sum of covalent radii.
+
+    Images in other cells do not count; of one atom, and of very many, nothing is known.
+    """
+    pos = torch.as_tensor(sample.pos).double()
+    if not 1 < len(pos) <= _PAIRS_OF:
+        return math.inf, None
+    radii = torch.from_numpy(covalent_radii)[torch.as_tensor(sample.atomic_numbers).long().cpu()]
+    distances = torch.cdist(pos, pos, compute_mode="donot_use_mm_for_euclid_dist")
+    distances.fill_diagonal_(math.inf)
+    bonds = distances / (radii[:, None] + radii[None, :]).to(pos.device)
+    return float(distances.min()), float(bonds.min())
+
+
+def _tell_units(bonds: Sequence[float], where: str) -> None:
+    """Warn where the closest atoms of most samples are not as far apart as atoms are."""
+    if not bonds:
+        return
+    usual = float(torch.tensor(bonds).median())
+    least, most = _BONDS
+    if not least <= usual <= most:
+        logging.warning(
+            f"{where}: the closest atoms of its samples are {usual:.2g} times as far apart as a "
+            "bond is long (in the median): positions and cells have to be in Å."
+        )
 
 
 def _name(sample: Any) -> str:

@@ -28,6 +28,7 @@ from fairchem_kd.training.checks import (
     refuse_divergence,
     refuse_gradients,
     refuse_none_free,
+    refuse_unlearned,
 )
 from fairchem_kd.training.interruption import Ask, Stopped, how_to_go_on
 from fairchem_kd.training.owner import Owner
@@ -194,7 +195,11 @@ class RestartableTrainer(SavingTrainer):
             # as it was at this step of the interrupted run
             set_random_state(self.restart.random_state)
             self.restart.random_state = None
-        return self.run_model(batch)
+        try:
+            return self.run_model(batch)
+        except RuntimeError as error:
+            refuse_unlearned(self.model, error)
+            raise
 
     def _compute_loss(self, out: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         if self._none_free:

@@ -138,7 +138,17 @@ class SavingTrainer(StockTrainer):
         else:
             weights = self._unwrapped_model.state_dict()
             checkpoint = without_force_head(checkpoint, self.config, weights, checkpoint_path)
-        super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
+        try:
+            super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
+        except RuntimeError as error:  # torch's, with a line for each weight
+            if "loading state_dict" not in str(error):
+                raise
+            first = next(iter(str(error).splitlines()[1:]), "").strip()
+            raise UserError(
+                f"--checkpoint {checkpoint_path}: its weights do not fit the model of this config "
+                f"({first:.200}): give a checkpoint of that model, or the config's model as it was "
+                "trained."
+            ) from error
         if inference_only:
             return
         close_at_cutoff(self._unwrapped_model, self.ema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ OUTPUTS = {"energy": {"level": "system"}, "forces": {"level": "atom"}}
 
 def sample(index: int = 0, **changes: Any) -> Data:
     values: dict[str, Any] = {
-        "pos": torch.rand(4, 3),
+        "pos": 0.8 * torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]),
         "atomic_numbers": torch.ones(4, dtype=torch.long),
         "natoms": 4,
         "cell": 9 * torch.eye(3)[None],
@@ -36,7 +37,8 @@ GONE = "(not given)"
 
 
 def check(dataset: Any, *, named: bool = False) -> None:
-    check_samples(dataset, "dataset.val", OUTPUTS, ["energy", "forces"], named=named)
+    targets = ["energy", "forces"]
+    check_samples(dataset, "dataset.val", OUTPUTS, targets, named=named, elements=82)
 
 
 @pytest.mark.parametrize(
@@ -54,12 +56,46 @@ def check(dataset: Any, *, named: bool = False) -> None:
         ({"forces": torch.rand(3, 3)}, "label 'forces' with 9 numbers|forces of 9 numbers"),
         ({"forces": torch.rand(4)}, "forces of 4 numbers, and 4 atoms need 12"),
         ({"energy": torch.zeros(0)}, "label 'energy' with 0 numbers"),
+        ({"energy": torch.zeros(2)}, "label 'energy' with 2 numbers, and a structure has one"),
+        ({"energy": "1.0"}, "'energy' of the type str, and not as a tensor"),
+        ({"energy": True}, "'energy' of the type bool"),
+        ({"energy": [1.0]}, "'energy' of the type list"),
+        ({"energy": math.nan}, "an energy label, not finite"),
+        ({"energy": 1e20}, "labels of energy of 2.5e[+]19 eV an atom, which cannot be"),
+        ({"forces": torch.rand(12)}, r"'forces' of shape \(12,\), and not a row for each"),
+        ({"forces": torch.rand(3, 4)}, r"'forces' of shape \(3, 4\), and not a row for each"),
+        ({"forces": torch.rand(4, 3).numpy()}, "'forces' of the type ndarray"),
+        ({"forces": torch.full((4, 3), math.inf)}, "a forces label, not finite"),
+        ({"forces": torch.full((4, 3), 2e6)}, "labels of forces of 2e[+]06 eV/Å, which cannot be"),
+        ({"pos": torch.full((4, 3), math.nan)}, "positions, not finite"),
+        ({"pos": [[0.0, 0.0, 0.0]] * 4}, "'pos' of the type list"),
+        ({"pos": torch.zeros(4, 3)}, r"two atoms at one place \(0 Å apart\)"),
+        ({"cell": torch.full((1, 3, 3), math.nan)}, "a cell, not finite"),
+        ({"atomic_numbers": torch.tensor([1, 0, 1, 1])}, "atomic number 0, which no element has"),
+        ({"atomic_numbers": torch.tensor([1, -2, 1, 1])}, "atomic number -2, which no element"),
+        ({"atomic_numbers": torch.tensor([1, 1, 1, 119])}, "atomic number 119, which no element"),
+        ({"atomic_numbers": torch.tensor([1, 1, 1, 83])}, "83, and the model knows .* 1 to 82"),
+        ({"atomic_numbers": torch.tensor([1.0, 1.5, 1, 1])}, "atomic number 1.5, and they are"),
+        ({"tags": torch.zeros(3)}, r"'tags' of shape \(3,\), not \(4,\)"),
+        ({"tags": [0, 0, 0, 0]}, "'tags' of the type list"),
     ],
 )
 def test_a_sample_that_does_not_fit_is_named(changes: dict[str, Any], said: str) -> None:
     dataset = [sample(0), sample(1), sample(2, **changes), sample(3)]
     with pytest.raises(UserError, match=rf"dataset\.val: sample 2 \(sid 2\) .*({said})"):
         check(dataset)
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1.0, False), (1 / 0.529, True), (0.1, True)])
+def test_positions_that_are_not_in_angstroms_are_told(
+    factor: float, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of most samples: one that is otherwise is a matter of its own."""
+    numbers = torch.tensor([29, 29, 8, 1])
+    pos = torch.tensor([[0.0, 0, 0], [2.5, 0, 0], [1.2, 0, 1.5], [1.2, 0, 2.5]])
+    dataset = [sample(i, pos=factor * pos, atomic_numbers=numbers) for i in range(3)]
+    check([*dataset, sample(4, pos=7 * pos)])
+    assert ("positions and cells have to be in Å" in caplog.text) is told
 
 
 def test_samples_that_fit_pass() -> None:
