@@ -15,6 +15,7 @@ from fairchem.core.common import distutils
 from trainings import config, write_lmdb, write_splits, write_teacher, write_yaml
 
 from fairchem_kd.commands.fairchem import main as fairchem
+from fairchem_kd.commands.main import main as fairchem_kd
 from fairchem_kd.distillation.config import parse_distillation
 from fairchem_kd.errors import UserError
 
@@ -229,6 +230,13 @@ PLACES = {
     "of validation": lambda c: c["dataset"]["val"].update(
         transforms={"normalizer": {"energy": {"mean": 0.0, "rmsd": 1.0}}}
     ),
+    "unlabelled": lambda c: c["task"]["distillation"].update(
+        unlabelled={"dataset": {"format": "lmdb", "scr": "more"}}
+    ),
+    "optimiser": lambda c: c["optim"].update(optimizer_params={"weigth_decay": 0.1}),
+    "decay": lambda c: c["optim"].update(optimizer_params={"weight_decay": -1}),
+    "unknown": lambda c: c["optim"].update(optimizer_params={"nonsense": 1}),
+    "elements": lambda c: c["task"]["distillation"]["teacher"].update(elements=[]),
     "folder": lambda c: None,
 }
 
@@ -248,6 +256,11 @@ def transforms(contents: dict[str, Any]) -> dict[str, Any]:
         ("normaliser", "dataset.train.transforms has an unknown key 'normaliser'"),
         ("of no output", "normalizer has an unknown key 'enery' (did you mean 'energy'?)"),
         ("of validation", "dataset.val.transforms.normalizer is not read"),
+        ("unlabelled", "task.distillation.unlabelled.dataset.src is required"),
+        ("optimiser", "optimizer_params has an unknown key 'weigth_decay' (did you mean"),
+        ("decay", "optimizer_params do not fit AdamW: Invalid weight_decay value: -1"),
+        ("unknown", "optimizer_params do not fit AdamW: "),
+        ("elements", "teacher.elements is empty"),
         ("folder", "--run-dir"),
     ],
 )
@@ -282,6 +295,41 @@ def test_weights_of_another_model_and_an_output_that_nothing_learns(
     said = refusal(tmp_path, arguments, capsys)
     assert "No loss reaches" in said
     assert "out_forces" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "words"),
+    [
+        ("forces", -1.0, "forces is -1 times the labels of dataset.train, so that these or"),
+        ("forces", 23.061, "forces is 0.0434 times the labels"),
+        ("energy", -1.0, "energy is -1 times the labels"),
+        ("energy", 1 / 27.2114, "energy is 27.2 times the labels"),
+        ("energy", 1 / 13.3, "energies per atom, and not of whole structures"),
+    ],
+)
+def test_labels_in_other_units_than_the_teacher(
+    tmp_path: Path,
+    emt: Path,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    change: float,
+    words: str,
+) -> None:
+    """The teacher is EMT, whose labels the data have before they are spoiled."""
+    edit = {key: lambda value, _: change * value}
+    write_lmdb(tmp_path / "train", 24, seed=0, **edit)
+    distillation = {"teacher": {"store": str(emt / "store")}, "losses": {"vanilla": {}}}
+    arguments = config(tmp_path, emt, distillation=distillation)
+    arguments["dataset"]["train"]["src"] = str(tmp_path / "train")
+    assert words in refusal(tmp_path, arguments, capsys)
+
+
+@pytest.fixture(scope="module")
+def emt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_splits(tmp_path_factory.mktemp("emt"), train=(24, 0), val=(2, 50))
+    words = ["--calculator", "ase.calculators.emt:EMT", "--out", str(root / "store")]
+    assert fairchem_kd(["teach", str(root / "train"), *words]) == 0
+    return root
 
 
 def test_an_off_of_yaml_is_off() -> None:

@@ -8,13 +8,14 @@ structures does, and so does what is left of it when each element may have an en
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from fairchem_kd.distillation.ratios import ratio_of, tell_ratios
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Request
 from fairchem_kd.teachers import Taught, Teacher
@@ -44,6 +45,9 @@ class Agreement:
     offset: float | None = None  #: mean of teacher - label in eV
     #: of other outputs, in their own units, by name
     others: Mapping[str, float] = field(default_factory=dict)
+    #: teacher over label, of energy (beside energies of the elements) and forces, where unusual
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    atoms: float = 0.0  #: of a structure, on average
 
     @property
     def other_zero(self) -> bool:
@@ -91,7 +95,7 @@ def agreement(
         shifted: what its answers are changed by before they are compared.
     """
     chosen = evenly(len(dataset), SAMPLES)
-    errors, counts = _errors(teacher, requests, dataset, chosen, collate, device, shifted)
+    errors, labels, counts = _errors(teacher, requests, dataset, chosen, collate, device, shifted)
     if not errors:
         return None
     sizes = {name: _mean(np.abs(values)) for name, values in errors.items()}
@@ -103,7 +107,28 @@ def agreement(
         None if energy is None else _without_zero(energy, counts),
         None if energy is None else _mean(energy),
         {name: value for name, value in sizes.items() if value is not None},
+        _ratios(errors, labels, counts),
+        float(counts.sum(1).mean()),
     )
+
+
+def _ratios(
+    errors: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], counts: np.ndarray
+) -> dict[str, float]:
+    """`ratio_of` of forces, and of what compositions leave of energies, where it is unusual."""
+    found = {}
+    if "forces" in errors:
+        label = labels["forces"].ravel()
+        found["forces"] = ratio_of(errors["forces"].ravel() + label, label)
+    if "energy" in errors:
+        error, label = errors["energy"].ravel(), labels["energy"].ravel()
+        kept = np.isfinite(error) & np.isfinite(label)
+        if enough(counts[kept]):
+            theirs, ours = (
+                fitted(values[kept], counts[kept])[1] for values in (error + label, label)
+            )
+            found["energy"] = ratio_of(theirs, ours)
+    return {name: ratio for name, ratio in found.items() if ratio is not None}
 
 
 def energy_errors(
@@ -118,7 +143,7 @@ def energy_errors(
 
     Both are empty where there is nothing to compare.
     """
-    errors, counts = _errors(teacher, requests, dataset, chosen, collate, device, None)
+    errors, _, counts = _errors(teacher, requests, dataset, chosen, collate, device, None)
     energy = errors.get("energy")
     return (np.zeros(0), counts[:0]) if energy is None else (energy.ravel(), counts)
 
@@ -131,9 +156,10 @@ def _errors(
     collate: Callable[[list[Any]], Batch],
     device: torch.device,
     shifted: Shift | None,
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Teacher - label by output, ``(rows, C)``, and compositions ``(S, 120)``."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+    """Teacher - label and label by output, ``(rows, C)``, and compositions ``(S, 120)``."""
     errors: dict[str, list[np.ndarray]] = {}
+    labels: dict[str, list[np.ndarray]] = {}
     counts = []
     for start in range(0, len(chosen), _BATCH):
         samples = [dataset[i] for i in chosen[start : start + _BATCH]]
@@ -144,9 +170,13 @@ def _errors(
         for name, theirs in said.outputs.items():
             label = batch.get(name)
             if isinstance(label, torch.Tensor) and label.numel() == theirs.numel():
-                error = theirs.double() - label.to(theirs).view_as(theirs)
-                errors.setdefault(name, []).append(error.cpu().numpy())
-    return {name: np.concatenate(parts) for name, parts in errors.items()}, np.stack(counts)
+                own = label.to(theirs).view_as(theirs).double()
+                errors.setdefault(name, []).append((theirs.double() - own).cpu().numpy())
+                labels.setdefault(name, []).append(own.cpu().numpy())
+    first, second = (
+        {name: np.concatenate(parts) for name, parts in one.items()} for one in (errors, labels)
+    )
+    return first, second, np.stack(counts)
 
 
 def evenly(size: int, number: int) -> list[int]:
@@ -181,19 +211,23 @@ def fitted(energies: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.nda
     return shifts, energies - counts @ shifts
 
 
-def tell_agreement(found: Agreement | None, compares_energies: bool) -> None:
-    """Say how well the teacher does, and refuse one with another zero of energy.
+def tell_agreement(
+    found: Agreement | None, compares_energies: bool, compared: Collection[str] = ()
+) -> None:
+    """Say how well the teacher does, and refuse one with another zero of energy or other units.
 
     Args:
         found: as of :func:`agreement`.
         compares_energies: whether a loss compares the teacher's energies with the student's.
+        compared: the outputs that losses compare.
 
     Raises:
-        UserError: energies are compared whose zeros differ.
+        UserError: energies are compared whose zeros differ, or outputs whose units do.
     """
     if found is None:
         return
     logging.info(f"The teacher on the student's own labels: {found}")
+    tell_ratios(found.ratios, found.atoms, {*compared, *(["energy"] if compares_energies else [])})
     if not found.other_zero:
         return
     told = f"The teacher's energies and the student's labels have different zeros: {found.zeros}."

@@ -45,7 +45,8 @@ def fit_to(
     with refused_by_all():
         if rank() == 0 and agreement:
             found = distillation.agreement(dataset, collate)
-            tell_agreement(found, distillation.compares_energies)
+            compared = distillation.compared_outputs
+            tell_agreement(found, distillation.compares_energies, compared)
     distillation.fit_spreads(dataset, collate)
     distiller.fit_on(dataset, collate)
     with refused_by_all():

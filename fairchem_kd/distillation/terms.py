@@ -178,6 +178,11 @@ class Distillation:
         return "energy" in self._outputs or "energy" in self._atom_energies
 
     @property
+    def compared_outputs(self) -> tuple[str, ...]:
+        """Outputs that terms compare."""
+        return tuple(self._outputs)
+
+    @property
     def not_taught(self) -> list[str]:
         """Targets of the training loss that the teacher does not predict."""
         learned = {name for name, loss in self._labels.losses if float(loss["coefficient"]) > 0}

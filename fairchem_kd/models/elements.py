@@ -41,6 +41,8 @@ def as_atomic_numbers(elements: Iterable[str | int], where: str) -> list[int]:
             hint = known if "did you mean" in known else ""
             raise UserError(f"{where} has '{text[:60]}', which is no chemical element{hint}.")
         numbers.append(number)
+    if not numbers:
+        raise UserError(f"{where} is empty, so that no structure would do: name elements.")
     return numbers
 
 

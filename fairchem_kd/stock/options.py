@@ -55,6 +55,10 @@ def check_training_config(config: dict[str, Any]) -> None:
     if not isinstance(task, Mapping | None):
         raise UserError(f"task must be a mapping of keys, not {task!r:.60}.")
     check_conservative(config, ours=True)
+    distillation = (task or {}).get("distillation")
+    unlabelled = distillation.get("unlabelled") if isinstance(distillation, Mapping) else None
+    if isinstance(unlabelled, Mapping) and isinstance(unlabelled.get("dataset"), Mapping):
+        _dataset(unlabelled["dataset"], "task.distillation.unlabelled.dataset", train=False)
     if config.get("loss_functions") or not (task or {}).get("dataset"):
         _outputs(config)  # else OCP's config, out of which stock makes these blocks
         _losses(config)
@@ -113,6 +117,7 @@ def _optim(config: dict[str, Any]) -> None:
     if optim.get("optimizer", "AdamW") not in optimizers:
         name = optim["optimizer"]
         raise UserError(f"optim.optimizer cannot be {name!r}{did_you_mean(name, optimizers)}.")
+    _optimizer(optim)
     if "scheduler" in optim:
         name = optim["scheduler"]
         if name not in schedulers and name != _NO_SCHEDULER:
@@ -127,6 +132,25 @@ def _optim(config: dict[str, Any]) -> None:
                 f"optim.scheduler is missing, and stock's default needs {', '.join(missing)}: give "
                 "for example scheduler: CosineAnnealingLR with T_max, or 'Null' for none."
             )
+
+
+def _optimizer(optim: Mapping[str, Any]) -> None:
+    """Make sure that the optimiser takes its parameters.
+
+    Raises:
+        UserError: it does not.
+    """
+    import torch
+
+    name, where = optim.get("optimizer", "AdamW"), "optim.optimizer_params"
+    made, given = getattr(torch.optim, name), optim.get("optimizer_params") or {}
+    refuse_near_misses(given, inspect.signature(made).parameters, where)
+    try:
+        made([torch.nn.Parameter(torch.zeros(1))], lr=optim["lr_initial"], **given)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{where} do not fit {name}: {' '.join(str(error).split())[:200]}."
+        ) from error
 
 
 def _arguments(scheduler: Any, optim: Mapping[str, Any], where: str) -> None:
