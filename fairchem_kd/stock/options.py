@@ -50,7 +50,7 @@ def check_training_config(config: dict[str, Any]) -> None:
     for split, settings in splits.items() if isinstance(splits, Mapping) else ():
         if settings is not None and split in ("train", "val", "test", "relax"):
             _dataset(settings, f"dataset.{split}", train=split == "train")
-    check_transforms(config.get("dataset"), _targets(config) if config.get("outputs") else ())
+    check_transforms(config.get("dataset"), _targets(config))
     task = config.get("task")
     if not isinstance(task, Mapping | None):
         raise UserError(f"task must be a mapping of keys, not {task!r:.60}.")
@@ -288,10 +288,10 @@ def _outputs(config: Mapping[str, Any]) -> None:
 
 
 def _targets(config: Mapping[str, Any]) -> list[str]:
-    """The outputs, and what they are decomposed into."""
-    found = []
-    for name, output in config["outputs"].items():
-        parts = output.get("decomposition")
+    """The outputs, and what they are decomposed into, as far as the config has such."""
+    outputs, found = config.get("outputs"), []
+    for name, output in outputs.items() if isinstance(outputs, Mapping) else ():
+        parts = output.get("decomposition") if isinstance(output, Mapping) else None
         found += [name, *(parts if isinstance(parts, Mapping) else ())]
     return found
 

@@ -141,10 +141,17 @@ def test_parquet_without_pyarrow(
             "--limit must be at least",
         ),
         (["teacher.pt", "strange.traj", "--out", "a.npz"], "holds Lr, which"),
+        (
+            ["teacher.pt", "nan.traj", "--out", "a.npz"],
+            "nan.traj: structure 1 has positions, not finite",
+        ),
     ],
 )
 def test_refusals(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     ase.io.write("strange.traj", ase.Atoms("HLr", positions=[(0, 0, 0), (2, 0, 0)]))
+    ase.io.write(
+        "nan.traj", [ase.Atoms("H2", positions=[(0, 0, 0), (x, 0, 0)]) for x in (1, np.nan)]
+    )
     assert cli.main(["features", *argv, "--cpu"]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ")

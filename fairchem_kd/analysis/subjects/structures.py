@@ -36,8 +36,19 @@ class Structures:
     _read: Callable[[], Iterator[Data]] = field(repr=False)
 
     def samples(self) -> Iterator[Data]:
-        """One structure after the other, as fairchem's collater takes them."""
-        return self._read()
+        """One structure after the other, as fairchem's collater takes them.
+
+        Raises:
+            UserError: one that cannot be read, or whose positions or cell are not finite.
+        """
+        for number, sample in enumerate(self._read()):
+            for key, word in (("pos", "positions"), ("cell", "a cell")):
+                if not bool(np.isfinite(np.asarray(getattr(sample, key))).all()):
+                    raise UserError(
+                        f"{self.path}: structure {number} has {word}, not finite (NaN or "
+                        "infinity): remove or mend it."
+                    )
+            yield sample
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches in the order of the file.
@@ -45,7 +56,7 @@ class Structures:
         Raises:
             UserError: the file holds no structure, or one that cannot be read.
         """
-        samples = self._read()
+        samples = self.samples()
         empty = True
         while chunk := list(islice(samples, batch_size)):
             empty = False
