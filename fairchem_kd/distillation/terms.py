@@ -20,6 +20,7 @@ from fairchem_kd.distillation.comparing import Compared, Comparing
 from fairchem_kd.distillation.config import DistillationConfig
 from fairchem_kd.distillation.ensembles import EnsembleOptions, Spreads
 from fairchem_kd.distillation.identity import check_identity, identity_of
+from fairchem_kd.distillation.running import check_schedules
 from fairchem_kd.distillation.statistics import Collate, fit_statistics
 from fairchem_kd.distillation.summing import Summing
 from fairchem_kd.distillation.values import Values
@@ -88,7 +89,7 @@ class Distillation:
         self.targets = outputs
         self.last_step = last_step
         self.device = device
-        self._check_schedules()
+        check_schedules(self.terms, self.labels, last_step)
 
         terms = list(self.terms.values())
         energy = common_energy(energy_name_of(student), teacher.energy_name)
@@ -154,23 +155,6 @@ class Distillation:
                 raise UserError(f"{term.where}.{side}: {error}") from None
             wanted += own
         return wanted
-
-    def _check_schedules(self) -> None:
-        """Refuse a training with steps at which nothing is learned.
-
-        Raises:
-            UserError: naming the first such step.
-        """
-        schedules = [term.schedule for term in self.terms.values()]
-        if self.labels.coefficient > 0:
-            schedules.append(self.labels.schedule)
-        ends = {0, *(place for one in schedules for place in one.span(self.last_step))}
-        for step in sorted(place + 1 for place in ends if place < self.last_step):
-            if not any(one.runs(step, self.last_step) for one in schedules):
-                raise UserError(
-                    f"task.distillation: at step {step} of {self.last_step} neither the labels nor "
-                    "a loss counts, by their schedules' start and stop: let one of them go on."
-                )
 
     @property
     def compares_energies(self) -> bool:

@@ -104,13 +104,8 @@ class DistillationTrainer(RestartableTrainer):
                 self.keep_answers(teacher)
             tell_untaught(self.distiller.distillation)
             if not self.continues_run:
-                fit_to(
-                    self.distiller,
-                    self.companions,
-                    self.train_samples,
-                    self.collater,
-                    agreement=not self.is_debug,
-                )
+                samples, agreement = self.train_samples, not self.is_debug
+                fit_to(self.distiller, self.companions, samples, self.collater, agreement=agreement)
 
     @property
     def train_samples(self) -> Any:

@@ -234,6 +234,13 @@ def test_coefficients_follow_their_schedule() -> None:
     assert distiller.step == 5  # looking is no step
 
 
+def test_a_warm_up_beyond_the_training_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    for steps, told in ((9, False), (8, True)):
+        losses = {"n2n": {**PLAIN["n2n"], "schedule": {"warmup_steps": 8}}}
+        Distiller(painn(), gemnet(), losses, steps=steps)
+        assert ("the loss never counts in full" in caplog.text) is told
+
+
 # -- bad input ------------------------------------------------------------------------------------
 
 
