@@ -77,7 +77,8 @@ class Command:
         of: the command, where it is another one.
         fresh: ranks, runs and jobs are started as they are for users.
         held_at: a training waits within this step for :meth:`let_go`, so that it is not over when
-            a busy machine comes to interrupt it.
+            a busy machine comes to interrupt it; ...
+        held_run: ... of several, the one of this name.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Command:
         of: str = "fairchem",
         fresh: bool = False,
         held_at: int | None = None,
+        held_run: str = "",
         **env: str,
     ) -> None:
         assert not (fresh and held_at), "only what is forked can be held"
@@ -98,7 +100,7 @@ class Command:
         hold = None
         if held_at is not None:
             self._holding.touch()
-            hold = (held_at, self._holding)
+            hold = (held_at, held_run, self._holding)
         context = multiprocessing.get_context("forkserver")
         self.process: ForkServerProcess = context.Process(
             target=_run, args=(argv, of, cwd, log, fresh, hold, env)
@@ -143,7 +145,7 @@ def _run(
     cwd: Path,
     log: Path,
     fresh: bool,
-    hold: tuple[int, Path] | None,
+    hold: tuple[int, str, Path] | None,
     env: dict[str, str],
 ) -> None:
     os.setsid()
@@ -161,13 +163,14 @@ def _run(
     sys.exit(main(argv))
 
 
-def _hold(step: int, while_there: Path) -> None:
-    """Have trainings wait within a step for as long as there is a file."""
+def _hold(step: int, run: str, while_there: Path) -> None:
+    """Have trainings, or one of them, wait within a step for as long as there is a file."""
     take = RestartableTrainer._backward
 
     def wait(trainer: RestartableTrainer, loss: Any) -> None:
-        while trainer.step >= step and while_there.exists():
-            time.sleep(0.02)
+        if not run or trainer.timestamp_id == run:
+            while trainer.step >= step and while_there.exists():
+                time.sleep(0.02)
         take(trainer, loss)
 
     RestartableTrainer._backward = wait  # type: ignore[method-assign]
