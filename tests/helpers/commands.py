@@ -74,7 +74,7 @@ class Command:
     runs and jobs that it starts are forked in their turn.
 
     Args:
-        of: the command, where it is another one.
+        of: the command, where it is another one; of "python", ``argv`` is the code.
         fresh: ranks, runs and jobs are started as they are for users.
         held_at: a training waits within this step for :meth:`let_go`, so that it is not over when
             a busy machine comes to interrupt it; ...
@@ -154,11 +154,16 @@ def _run(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", **env})
+    sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = [of, *argv]
     if not fresh:
         fork_from_here_on()
     if hold is not None:
         _hold(*hold)
+    if of == "python":
+        (code,) = argv
+        exec(code, {"__name__": "__main__"})
+        sys.exit(0)
     main = {"fairchem": fairchem.main, "fairchem-kd": fairchem_kd.main}[of]
     sys.exit(main(argv))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from trainings import assert_equal, config, start_ranks, trainer, weights
+from trainings import PRELOAD, assert_equal, config, start_ranks, trainer, weights
 from trainings import data as data
 from trainings import teacher as teacher
 
@@ -77,7 +77,8 @@ def train(index: int, root: Path, data: Path, teacher: Path, ready: Any) -> None
 def test_two_seeds_fill_and_share_one_store_at_once(
     tmp_path: Path, data: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = mp.get_context("spawn")
+    mp.set_forkserver_preload(PRELOAD)
+    context = mp.get_context("forkserver")
     given = (tmp_path, data, teacher, context.Barrier(2))
     children = [context.Process(target=train, args=(index, *given)) for index in (0, 1)]
     for child in children:
