@@ -146,7 +146,7 @@ def test_a_line_for_each_training_on_a_terminal() -> None:
     )
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    done = subprocess.run([sys.executable, "-c", code], stderr=theirs, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], stderr=theirs, check=False, timeout=1200)
     os.close(theirs)
     shown = ""
     while "plain:" not in shown:  # the end of a terminal is an error

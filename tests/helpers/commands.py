@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -148,6 +149,7 @@ def _run(
     hold: tuple[int, str, Path] | None,
     env: dict[str, str],
 ) -> None:
+    gc.freeze()
     os.setsid()
     os.chdir(cwd)
     with log.open("a") as file:

@@ -253,6 +253,7 @@ def start_ranks(function: Callable[..., None], world: int, root: Path, *more: An
 
 
 def _rank(rank: int, function: Callable[..., None], world: int, store: str, *more: Any) -> None:
+    gc.freeze()  # imports, of which no collection of garbage finds any
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     function(rank, world, *more)

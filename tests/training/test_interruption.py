@@ -180,7 +180,8 @@ def test_a_second_ctrl_c_does_not_wait(place: Path) -> None:
     os.kill(workers[0], signal.SIGSTOP)  # no step ends any more
     run.let_go()
     os.kill(run.pid, signal.SIGINT)
-    time.sleep(1.0)
+    wait_until(lambda: "stopping at the end" in run.log.read_text(), "the first one's arrival")
+    time.sleep(1.0)  # so that the second one is no repetition of the first
     assert run.running
     os.kill(run.pid, signal.SIGINT)
     os.kill(workers[0], signal.SIGKILL)
