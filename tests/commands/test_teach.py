@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trainings import config, trainer, write_home, write_lmdb, write_yaml
+from trainings import config, count_asked, trainer, write_home, write_lmdb, write_yaml
 
 from fairchem_kd.commands import teach
 from fairchem_kd.commands.arguments import Parser
 from fairchem_kd.commands.main import main
 from fairchem_kd.commands.teach_jobs import Request, submit
 from fairchem_kd.store import Card, Reader
-from fairchem_kd.teachers import LiveTeacher, filling
+from fairchem_kd.teachers import filling
 
 DATA = ["data/train", "--teacher", "teacher.pt", "--features", "node", "edge", "--cpu"]
 
@@ -81,14 +81,7 @@ def test_data_are_asked_about_once_and_verified(
     assert "11 records are whole, 0 are damaged" in out
     assert "5 structures were asked about again" in out
 
-    asked: list[int] = []
-    ask = LiveTeacher.teach
-
-    def counting(self: LiveTeacher, batch: Any, *args: Any, **more: Any) -> Any:
-        asked.append(len(batch.natoms))
-        return ask(self, batch, *args, **more)
-
-    monkeypatch.setattr(LiveTeacher, "teach", counting)
+    asked = count_asked(monkeypatch)
     assert main(["teach", *DATA, "--out", "store"]) == 0  # nothing is left to be asked
     assert sum(asked) <= 5
 
@@ -208,14 +201,7 @@ def test_a_training_reads_what_was_taught_ahead(
     write_config()
     assert main(["teach", "config.yml", "--out", "store", "--cpu"]) == 0
     gc.collect()
-    asked: list[int] = []
-    ask = LiveTeacher.teach
-
-    def counting(self: LiveTeacher, batch: Any, *args: Any, **more: Any) -> Any:
-        asked.append(len(batch.natoms))
-        return ask(self, batch, *args, **more)
-
-    monkeypatch.setattr(LiveTeacher, "teach", counting)
+    asked = count_asked(monkeypatch)
     own = {"checkpoint": "teacher.pt", "store": "store"}
     given = config(Path(), Path("data"), distillation={"teacher": own, "losses": {"n2n": {}}})
     with trainer(given) as built:
