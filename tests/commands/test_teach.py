@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import Command
 from trainings import config, count_asked, trainer, write_home, write_lmdb, write_yaml
 
 from fairchem_kd.commands import teach
 from fairchem_kd.commands.arguments import Parser
 from fairchem_kd.commands.main import main
-from fairchem_kd.commands.teach_jobs import Request, submit
 from fairchem_kd.store import Card, Reader
 from fairchem_kd.teachers import filling
 
@@ -124,25 +124,30 @@ def test_parts_are_together_what_one_process_does(home: Path) -> None:
 
 @pytest.mark.slow
 def test_jobs_are_together_what_one_process_does(
-    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through submitit's local executor; two groups, one for each job."""
     monkeypatch.setattr(filling, "GROUP", 32)
     monkeypatch.setattr("fairchem_kd.distillation.teaching.GROUP", 32)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     write_lmdb(Path("data/many"), 35, seed=70)
     words = ["teach", "data/many", *DATA[1:], "--out"]
     assert main([*words, "whole"]) == 0
     gc.collect()
-    request = Request(parts=2, parallel=2, cpu=True, memory=2, hours=1)
-    assert submit([*words, "parts"], request, cluster="local") == []
+    code = f"""
+from fairchem_kd.commands.teach_jobs import Request, submit
+given = {{"parallel": 2, "cpu": True, "memory": 2, "hours": 1}}
+assert submit({[*words, "parts"]!r}, Request(parts=2, **given), cluster="local") == []
+gone = {["teach", "data/gone", *DATA[1:]]!r}
+(failed,) = submit(gone, Request(parts=1, **given), cluster="local")
+print("its log:", failed.paths.stderr)
+"""
+    submission = Command([code], home, home / "log", of="python")
+    submission.finish()
     assert sorted(len(shard.entries) for shard in Reader("parts").shards) == [3, 32]
     assert_same("whole", "parts")
-    capsys.readouterr()
-    request = Request(parts=1, parallel=2, cpu=True, memory=2, hours=1)
-    (failed,) = submit(["teach", "data/gone", *DATA[1:]], request, cluster="local")
-    assert "data/gone" in capsys.readouterr().out.partition("; see")[0]
-    assert "data/gone" in Path(failed.paths.stderr).read_text()
+    said, _, log = submission.log.read_text().partition("its log: ")
+    assert "data/gone" in said.rpartition("; see")[0].splitlines()[-1]
+    assert "data/gone" in Path(log.strip()).read_text()
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
