@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -107,6 +108,8 @@ class Command:
             target=_run, args=(argv, of, cwd, log, fresh, hold, env)
         )
         self.process.start()
+        # where a test has failed before it came to this, Python would wait for its end for ever
+        multiprocessing.util.Finalize(None, self.kill, exitpriority=10)
 
     @property
     def pid(self) -> int:
@@ -123,9 +126,11 @@ class Command:
 
     def kill(self) -> None:
         """SIGKILL it with all that it has started."""
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+        # it may have ended by itself, or have no group of its own yet
+        with contextlib.suppress(ProcessLookupError):
             if self.running:
                 os.killpg(self.pid, signal.SIGKILL)
+        self.process.kill()
         self.wait()
 
     def wait(self) -> int:
@@ -176,7 +181,9 @@ def _hold(step: int, run: str, while_there: Path) -> None:
 
     def wait(trainer: RestartableTrainer, loss: Any) -> None:
         if not run or trainer.timestamp_id == run:
+            deadline = time.monotonic() + PATIENCE_S
             while trainer.step >= step and while_there.exists():
+                assert time.monotonic() < deadline, "let go by nobody"
                 time.sleep(0.02)
         take(trainer, loss)
 
