@@ -177,14 +177,14 @@ def test_a_second_ctrl_c_does_not_wait(place: Path) -> None:
     run = start(place, folder.name, 2, held_at=3)
     wait_until(lambda: len(steps(folder)) >= 2, "two steps")
     workers = ranks_of(run.pid)
-    os.kill(workers[0], signal.SIGSTOP)  # no step ends any more
-    run.let_go()
+    os.kill(workers[-1], signal.SIGSTOP)  # no step ends any more
     os.kill(run.pid, signal.SIGINT)
     wait_until(lambda: "stopping at the end" in run.log.read_text(), "the first one's arrival")
+    run.let_go()  # to wait for the other rank
     time.sleep(1.0)  # so that the second one is no repetition of the first
     assert run.running
     os.kill(run.pid, signal.SIGINT)
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers[-1], signal.SIGKILL)
     assert run.wait() == 130, run.log.read_text()
     assert "stopped at once" in run.log.read_text()
     wait_until(lambda: not any(map(cmdline, workers)), "the end of the ranks")
