@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -19,6 +20,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What these assert is told as fully as what a test itself does.
 pytest.register_assert_rewrite("configs", "edge_sums", "published", "sweeps", "terms", "trainings")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of collections of garbage, of which tests make hundreds.
+
+    Half a million objects that stay take a quarter of a second each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Libraries complain of what is left when Python ends."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.launch.interrupt import ranks_stop_themselves
 from fairchem_kd.machine import flush_denormals
 from fairchem_kd.stock.noise import plain_logs
+from fairchem_kd.stock.partition import use_our_partition
 from fairchem_kd.stock.plugin import register
 from fairchem_kd.stock.predictions import keep_all_predictions
 from fairchem_kd.stock.relaxation import make_relaxable
@@ -105,6 +106,7 @@ class KDRunner(_cli.Runner):
         register()
         make_relaxable()
         use_our_collater()
+        use_our_partition()
         keep_all_predictions()
         if config.get("submit"):
             # Built by the job, not on the login node; ranks and jobs wait for each other.

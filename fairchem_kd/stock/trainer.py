@@ -25,6 +25,7 @@ from fairchem_kd.stock.datasets import with_own_databases
 from fairchem_kd.stock.gradient_forces import give_gradient_forces
 from fairchem_kd.stock.kept_samples import KeptSamples, Room, repeatable
 from fairchem_kd.stock.neighbours import refuse_isolated
+from fairchem_kd.stock.partition import use_our_partition
 from fairchem_kd.stock.samples import use_our_collater
 from fairchem_kd.stock.search import look_before_searching
 
@@ -49,6 +50,7 @@ class StockTrainer(OCPTrainer):
     def __init__(self, *, flush_denormal: bool = False, **stock: Any) -> None:
         check_run_names(stock)
         use_our_collater()
+        use_our_partition()
         use_our_rule()
         look_before_searching()
         self._run_dir = stock.get("run_dir") or os.getcwd()

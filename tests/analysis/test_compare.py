@@ -7,7 +7,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import Command
 from fairchem.core.trainers import OCPTrainer
 from torch_geometric.data import Batch
 from trainings import config, inside, trainer, write_home, write_lmdb
@@ -172,29 +172,13 @@ def test_throughput_says_what_it_depends_on() -> None:
 def test_the_command(home: Path) -> None:
     """As a user runs it: teacher, baseline, seeds and data are found in the runs themselves."""
     runs = [str(run_of(f"{name}-s{seed}")) for name in ("plain", "e2n") for seed in (0, 1)]
-    code = "import sys; from fairchem_kd.commands.main import main; sys.exit(main())"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "compare",
-            *runs,
-            "--cpu",
-            "--batch-size",
-            "4",
-            "--out",
-            "out",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Errors on test (data/test: 9 structures of 3 systems)" in done.stdout
-    assert "Errors on test_ood (data/test_ood: 6 structures of 2 systems)" in done.stdout
-    assert "e2n against plain on test: energy" in done.stdout
+    log = home / "log"
+    words = ["compare", *runs, "--cpu", "--batch-size", "4", "--out", "out"]
+    Command(words, home, log, of="fairchem-kd").finish()
+    said = log.read_text()
+    assert "Errors on test (data/test: 9 structures of 3 systems)" in said
+    assert "Errors on test_ood (data/test_ood: 6 structures of 2 systems)" in said
+    assert "e2n against plain on test: energy" in said
     results = json.loads(Path("out/results.json").read_text())
     assert [(m["label"], m["role"]) for m in results["models"]] == [
         ("teacher", "teacher"),

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from commands import Command
 from trainings import config, inside, trainer, write_home, write_yaml
 
+from fairchem_kd.analysis.cost import timing
 from fairchem_kd.analysis.cost.timing import Stopwatch, Timing, peak_memory, ratio, take_turns
 from fairchem_kd.analysis.cost.training import _arguments, _Stepping, measure_training
 from fairchem_kd.analysis.subjects.runs import ModelFile, read_model
@@ -54,17 +55,22 @@ def _there(home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.set_flush_denormal(False)
 
 
-def test_inner_sections_do_not_count_for_the_outer() -> None:
+def test_inner_sections_do_not_count_for_the_outer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+
+    def take(seconds: float) -> int:
+        now[0] += seconds
+        return 7
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     watch = Stopwatch(CPU)
-    inner = watch.timed(lambda: f"{watch.running} inner", lambda: time.sleep(0.05) or 7)
+    inner = watch.timed(lambda: f"{watch.running} inner", lambda: take(5.0))
     with watch.section("outer"):
-        time.sleep(0.02)
+        take(2.0)
         assert inner() == 7
-        time.sleep(0.02)
+        take(1.0)
         inner()
-    assert list(watch.seconds) == ["outer", "outer inner"]
-    assert watch.seconds["outer inner"] >= 0.1
-    assert 0.04 <= watch.seconds["outer"] < watch.seconds["outer inner"]
+    assert watch.seconds == {"outer": 3.0, "outer inner": 10.0}
 
 
 def test_turns_are_taken_by_each_way_and_begun_by_every_one() -> None:

@@ -350,6 +350,7 @@ def test_how_forces_are_made_is_named() -> None:
     small = {"sphere_channels": 4, "edge_channels": 4, "num_layers": 1, "num_sphere_samples": 8}
     small |= {"lmax_list": [1], "mmax_list": [1]}
     hidden = {"hidden_channels": 8, "out_emb_channels": 8, "num_blocks": 1}
+    hidden |= {"num_spherical": 2, "num_radial": 2}  # SymPy works out each of them
     models = {
         "direct": {"name": "escn", "hidden_channels": 4, **small},
         "gradient": {"name": "dimenetplusplus", **hidden},

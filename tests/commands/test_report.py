@@ -181,7 +181,7 @@ def test_a_browser_shows_it(size: str, tmp_path: Path) -> None:
             *("--enable-logging=stderr", "--v=0", "--virtual-time-budget=10000"),
             *options,
         ]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=1200)
 
     done = browse("--dump-dom", probed.as_uri())
     match = re.search(r'data-found="([^"]*)"', done.stdout)

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trainings import config, trainer, write_home, write_lmdb, write_yaml
+from commands import Command
+from trainings import config, count_asked, trainer, write_home, write_lmdb, write_yaml
 
 from fairchem_kd.commands import teach
 from fairchem_kd.commands.arguments import Parser
 from fairchem_kd.commands.main import main
-from fairchem_kd.commands.teach_jobs import Request, submit
 from fairchem_kd.store import Card, Reader
-from fairchem_kd.teachers import LiveTeacher, filling
+from fairchem_kd.teachers import filling
 
 DATA = ["data/train", "--teacher", "teacher.pt", "--features", "node", "edge", "--cpu"]
 
@@ -81,14 +81,7 @@ def test_data_are_asked_about_once_and_verified(
     assert "11 records are whole, 0 are damaged" in out
     assert "5 structures were asked about again" in out
 
-    asked: list[int] = []
-    ask = LiveTeacher.teach
-
-    def counting(self: LiveTeacher, batch: Any, *args: Any, **more: Any) -> Any:
-        asked.append(len(batch.natoms))
-        return ask(self, batch, *args, **more)
-
-    monkeypatch.setattr(LiveTeacher, "teach", counting)
+    asked = count_asked(monkeypatch)
     assert main(["teach", *DATA, "--out", "store"]) == 0  # nothing is left to be asked
     assert sum(asked) <= 5
 
@@ -131,25 +124,30 @@ def test_parts_are_together_what_one_process_does(home: Path) -> None:
 
 @pytest.mark.slow
 def test_jobs_are_together_what_one_process_does(
-    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through submitit's local executor; two groups, one for each job."""
     monkeypatch.setattr(filling, "GROUP", 32)
     monkeypatch.setattr("fairchem_kd.distillation.teaching.GROUP", 32)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     write_lmdb(Path("data/many"), 35, seed=70)
     words = ["teach", "data/many", *DATA[1:], "--out"]
     assert main([*words, "whole"]) == 0
     gc.collect()
-    request = Request(parts=2, parallel=2, cpu=True, memory=2, hours=1)
-    assert submit([*words, "parts"], request, cluster="local") == []
+    code = f"""
+from fairchem_kd.commands.teach_jobs import Request, submit
+given = {{"parallel": 2, "cpu": True, "memory": 2, "hours": 1}}
+assert submit({[*words, "parts"]!r}, Request(parts=2, **given), cluster="local") == []
+gone = {["teach", "data/gone", *DATA[1:]]!r}
+(failed,) = submit(gone, Request(parts=1, **given), cluster="local")
+print("its log:", failed.paths.stderr)
+"""
+    submission = Command([code], home, home / "log", of="python")
+    submission.finish()
     assert sorted(len(shard.entries) for shard in Reader("parts").shards) == [3, 32]
     assert_same("whole", "parts")
-    capsys.readouterr()
-    request = Request(parts=1, parallel=2, cpu=True, memory=2, hours=1)
-    (failed,) = submit(["teach", "data/gone", *DATA[1:]], request, cluster="local")
-    assert "data/gone" in capsys.readouterr().out.partition("; see")[0]
-    assert "data/gone" in Path(failed.paths.stderr).read_text()
+    said, _, log = submission.log.read_text().partition("its log: ")
+    assert "data/gone" in said.rpartition("; see")[0].splitlines()[-1]
+    assert "data/gone" in Path(log.strip()).read_text()
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
@@ -208,14 +206,7 @@ def test_a_training_reads_what_was_taught_ahead(
     write_config()
     assert main(["teach", "config.yml", "--out", "store", "--cpu"]) == 0
     gc.collect()
-    asked: list[int] = []
-    ask = LiveTeacher.teach
-
-    def counting(self: LiveTeacher, batch: Any, *args: Any, **more: Any) -> Any:
-        asked.append(len(batch.natoms))
-        return ask(self, batch, *args, **more)
-
-    monkeypatch.setattr(LiveTeacher, "teach", counting)
+    asked = count_asked(monkeypatch)
     own = {"checkpoint": "teacher.pt", "store": "store"}
     given = config(Path(), Path("data"), distillation={"teacher": own, "losses": {"n2n": {}}})
     with trainer(given) as built:

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
 import pytest
+from commands import Command, wait_until
 
 from fairchem_kd._version import __version__
 from fairchem_kd.commands.main import main
@@ -41,22 +41,18 @@ def config(root: Path, **build: Any) -> dict[str, Any]:
     }
 
 
-def builder(root: Path, **build: Any) -> subprocess.Popen[str]:
-    """Another process that asks for the data set."""
-    data = config(root, **build)
-    script = f"from fairchem_kd.data.build import ensure_built; ensure_built({data!r})"
-    return subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-    )  # fmt: skip
+def builder(root: Path, **build: Any) -> Command:
+    """Another process that asks for the data set; its log stands beside it."""
+    script = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from fairchem_kd.data.build import ensure_built\n"
+        f"ensure_built({config(root, **build)!r})"
+    )
+    log = root.parent.parent / f"{root.parent.name}.{next(_NUMBERS)}.log"
+    return Command([script], root.parent, log, of="python")
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
+_NUMBERS = itertools.count()
 
 
 def lmdb_file(path: Path, samples: int) -> None:
@@ -105,7 +101,10 @@ def test_a_missing_data_set_is_built_whole_and_only_once(built: Path) -> None:
 
 def test_two_processes_that_ask_at_once_build_once(tmp_path: Path) -> None:
     root = tmp_path / "slabs"
-    said = [process.communicate(timeout=120)[0] for process in [builder(root), builder(root)]]
+    builders = [builder(root), builder(root)]
+    for process in builders:
+        process.finish()
+    said = [process.log.read_text() for process in builders]
     assert sorted(text.count("slabs train: 20/20") for text in said) == [0, 1], said
     assert read_card(root) is not None
     assert {path.name for path in tmp_path.iterdir()} == {"slabs", ".slabs.lock"}
@@ -115,14 +114,14 @@ def test_a_killed_build_leaves_no_data_set_no_workers_and_no_lock(tmp_path: Path
     root = tmp_path / "slabs"
     process = builder(root, train=5000)
     try:
-        wait_for(lambda: list(tmp_path.glob(".slabs.building-*")))
+        wait_until(lambda: list(tmp_path.glob(".slabs.building-*")), "the build's start")
         time.sleep(0.5)
     finally:
-        process.kill()
-        process.communicate(timeout=30)
+        os.kill(process.pid, signal.SIGKILL)  # it alone
+        process.wait()
     assert not root.exists()
     # Its session held nothing but the builder and its workers: they end by themselves.
-    wait_for(lambda: not _session_alive(process.pid), 20)
+    wait_until(lambda: not _session_alive(process.pid), "the end of the workers")
     ensure_built(config(root))
     assert {path.name for path in tmp_path.iterdir()} == {"slabs", ".slabs.lock"}
 
@@ -141,13 +140,12 @@ def _session_alive(session: int) -> bool:
 def test_an_interrupted_build_tidies_up(tmp_path: Path) -> None:
     process = builder(tmp_path / "slabs", train=5000)
     try:
-        wait_for(lambda: list(tmp_path.glob(".slabs.building-*")))
+        wait_until(lambda: list(tmp_path.glob(".slabs.building-*")), "the build's start")
         time.sleep(1.0)
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        os.kill(process.pid, signal.SIGINT)
+        process.wait()
     finally:
         process.kill()
-        process.communicate(timeout=30)
     assert {path.name for path in tmp_path.iterdir()} == {".slabs.lock"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fcntl
 import json
@@ -13,12 +14,12 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import Command, wait_until
 from trainings import config, inside, write_home, write_yaml
 
 from fairchem_kd.commands import main as cli
@@ -66,22 +67,14 @@ def _there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
 
 
-def command(*more: str) -> list[str]:
-    code = "import sys; from fairchem_kd.commands.main import main; sys.exit(main())"
-    argv = ["demo", "--configs", "configs", "--out", "out", "--jobs", "2", "--longer", "2", *more]
-    return [sys.executable, "-W", "ignore", "-c", code, *argv]
-
-
-def processes_in(folder: Path) -> list[str]:
-    """Command lines of the processes that train in ``folder``."""
+def at_work_in(folder: Path) -> list[Path]:
+    """The logs below ``folder`` that processes print to."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if "--run-dir" in line and os.readlink(path.parent / "cwd") == str(folder):
-            found.append(line)
+    for printed in Path("/proc").glob("[0-9]*/fd/1"):
+        with contextlib.suppress(OSError):
+            log = printed.readlink()
+            if log.name == children.LOG and folder.absolute() in log.parents:
+                found.append(log)
     return found
 
 
@@ -153,7 +146,7 @@ def test_a_line_for_each_training_on_a_terminal() -> None:
     )
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    done = subprocess.run([sys.executable, "-c", code], stderr=theirs, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], stderr=theirs, check=False, timeout=1200)
     os.close(theirs)
     shown = ""
     while "plain:" not in shown:  # the end of a terminal is an error
@@ -250,34 +243,37 @@ def test_a_training_that_fails_tells_why_and_stops_the_other(home: Path, tmp_pat
         ),
     ):
         children.train_all(trainings, tmp_path, jobs=2, lock=lock)
-    assert processes_in(Path.cwd()) == []
+    assert at_work_in(tmp_path) == []
     assert not list(tmp_path.glob("*/done.json"))
 
 
 @pytest.mark.slow
 def test_the_demo_interrupted_and_started_again(home: Path) -> None:
     out = Path("out")
-    first = subprocess.Popen(command(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 600
-    while not list(out.glob("plain-s0-*/done.json")) and time.monotonic() < deadline:
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.2)
-    first.send_signal(signal.SIGINT)
-    _, error = first.communicate(timeout=120)
-    assert first.returncode == 130
-    assert "start the same command again" in error
-    assert "Traceback" not in error
-    assert processes_in(Path.cwd()) == []
+    argv = ["demo", "--configs", "configs", "--out", "out", "--jobs", "2", "--longer", "2"]
+    logs = [Path("first.log"), Path("second.log")]
+    first = Command(argv, home, logs[0].absolute(), of="fairchem-kd")
+    wait_until(
+        lambda: list(out.glob("plain-s0-*/done.json")) or not first.running, "the plain student"
+    )
+    assert first.running, logs[0].read_text()
+    wait_until(lambda: at_work_in(out), "another student")
+    os.kill(first.pid, signal.SIGINT)
+    assert first.wait() == 130
+    said = logs[0].read_text()
+    assert "start the same command again" in said
+    assert "Traceback" not in said
+    assert at_work_in(out) == []
     [plain] = out.glob("plain-s0-*/done.json")
     kept = plain.stat().st_mtime_ns
 
-    done = subprocess.run(command(), capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert "plain, seed 0: done before" in done.stderr
-    assert "the teacher: asked before" in done.stderr
+    Command(argv, home, logs[1].absolute(), of="fairchem-kd").finish()
+    said = logs[1].read_text()
+    assert "plain, seed 0: done before" in said
+    assert "the teacher: asked before" in said
     assert plain.stat().st_mtime_ns == kept
-    assert "- plain: 8 steps of 3 structures, no teacher." in done.stdout
-    assert "all together against plain on test_ood: energy" in done.stdout
+    assert "- plain: 8 steps of 3 structures, no teacher." in said
+    assert "all together against plain on test_ood: energy" in said
     results = json.loads((out / "results.json").read_text())
     models = {model["label"]: model for model in results["models"]}
     labels = plan.labels_by_name(2)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fairchem.core.trainers import OCPTrainer
 from models import small_model
-from trainings import ALL_LOSSES, assert_equal, config, trained, write_lmdb, write_teacher
+from trainings import (
+    ALL_LOSSES,
+    assert_equal,
+    config,
+    count_asked,
+    trained,
+    write_lmdb,
+    write_teacher,
+)
 from trainings import data as data
 
 from fairchem_kd.commands.main import main
 from fairchem_kd.distillation.pairing import choose
 from fairchem_kd.models.frozen import Teacher
 from fairchem_kd.models.units import Units
-from fairchem_kd.teachers import LiveTeacher
 
 
 @pytest.mark.parametrize(
@@ -46,14 +52,7 @@ def test_a_training_with_every_loss_and_again_from_its_store(
     first = trained({**given, "identifier": "first"})
     assert all(torch.isfinite(value).all() for value in first.values())
 
-    asked: list[int] = []
-    teach = LiveTeacher.teach
-
-    def counting(self: LiveTeacher, batch: Any, *args: Any, **more: Any) -> Any:
-        asked.append(len(batch.natoms))
-        return teach(self, batch, *args, **more)
-
-    monkeypatch.setattr(LiveTeacher, "teach", counting)
+    asked = count_asked(monkeypatch)
     second = trained({**given, "identifier": "second"})
     assert sum(asked) < 11  # a look at whether the store still holds, and no more
     assert_equal(first, second)

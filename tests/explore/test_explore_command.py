@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.io import write
-from commands import wait_until
+from commands import PATIENCE_S, wait_until
 from explorations import FAST, samples
 from models import structures
 from trainings import PRELOAD, config, inside, trainer, write_home, write_lmdb
@@ -238,15 +240,14 @@ def command_of(words: list[str]) -> dict[str, Any]:
 def _explore(cwd: Path, argv: list[str]) -> None:
     os.setsid()
     os.chdir(cwd)
-    make = exploration._make
+    make, calls = exploration._make, itertools.count(1)
 
-    def slowly(*args: Any) -> Any:
-        import time
-
-        time.sleep(0.2)
+    def no_further(*args: Any) -> Any:
+        if next(calls) > TRAIN // 2:
+            time.sleep(PATIENCE_S)  # killed meanwhile, however late
         return make(*args)
 
-    exploration._make = slowly
+    exploration._make = no_further
     main(argv)
 
 

@@ -60,17 +60,18 @@ def home(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     gc.collect()
 
 
-def forked(then: Callable[[Command], Any]) -> Callable[..., int]:
+def forked(then: Callable[[Command], Any], **how: Any) -> Callable[..., int]:
     """Runs the training in a process that has the imports behind it.
 
     Args:
         then: is called with it while it runs.
+        how: see Command.
     """
 
     def run(command: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> int:
         words = list(command[command.index("main") :])
         stores = {trainings.VARIABLE: environment[trainings.VARIABLE]}
-        training = Command(words, Path.cwd(), log.absolute(), **stores)
+        training = Command(words, Path.cwd(), log.absolute(), **how, **stores)
         then(training)
         return training.wait()
 
@@ -133,7 +134,7 @@ def test_rounds_that_were_killed_end_as_they_would_have(
         wait_until(lambda: saved.is_file() or not training.running, "the first checkpoint")
         training.kill()
 
-    monkeypatch.setattr(trainings, "run_command", forked(kill))
+    monkeypatch.setattr(trainings, "run_command", forked(kill, held_at=6))
     assert main([*words, "--out", "cut"]) == 2
     assert "was killed by signal 9" in capsys.readouterr().err
     monkeypatch.setattr(trainings, "run_command", forked(lambda _: None))

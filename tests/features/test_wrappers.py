@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import torch
 import torch.distributed as dist
 from fairchem.core.common.registry import registry
 from torch.nn.parallel import DistributedDataParallel
+from trainings import start_ranks
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import (
@@ -181,58 +179,28 @@ def test_inside_distributed_data_parallel(flavour: str, find_unused: bool) -> No
             torch.testing.assert_close(p.grad, q[1].grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
-TWO_RANKS = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-import models
-from fairchem_kd.features import FeatureExtractor, Request, available_features
-
-rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-for flavour in ("painn", "gemnet_oc_gradient"):
-    slabs = models.structures(2)
-    model = models.small_model(flavour)
-    wrapped = DistributedDataParallel(model)
+def average(rank: int, _world: int, _root: Path) -> None:
+    """One of two ranks, each with a structure of its own: gradients are those of both alone."""
     requests = [Request("node", "node"), Request("edge@2", "vector")]
 
-    def loss(model, slab):
+    def loss(model: torch.nn.Module, slab: Any) -> torch.Tensor:
         extractor = FeatureExtractor(model, requests)
         with extractor.capture() as captured:
             outputs = model(models.batch([slab]))
         total = outputs["forces"].pow(2).sum() + outputs["energy"].sum()
         return total + sum(captured[request].values.pow(2).sum() for request in requests)
 
-    loss(wrapped, slabs[rank]).backward()
-    alone = models.small_model(flavour)
-    (sum(loss(alone, slab) for slab in slabs) / 2).backward()
-    for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
-        if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, msg=lambda m, n=name: f"{n}: {m}")
-dist.destroy_process_group()
-"""
+    for flavour in ("painn", "gemnet_oc_gradient"):
+        slabs = models.structures(2)
+        model = models.small_model(flavour)
+        wrapped = DistributedDataParallel(model)  # averages for as long as it lives
+        loss(wrapped, slabs[rank]).backward()
+        alone = models.small_model(flavour)
+        (sum(loss(alone, slab) for slab in slabs) / 2).backward()
+        for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_two_ranks_average_the_gradients_of_feature_losses(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(TWO_RANKS)
-    tests = Path(__file__).parents[1] / "helpers"
-    paths = [str(tests), str(tests.parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=240)
-            assert rank.returncode == 0, errors
-    finally:
-        for rank in ranks:
-            rank.kill()
+    start_ranks(average, 2, tmp_path)

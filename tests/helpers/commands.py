@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -15,10 +17,14 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from forks import fork_from_here_on
 from trainings import PRELOAD, assert_same, config, write_lmdb, write_teacher, write_yaml
 
+from fairchem_kd.commands import fairchem
+from fairchem_kd.commands import main as fairchem_kd
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.training.records import read_records
+from fairchem_kd.training.restartable import RestartableTrainer
 
 #: How long anything may take here; machines may be busy.
 PATIENCE_S = 1200.0
@@ -26,11 +32,12 @@ PATIENCE_S = 1200.0
 SILENCE_S = 600.0
 #: ... which is less than this share of the time, whatever else the machine does.
 IDLE = 0.01
-#: The optimiser steps of the run that :func:`write_run` writes, whatever the number of ranks.
+#: The optimiser steps of the run that :func:`write_run` writes, whatever the number of ranks. In
+#: real processes, which cannot be held, so many that none is over before it can be interrupted.
 LAST_STEP = 40
 
 
-def write_run(root: Path) -> Path:
+def write_run(root: Path, last_step: int = LAST_STEP) -> Path:
     """``root/run.yml`` and its data: saved at every fourth step and evaluated at every fifth.
 
     Of small models, so that what is tested is what happens between the steps.
@@ -49,15 +56,15 @@ def write_run(root: Path) -> Path:
         batch_size=3,
         checkpoint_every=4,
         eval_every=5,
-        T_max=LAST_STEP,
+        T_max=last_step,
     )
     arguments["model"].update(hidden_channels=8, num_layers=2)
     return write_yaml(root / "run.yml", arguments)
 
 
-def run_argv(ranks: int, *more: str) -> list[str]:
+def run_argv(ranks: int, *more: str, last_step: int = LAST_STEP) -> list[str]:
     """The command that trains it, on ``ranks`` ranks in all, recording each step."""
-    epochs = LAST_STEP * 3 * ranks // 12
+    epochs = last_step * 3 * ranks // 12
     argv = ["main", "--mode", "train", "--config-yml", "run.yml", "--cpu", "--print-every", "1"]
     return [*argv, *more, f"--optim.max_epochs={epochs}"]
 
@@ -65,15 +72,44 @@ def run_argv(ranks: int, *more: str) -> list[str]:
 class Command:
     """``fairchem ARGV``, started in a process group of its own; its output goes to a file.
 
-    Forked from a process that has the imports behind it, and so running within a second.
+    Forked from a process that has the imports behind it, and so running within a second; the ranks,
+    runs and jobs that it starts are forked in their turn.
+
+    Args:
+        of: the command, where it is another one; of "python", ``argv`` is the code.
+        fresh: ranks, runs and jobs are started as they are for users.
+        held_at: a training waits within this step for :meth:`let_go`, so that it is not over when
+            a busy machine comes to interrupt it; ...
+        held_run: ... of several, the one of this name.
     """
 
-    def __init__(self, argv: Sequence[str], cwd: Path, log: Path, **env: str) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        cwd: Path,
+        log: Path,
+        *,
+        of: str = "fairchem",
+        fresh: bool = False,
+        held_at: int | None = None,
+        held_run: str = "",
+        **env: str,
+    ) -> None:
+        assert not (fresh and held_at), "only what is forked can be held"
         multiprocessing.set_forkserver_preload(PRELOAD)
         self.log = log
+        self._holding = log.with_suffix(".held")
+        hold = None
+        if held_at is not None:
+            self._holding.touch()
+            hold = (held_at, held_run, self._holding)
         context = multiprocessing.get_context("forkserver")
-        self.process: ForkServerProcess = context.Process(target=_run, args=(argv, cwd, log, env))
+        self.process: ForkServerProcess = context.Process(
+            target=_run, args=(argv, of, cwd, log, fresh, hold, env)
+        )
         self.process.start()
+        # where a test has failed before it came to this, Python would wait for its end for ever
+        multiprocessing.util.Finalize(None, self.kill, exitpriority=10)
 
     @property
     def pid(self) -> int:
@@ -84,11 +120,17 @@ class Command:
     def running(self) -> bool:
         return self.process.is_alive()
 
+    def let_go(self) -> None:
+        """Hold it no longer."""
+        self._holding.unlink()
+
     def kill(self) -> None:
         """SIGKILL it with all that it has started."""
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+        # it may have ended by itself, or have no group of its own yet
+        with contextlib.suppress(ProcessLookupError):
             if self.running:
                 os.killpg(self.pid, signal.SIGKILL)
+        self.process.kill()
         self.wait()
 
     def wait(self) -> int:
@@ -103,16 +145,49 @@ class Command:
         assert self.wait() == 0, self.log.read_text()
 
 
-def _run(argv: Sequence[str], cwd: Path, log: Path, env: dict[str, str]) -> None:
+def _run(
+    argv: Sequence[str],
+    of: str,
+    cwd: Path,
+    log: Path,
+    fresh: bool,
+    hold: tuple[int, str, Path] | None,
+    env: dict[str, str],
+) -> None:
+    gc.freeze()
     os.setsid()
     os.chdir(cwd)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ.update(env, CUDA_VISIBLE_DEVICES="")
-    from fairchem_kd.commands.fairchem import main as fairchem
+    os.environ.update({"CUDA_VISIBLE_DEVICES": "", **env})
+    sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
+    sys.argv = [of, *argv]
+    if not fresh:
+        fork_from_here_on()
+    if hold is not None:
+        _hold(*hold)
+    if of == "python":
+        (code,) = argv
+        exec(code, {"__name__": "__main__"})
+        sys.exit(0)
+    main = {"fairchem": fairchem.main, "fairchem-kd": fairchem_kd.main}[of]
+    sys.exit(main(argv))
 
-    sys.exit(fairchem(argv))
+
+def _hold(step: int, run: str, while_there: Path) -> None:
+    """Have trainings, or one of them, wait within a step for as long as there is a file."""
+    take = RestartableTrainer._backward
+
+    def wait(trainer: RestartableTrainer, loss: Any) -> None:
+        if not run or trainer.timestamp_id == run:
+            deadline = time.monotonic() + PATIENCE_S
+            while trainer.step >= step and while_there.exists():
+                assert time.monotonic() < deadline, "let go by nobody"
+                time.sleep(0.02)
+        take(trainer, loss)
+
+    RestartableTrainer._backward = wait  # type: ignore[method-assign]
 
 
 def run_to_end(
@@ -188,6 +263,11 @@ def cmdline(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except FileNotFoundError:
         return ""
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The ranks that it has launched."""
+    return [pid for pid in children(launcher) if "resource_tracker" not in cmdline(pid)]
 
 
 def wait_until(condition: Callable[[], Any], what: str, every_s: float = 0.02) -> Any:

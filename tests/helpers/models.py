@@ -23,11 +23,15 @@ from ase.constraints import FixAtoms
 from fairchem.core.common.registry import registry
 from fairchem.core.common.utils import setup_imports
 from fairchem.core.datasets.lmdb_dataset import data_list_collater
+from fairchem.core.models.gemnet_oc.layers import spherical_basis
 from fairchem.core.modules.scaling import ScaleFactor
 from torch import nn
 from torch_geometric.data import Batch, Data
 
 from fairchem_kd.features.architecture import draws_numbers
+
+#: SymPy works it out again for each layer of each GemNet-OC.
+spherical_basis.get_sph_harm_basis = functools.cache(spherical_basis.get_sph_harm_basis)
 
 PAINN = {
     "name": "painn",

@@ -31,6 +31,7 @@ from fairchem.core.trainers import OCPTrainer
 from models import fit_scales, model_config, structures, to_data
 
 from fairchem_kd.distillation.trainer import DistillationTrainer
+from fairchem_kd.teachers import LiveTeacher
 
 #: What a process has imported from which those of tests are forked: it takes seconds.
 PRELOAD = ["fairchem_kd.launch.run", "fairchem_kd.distillation.trainer"]
@@ -49,6 +50,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """The checkpoint of a small GemNet-OC."""
     return write_teacher(tmp_path_factory.mktemp("teacher"), data)
+
+
+def count_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many structures live teachers will be asked, call by call."""
+    asked: list[int] = []
+    teach = LiveTeacher.teach
+
+    def counting(self: LiveTeacher, batch: Any, *args: Any, **more: Any) -> Any:
+        asked.append(len(batch.natoms))
+        return teach(self, batch, *args, **more)
+
+    monkeypatch.setattr(LiveTeacher, "teach", counting)
+    return asked
 
 
 def write_lmdb(
@@ -253,6 +267,7 @@ def start_ranks(function: Callable[..., None], world: int, root: Path, *more: An
 
 
 def _rank(rank: int, function: Callable[..., None], world: int, store: str, *more: Any) -> None:
+    gc.freeze()  # imports, of which no collection of garbage finds any
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     function(rank, world, *more)

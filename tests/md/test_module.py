@@ -151,7 +151,7 @@ print(json.dumps([atoms.get_potential_energy(), atoms.get_forces(False).tolist()
         env={"PYTHONPATH": str(module.parent), "PATH": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr

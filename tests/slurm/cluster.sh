@@ -87,7 +87,7 @@ start() {
         mkdir -p "$1/spool/$node"
         slurmd -f "$SLURM_CONF" -N "$node"
     done
-    for _ in $(seq 60); do
+    for _ in $(seq 240); do
         [ "$(sinfo -h -N -o %T 2>/dev/null | sort -u)" = idle ] && return
         sleep 0.5
     done

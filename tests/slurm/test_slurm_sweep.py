@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import wait_until
 from trainings import write_sweep_base
 
 from fairchem_kd.commands.main import main
@@ -48,29 +47,30 @@ def counts(manifest: Manifest) -> Counter[str]:
     return Counter(status.state for status in statuses(manifest).values())
 
 
-def wait_until(what: Callable[[], object], seconds: float = 600) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
-
-
 def wait_for_checkpoint(manifest: Manifest, run: Run) -> str:
     """The run's job, once it has come so far."""
     path = manifest.run_folder(run) / "checkpoint.pt"
-    wait_until(lambda: path.exists() or read_state(manifest, run).get("state") == FAILED)
+    wait_until(
+        lambda: path.exists() or read_state(manifest, run).get("state") == FAILED, f"{path}", 0.2
+    )
     assert path.exists(), statuses(manifest)[run.name]
     return read_state(manifest, run)["job"]
 
 
-def scancel(*argv: str) -> None:
-    """Once: where a task of an array has left meanwhile, scancel goes on trying for minutes."""
-    with suppress(subprocess.TimeoutExpired):
-        subprocess.run(["scancel", *argv], timeout=3, check=False)
+@pytest.fixture
+def scancel() -> Iterator[Callable[..., None]]:
+    """Starts it; where a task of an array has left meanwhile, it goes on trying for minutes."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield lambda *argv: started.append(subprocess.Popen(["scancel", *argv]))
+    for one in started:
+        one.kill()
+        one.wait()
 
 
 def test_an_array_is_interrupted_and_gone_on_with(
-    workplace: Callable[[], Manifest], capsys: pytest.CaptureFixture[str]
+    workplace: Callable[[], Manifest],
+    scancel: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([*RUN, "--array-parallelism", "2"]) == 0
     assert capsys.readouterr().out.count(" is job ") == 4
@@ -84,7 +84,7 @@ def test_an_array_is_interrupted_and_gone_on_with(
     # cancelled: gone, with no chance to note it
     cancelled = wait_for_checkpoint(manifest, second)
     scancel("--signal=KILL", cancelled)
-    wait_until(lambda: statuses(manifest)[second.name].state == FAILED)
+    wait_until(lambda: statuses(manifest)[second.name].state == FAILED, "the kill", 0.2)
     assert "goes on from its last checkpoint" in statuses(manifest)[second.name].reason
 
     # again: what is in the scheduler's hands stays there
@@ -93,7 +93,7 @@ def test_an_array_is_interrupted_and_gone_on_with(
     out = capsys.readouterr().out
     assert "; 1 to run" in out
     assert f"{second.name} is job " in out
-    wait_until(lambda: not {RUNNING, PENDING} & counts(manifest).keys())
+    wait_until(lambda: not {RUNNING, PENDING} & counts(manifest).keys(), "the end of all", 0.2)
     assert counts(manifest) == {DONE: 4}
     steps = [record["step"] for record in read_records(manifest.run_folder(first), "train")]
     assert steps == list(range(1, len(steps) + 1))  # none twice, none left out
@@ -118,7 +118,7 @@ def test_what_fails_or_is_refused_says_why(
     manifest = workplace()
     assert counts(manifest) == {PENDING: 1}
     assert main(RUN) == 0
-    wait_until(lambda: counts(manifest)[FAILED] == 1)
+    wait_until(lambda: counts(manifest)[FAILED] == 1, "the failure", 0.2)
     [status] = statuses(manifest).values()
     assert "gone.pt does not exist" in status.reason
     assert os.listdir(manifest.folder / "jobs")

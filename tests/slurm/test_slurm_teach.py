@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from commands import wait_until
 from trainings import write_home, write_lmdb
 
 from fairchem_kd.commands.main import main
@@ -37,10 +37,8 @@ def test_an_array_fills_one_store(
     assert "2 parts are the jobs " in told
     first = told.partition("the jobs ")[2].split()[0]
     assert first.endswith("_0")  # a task of an array
-    end = time.monotonic() + 600
-    while subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=True).stdout:
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.5)
+    queue = ["squeue", "-h"]
+    wait_until(lambda: not subprocess.check_output(queue), "the jobs' end", every_s=0.5)
     reader = Reader("store")
     assert sorted(len(shard.entries) for shard in reader.shards) == [3, 32], told
     reader.close()

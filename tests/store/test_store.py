@@ -276,7 +276,7 @@ def test_a_writer_that_is_killed_leaves_whole_records(tmp_path: Path, after: flo
     begun = context.Event()
     child = context.Process(target=write_for_ever, args=(tmp_path, begun))
     child.start()
-    assert begun.wait(60)
+    assert begun.wait(1200)
     time.sleep(after)
     child.kill()
     child.join()

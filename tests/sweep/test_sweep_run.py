@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from commands import assert_same_end
+from commands import Command, assert_same_end, wait_until
 from trainings import write_sweep_base
 
 from fairchem_kd.commands.main import main
@@ -28,7 +24,7 @@ SWEEP = {
     "seeds": [0, 1],
     "grid": {"task.distillation.losses.n2n.coefficient": [1, 10]},
 }
-EPOCHS = 25
+EPOCHS = 10  # of two steps
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +34,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_sweep_base(folder, EPOCHS)
     (folder / "sweep.yml").write_text(yaml.safe_dump(SWEEP))
     return folder
-
-
-def wait_for(what: Any, seconds: float = 180) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-    return found
 
 
 def counts(manifest: Manifest) -> dict[str, int]:
@@ -58,24 +46,30 @@ def test_interrupted_and_resumed(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workplace)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     run = ["sweep", "run", "sweep.yml", "--workers", "2", "--threads", "1"]
     folder = workplace / "runs/sweeps/sweep"
 
-    # the launcher is killed, without a chance to tell its workers
-    code = "import sys; from fairchem_kd.commands.main import main; sys.exit(main())"
-    with Path("launcher.log").open("w") as log:
-        launcher = subprocess.Popen([sys.executable, "-c", code, *run], stdout=log, stderr=log)
-    try:
-        half_done = wait_for(lambda: sorted(folder.glob("checkpoints/*/checkpoint.pt")))[0].parent
-        manifest = read_manifest(folder)
-        # on a busy machine the second worker may still be starting
-        wait_for(lambda: counts(manifest).get("running") == 2)
-    finally:
-        launcher.kill()
-        launcher.wait()
-    wait_for(lambda: "running" not in counts(manifest), 30)  # its workers end by themselves
+    def launched(words: list[str], **how: Any) -> Command:
+        return Command(words, workplace, workplace / "launcher.log", of="fairchem-kd", **how)
+
+    def said_by(launcher: Command, code: int) -> str:
+        assert launcher.wait() == code, launcher.log.read_text()
+        text = launcher.log.read_text()
+        launcher.log.unlink()
+        return text
+
+    # the launcher is killed, without a chance to tell its workers, which are in mid-run
+    launcher = launched(run, held_at=6)
+    wait_until(
+        lambda: len(list(folder.glob("checkpoints/*/checkpoint.pt"))) == 2 or not launcher.running,
+        "the first checkpoints",
+    )
+    launcher.kill()
+    manifest = read_manifest(folder)
+    wait_until(lambda: "running" not in counts(manifest), "the workers' end by themselves")
     assert counts(manifest) == {"failed": 2, "pending": 2}
+    launcher.log.unlink()
+    half_done = sorted(folder.glob("checkpoints/*/checkpoint.pt"))[0].parent
     [begun] = [one for one in manifest.runs if one.name == half_done.name]
     reason = statuses(manifest)[begun.name].reason
     assert reason.startswith("killed")
@@ -83,16 +77,12 @@ def test_interrupted_and_resumed(
 
     # one worker is killed; the others go on, and the half-done run from where it was
     victim = manifest.runs[-1]
-
-    def kill() -> None:
-        noted = wait_for(lambda: read_state(manifest, victim))
-        os.kill(noted["pid"], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    assert main(run) == 1
-    killer.join()
-    out = capsys.readouterr().out
+    launcher = launched(run, held_at=3, held_run=victim.name)
+    noted = wait_until(
+        lambda: read_state(manifest, victim) or not launcher.running, "the last run's start"
+    )
+    os.kill(noted["pid"], signal.SIGKILL)
+    out = said_by(launcher, 1)
     assert "0 done, 0 running, 2 failed, 2 pending; 4 to run" in out
     assert f"{victim.name} FAILED: killed by SIGKILL (out of memory?)" in out
     assert counts(manifest) == {"done": 3, "failed": 1}
@@ -104,8 +94,8 @@ def test_interrupted_and_resumed(
 
     # only what failed is run, and then nothing
     finished = {one.name: state_path(manifest, one).stat().st_mtime_ns for one in manifest.runs}
-    assert main(run) == 0
-    assert "3 done, 0 running, 1 failed, 0 pending; 1 to run" in capsys.readouterr().out
+    out = said_by(launched(run), 0)
+    assert "3 done, 0 running, 1 failed, 0 pending; 1 to run" in out
     assert counts(manifest) == {"done": 4}
     for one in manifest.runs:
         same = state_path(manifest, one).stat().st_mtime_ns == finished[one.name]
@@ -120,8 +110,8 @@ def test_interrupted_and_resumed(
     # what was killed twice, and gone on with, is what it would have been
     point = {"base": "base.yml", "seeds": [begun.seed], "points": [begun.values]}
     Path("one.yml").write_text(yaml.safe_dump(point))
-    assert main([*run[:2], "one.yml", "--out", "undisturbed", "--threads", "1"]) == 0
-    assert "1 of 1 runs done" in capsys.readouterr().out
+    one = launched([*run[:2], "one.yml", "--out", "undisturbed", "--threads", "1"])
+    assert "1 of 1 runs done" in said_by(one, 0)
     assert_same_end(half_done, Path("undisturbed/checkpoints") / begun.name)
 
     assert main(["sweep", "collect", "sweep.yml"]) == 0

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainings import assert_equal, config, trainer, weights, write_lmdb, write_teacher, write_yaml
+from trainings import (
+    assert_equal,
+    config,
+    count_asked,
+    trainer,
+    weights,
+    write_lmdb,
+    write_teacher,
+    write_yaml,
+)
 from trainings import data as data
 
 from fairchem_kd.commands.main import main
@@ -175,14 +184,7 @@ def test_the_stores_of_an_ensemble_are_filled_and_shown_by_the_command(
         assert f"stores/{folder}: 11 structures" in out
         assert f"teacher {member} " in out
     assert out.count("feature:node:node") == 1  # of the one whose features count
-    asked: list[int] = []
-    teach = LiveTeacher.teach
-
-    def counting(self: LiveTeacher, batch: Any, *args: Any, **more: Any) -> Any:
-        asked.append(len(batch.natoms))
-        return teach(self, batch, *args, **more)
-
-    monkeypatch.setattr(LiveTeacher, "teach", counting)
+    asked = count_asked(monkeypatch)
     (alone,) = [f for f in folders if "feature:node:node" in contents(Path("stores") / f)]
     teacher = {"checkpoint": members[1], "store": f"stores/{alone}"}
     single = config(tmp_path, data, distillation={"teacher": teacher, "losses": {"n2n": {}}})

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from trainings import assert_equal, config, start_ranks, trainer, weights
+from trainings import PRELOAD, assert_equal, config, count_asked, start_ranks, trainer, weights
 from trainings import data as data
 from trainings import teacher as teacher
 
 from fairchem_kd.store import Reader
-from fairchem_kd.teachers import LiveTeacher, filling
+from fairchem_kd.teachers import filling
 from fairchem_kd.teachers.place import FOLDER
 
 pytestmark = pytest.mark.slow
@@ -77,7 +77,8 @@ def train(index: int, root: Path, data: Path, teacher: Path, ready: Any) -> None
 def test_two_seeds_fill_and_share_one_store_at_once(
     tmp_path: Path, data: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = mp.get_context("spawn")
+    mp.set_forkserver_preload(PRELOAD)
+    context = mp.get_context("forkserver")
     given = (tmp_path, data, teacher, context.Barrier(2))
     children = [context.Process(target=train, args=(index, *given)) for index in (0, 1)]
     for child in children:
@@ -88,14 +89,7 @@ def test_two_seeds_fill_and_share_one_store_at_once(
     shards, found = answers(tmp_path)
     assert shards in (1, 2)
     assert len(found) > 15  # some copies among them
-    asked: list[int] = []
-    teach = LiveTeacher.teach
-
-    def counting(self: LiveTeacher, batch: Any, *args: Any, **more: Any) -> Any:
-        asked.append(len(batch.natoms))
-        return teach(self, batch, *args, **more)
-
-    monkeypatch.setattr(LiveTeacher, "teach", counting)
+    asked = count_asked(monkeypatch)
     for index, seed in enumerate(SEEDS):  # again, from what both have kept: the same bits
         with trainer(arguments(tmp_path, data, teacher), seed=seed) as built:
             built.train(disable_eval_tqdm=True)

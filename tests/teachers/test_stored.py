@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trainings import ALL_LOSSES, assert_equal, config, trainer, weights, write_lmdb, write_teacher
+from trainings import (
+    ALL_LOSSES,
+    assert_equal,
+    config,
+    count_asked,
+    trainer,
+    weights,
+    write_lmdb,
+    write_teacher,
+)
 from trainings import data as data
 from trainings import teacher as teacher
 
@@ -36,15 +45,7 @@ def more(tmp_path: Path) -> Path:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many structures the live teacher is asked about, call by call."""
-    calls: list[int] = []
-    teach = LiveTeacher.teach
-
-    def counting(self: LiveTeacher, batch: Any, requests: Any, **more: Any) -> Any:
-        calls.append(len(batch.natoms))
-        return teach(self, batch, requests, **more)
-
-    monkeypatch.setattr(LiveTeacher, "teach", counting)
-    return calls
+    return count_asked(monkeypatch)
 
 
 def arguments(root: Path, data: Path, teacher: Path, **distillation: Any) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from commands import (
-    LAST_STEP,
     Command,
     assert_same_end,
     children,
     cmdline,
+    ranks_of,
     run_argv,
     steps,
     wait_until,
@@ -27,21 +27,23 @@ from fairchem_kd.launch.ranks import KDRunner
 
 pytestmark = pytest.mark.slow
 
+LAST_STEP = 24
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("place")
-    write_run(root)
+    write_run(root, LAST_STEP)
     return root
 
 
 def argv(place: Path, name: str, ranks: int, *more: str) -> list[str]:
     here = ("--run-dir", str(place), "--timestamp-id", name, "--num-gpus", str(ranks))
-    return run_argv(ranks, *here, *more)
+    return run_argv(ranks, *here, *more, last_step=LAST_STEP)
 
 
-def start(place: Path, name: str, ranks: int) -> Command:
-    return Command(argv(place, name, ranks), place, place / f"{name}.log")
+def start(place: Path, name: str, ranks: int, **how: Any) -> Command:
+    return Command(argv(place, name, ranks), place, place / f"{name}.log", **how)
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -59,18 +61,17 @@ def test_killed_at_random_moments(place: Path, uninterrupted: Any) -> None:
     draw = random.Random(ranks)
     folder = reference.with_name(f"killed{ranks}")
     # Before there is a checkpoint, and twice in mid-run.
-    for number, after in enumerate((1, draw.randint(4, 14), draw.randint(16, 30))):
-        command = start(place, folder.name, ranks)
+    for number, after in enumerate((1, draw.randint(4, 8), draw.randint(10, 18))):
+        command = start(place, folder.name, ranks, held_at=after + 5)
 
         def far_enough(command: Command = command, after: int = after) -> bool:
             return not command.running or max(steps(folder), default=0) >= after
 
-        wait_until(far_enough, f"step {after}", every_s=0.003)
+        wait_until(far_enough, f"step {after}", every_s=0.005)
         time.sleep(draw.uniform(0, 0.1))  # anywhere in a step, a save or an evaluation
         assert command.running, command.log.read_text()
         if number == 2 and ranks > 1:  # one rank dies, and takes the others with it
-            workers = [pid for pid in children(command.pid) if "spawn_main" in cmdline(pid)]
-            os.kill(draw.choice(workers), signal.SIGKILL)
+            os.kill(draw.choice(ranks_of(command.pid)), signal.SIGKILL)
             assert command.wait() != 0
         else:
             command.kill()
@@ -81,13 +82,13 @@ def test_killed_at_random_moments(place: Path, uninterrupted: Any) -> None:
 
 def test_runs_side_by_side_do_not_meet(place: Path) -> None:
     """The first one, at whose place stock would have the second one's ranks meet, ends early."""
-    endless = [*argv(place, "first", 2), "--optim.max_epochs=10000"]
-    first = Command(endless, place, place / "first.log")
+    first = start(place, "first", 2, held_at=2)
     wait_until(lambda: steps(place / "checkpoints/first") or not first.running, "the first's start")
-    second = start(place, "second", 2)
+    second = start(place, "second", 2, held_at=2)
     folder = place / "checkpoints/second"
     wait_until(lambda: steps(folder) or not second.running, "the second's start")
     assert first.running
+    second.let_go()
     first.kill()
     second.finish()
     assert steps(folder) == list(range(1, LAST_STEP + 1))
@@ -99,7 +100,11 @@ def test_submitted_without_a_scheduler_and_told_to_leave(place: Path, uninterrup
     folder = reference.with_name(f"left{ranks}")
     command = argv(place, folder.name, ranks, "--submit", "--logdir", f"logs{ranks}")
     log = place / f"submit{ranks}.log"
-    Command(command, place, log, PATH=str(Path(sys.executable).parent)).finish()
+    path = str(Path(sys.executable).parent)
+    # one of the two in the processes that submitit starts for users
+    how = {"fresh": True} if ranks == 1 else {"held_at": 6}
+    submission = Command(command, place, log, PATH=path, **how)
+    submission.finish()
     (logs,) = [path for path in (place / f"logs{ranks}").iterdir() if path.name.isdecimal()]
     controller = int(logs.name)
     wait_until(lambda: max(steps(folder), default=0) >= 5, "step 5")
@@ -108,6 +113,8 @@ def test_submitted_without_a_scheduler_and_told_to_leave(place: Path, uninterrup
     for number in (signal.SIGTERM, signal.SIGUSR2):  # as a pre-emption has them
         for pid in tasks:
             os.kill(pid, number)
+    if ranks > 1:
+        submission.let_go()
     results = [logs / f"{controller}_{rank}_result.pkl" for rank in range(ranks)]
     wait_until(lambda: all(path.is_file() for path in results), "the job's end")
     said = "".join(path.read_text() for path in logs.glob("*_log.*"))
@@ -134,9 +141,11 @@ def test_several_nodes_need_a_scheduler(place: Path) -> None:
 def test_ctrl_c_saves_and_says_how_to_go_on(place: Path, uninterrupted: Any) -> None:
     ranks, reference = uninterrupted
     folder = reference.with_name(f"interrupted{ranks}")
-    run = start(place, folder.name, ranks)
+    run = start(place, folder.name, ranks, held_at=3)
     wait_until(lambda: len(steps(folder)) >= 2, "two steps")
     os.kill(run.pid, signal.SIGINT)
+    wait_until(lambda: "stopping at the end" in run.log.read_text(), "the signal's arrival")
+    run.let_go()
     assert run.wait() == 130, run.log.read_text()
     said = run.log.read_text()
     assert said.count("stopping at the end of this step") == 1
@@ -153,9 +162,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place: Path, uninterrupted: Any) -> 
 
 def test_one_rank_that_is_interrupted_stops_all_after_the_same_step(place: Path) -> None:
     folder = place / "checkpoints/alone"
-    run = start(place, folder.name, 2)
+    run = start(place, folder.name, 2, fresh=True)
     wait_until(lambda: len(steps(folder)) >= 2, "two steps")
-    workers = [pid for pid in children(run.pid) if "spawn_main" in cmdline(pid)]
+    workers = ranks_of(run.pid)
     os.kill(workers[-1], signal.SIGINT)
     assert run.wait() == 130, run.log.read_text()
     said = run.log.read_text()
@@ -165,15 +174,17 @@ def test_one_rank_that_is_interrupted_stops_all_after_the_same_step(place: Path)
 
 def test_a_second_ctrl_c_does_not_wait(place: Path) -> None:
     folder = place / "checkpoints/twice"
-    run = start(place, folder.name, 2)
+    run = start(place, folder.name, 2, held_at=3)
     wait_until(lambda: len(steps(folder)) >= 2, "two steps")
-    workers = [pid for pid in children(run.pid) if "spawn_main" in cmdline(pid)]
-    os.kill(workers[0], signal.SIGSTOP)  # no step ends any more
+    workers = ranks_of(run.pid)
+    os.kill(workers[-1], signal.SIGSTOP)  # no step ends any more
     os.kill(run.pid, signal.SIGINT)
-    time.sleep(1.0)
+    wait_until(lambda: "stopping at the end" in run.log.read_text(), "the first one's arrival")
+    run.let_go()  # to wait for the other rank
+    time.sleep(1.0)  # so that the second one is no repetition of the first
     assert run.running
     os.kill(run.pid, signal.SIGINT)
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers[-1], signal.SIGKILL)
     assert run.wait() == 130, run.log.read_text()
     assert "stopped at once" in run.log.read_text()
-    assert not [pid for pid in workers if "spawn_main" in cmdline(pid)]
+    wait_until(lambda: not any(map(cmdline, workers)), "the end of the ranks")
