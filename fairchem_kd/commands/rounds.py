@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.calculators.options import add_calculator_arguments, factory_of
 from fairchem_kd.commands.arguments import at_least
-from fairchem_kd.commands.explore import (
+from fairchem_kd.commands.explore_options import (
+    MODEL_BATCH,
     add_dynamics_arguments,
     add_limit_arguments,
     check_dynamics,
-    told_of_file,
+    settings_of,
 )
 from fairchem_kd.errors import UserError
 
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fairchem_kd.explore.potentials import Potential
-    from fairchem_kd.explore.settings import Settings
     from fairchem_kd.explore.starts import Source
 
-_BATCH, _CALCULATOR_BATCH = 16, 1
 EPILOG = """\
 Student 0 is trained with CONFIG.yml as it is. Each round runs the student's dynamics from given
 structures, keeps frames where its forces and its teacher's differ (see `fairchem-kd explore --mode
@@ -77,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_calculator_arguments(teacher, required=False)
     parser.add_argument(
         "--batch", type=at_least(1), metavar="N",
-        help=f"structures that are worked on together ({_BATCH})",
+        help=f"structures that are worked on together ({MODEL_BATCH})",
     )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
 
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     ensure_built(config)
     sources = _sources(args, config)
     teacher, told, ask = _teacher(args, config)
-    settings = _settings(args)
+    settings = settings_of(args, "student")
     options = {
         "config": config,
         "sources": [str(source.path) for source in sources],
@@ -203,7 +202,7 @@ def _teacher(
         UserError: the config's teacher cannot be asked, or there are two.
     """
     from fairchem_kd.distillation.config import named_in
-    from fairchem_kd.explore.potentials import CalculatorPotential, ModelPotential
+    from fairchem_kd.explore.potentials import CalculatorPotential, ModelPotential, told_of
 
     teacher = config["task"]["distillation"].get("teacher") or {}
     checkpoint, store = teacher.get("checkpoint"), teacher.get("store")
@@ -221,7 +220,7 @@ def _teacher(
                 )
             [checkpoint] = several
         path = Path(checkpoint)
-        told = {"teacher": told_of_file(path)}
+        told = {"teacher": told_of(path)}
         trust = teacher.get("trust_checkpoint") is True
         return ModelPotential(path, cpu=args.cpu, trust=trust), told, None
     if checkpoint is not None or store is None or named_in(store) is not None:
@@ -241,20 +240,3 @@ def _teacher(
 
     told = {"teacher": [factory.name, factory.digest]}
     return CalculatorPotential(calculator), told, ask
-
-
-def _settings(args: argparse.Namespace) -> Settings:
-    from fairchem_kd.commands.explore import given_dynamics
-    from fairchem_kd.explore.guards import Limits
-    from fairchem_kd.explore.settings import STUDENT, Settings
-
-    batch = args.batch or (_BATCH if args.calculator is None else _CALCULATOR_BATCH)
-    return Settings(
-        mode=STUDENT,
-        seed=args.seed,
-        limits=Limits(args.min_distance, args.max_gap, args.max_force),
-        alike=args.alike,
-        most=args.frames,
-        batch=batch,
-        **given_dynamics(args),
-    )

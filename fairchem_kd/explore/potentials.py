@@ -113,6 +113,21 @@ class CalculatorPotential:
         """A calculator does not say which it knows; :func:`probe` and its failures tell."""
 
 
+def told_of(path: Path) -> list[Any]:
+    """What a checkpoint, or that of a run, is known by: where, how large, and when written.
+
+    Raises:
+        UserError: it does not exist, or the run has none.
+    """
+    from fairchem_kd.analysis.subjects.runs import find_checkpoint
+
+    if not path.exists():
+        raise UserError(f"{path} does not exist in {Path.cwd()}; name a checkpoint.")
+    path = find_checkpoint(path)
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]
+
+
 def structure_of(atoms: ase.Atoms) -> Structure:
     """As a store knows it."""
     return Structure(

@@ -26,7 +26,7 @@ from models import structures
 from trainings import PRELOAD, config, inside, trainer, write_home, write_lmdb
 
 from fairchem_kd.commands import explore as command
-from fairchem_kd.commands.explore import MODES
+from fairchem_kd.commands.explore_options import MODES
 from fairchem_kd.commands.main import main
 from fairchem_kd.data.metadata import check_metadata
 from fairchem_kd.explore import exploration, settings
