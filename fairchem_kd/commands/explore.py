@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.calculators.options import add_calculator_arguments, factory_of, parse_part
 from fairchem_kd.calculators.parts import run_parts
-from fairchem_kd.commands.arguments import at_least
+from fairchem_kd.commands.arguments import at_least, words_of
 from fairchem_kd.commands.explore_options import (
     CALCULATOR_BATCH,
     MODEL_BATCH,
@@ -26,6 +27,7 @@ from fairchem_kd.errors import UserError
 if TYPE_CHECKING:
     from fairchem_kd.explore.exploration import Plan
     from fairchem_kd.explore.potentials import Potential
+    from fairchem_kd.explore.storing import Noting
 
 _CHILD = "import sys; from fairchem_kd.commands.main import main; sys.exit(main())"
 EPILOG = """\
@@ -115,12 +117,14 @@ def run(args: argparse.Namespace) -> int:
         explore_part(plan, args.out, part)
         return 0
     start = time.monotonic()
+    noting = _noting(args, plan)
     card = explore(
         plan,
         args.out,
         force=args.force,
         processes=args.processes,
         run_parts=lambda number: run_parts([sys.executable, "-c", _CHILD, *_words(args)], number),
+        keep=None if noting is None else partial(noting.keep, args.out),
     )
     took = time.monotonic() - start
     kept = card["exploration"]["kept"]
@@ -129,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(_told(card)))
     if card["normalizer"]:
         print(snippet(card, args.out))
-    _fill_store(args, plan, card)
+    _fill_store(args, noting, card)
     return 0
 
 
@@ -241,20 +245,36 @@ def _told(card: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _fill_store(args: argparse.Namespace, plan: Plan, card: dict[str, Any]) -> None:
-    """Keep what the teacher says of the frames, for trainings."""
-    from fairchem_kd.explore.potentials import CalculatorPotential
-    from fairchem_kd.explore.storing import fill_from_calculator, fill_from_model, splits_of
+def _store(args: argparse.Namespace) -> str:
+    """Where the teacher's answers are kept: auto, off or a folder."""
+    return (args.store or ("auto" if args.teacher is not None else "off")).strip()
 
-    store = (args.store or ("auto" if args.teacher is not None else "off")).strip()
+
+def _noting(args: argparse.Namespace, plan: Plan) -> Noting | None:
+    """What puts a calculator's answers into a store while the data set is made."""
+    from fairchem_kd.explore.potentials import CalculatorPotential
+    from fairchem_kd.explore.storing import Noting
+
+    store = _store(args)
+    if store.lower() == "off" or not isinstance(plan.teacher, CalculatorPotential):
+        return None
+    return Noting(plan.teacher.calculator, Path(store), retry=args.retry)
+
+
+def _fill_store(args: argparse.Namespace, noting: Noting | None, card: dict[str, Any]) -> None:
+    """Keep what the teacher says of the frames, as far as it is not kept yet, for trainings."""
+    from fairchem_kd.explore.storing import fill_from_model, splits_of
+
+    store = _store(args)
     splits = splits_of(args.out, card)
     names = ", ".join(str(path) for path in splits)
     print(f"as task.distillation.unlabelled: {{dataset: {{format: lmdb, src: {splits[0]}}}}}")
-    if store.lower() == "off" or plan.teacher is None:
+    if store.lower() == "off" or (args.teacher is None and noting is None):
         return
-    if isinstance(plan.teacher, CalculatorPotential):
-        calculator = plan.teacher.calculator
-        kept = fill_from_calculator(splits, calculator, Path(store), retry=args.retry)
+    if noting is not None:
+        kept = noting.store
+        if not noting.has(splits):  # the data set was there, or its store is another one
+            noting.fill(splits)
     else:
         kept = fill_from_model(
             splits, args.teacher, store, args.features, cpu=args.cpu, trust=args.trust
@@ -264,17 +284,14 @@ def _fill_store(args: argparse.Namespace, plan: Plan, card: dict[str, Any]) -> N
 
 def _words(args: argparse.Namespace) -> list[str]:
     """The command that does the same in one process, to be given its part."""
-    words = ["explore", *map(str, args.sources)]
-    for name in (
-        *("out", "mode", "limit", "frames", "seed", "min_distance", "max_gap", "max_force"),
-        *("alike", "teacher", "student", "calculator", "calculator_args", "teacher_name"),
-        *("store", "batch"),
-        *OF_MODES,
-        *("splits", "features", "apart_from"),
-    ):
-        value = getattr(args, name)
-        if value is None or value == []:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return words + [f"--{name}" for name in ("cpu", "trust", "retry") if getattr(args, name)]
+    return [
+        "explore",
+        *map(str, args.sources),
+        *words_of(
+            args,
+            *("out", "mode", "limit", "frames", "seed", "min_distance", "max_gap", "max_force"),
+            *("alike", "teacher", "student", "calculator", "calculator_args", "teacher_name"),
+            *("store", "batch", *OF_MODES, "splits", "features", "apart_from"),
+            *("cpu", "trust", "retry"),
+        ),
+    ]

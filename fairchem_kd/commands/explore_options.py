@@ -29,6 +29,9 @@ OF_MODES = {
     "window": ("student",),
     "before_crash": ("student",),
 }
+#: What :func:`add_dynamics_arguments` and :func:`add_limit_arguments` add.
+OF_DYNAMICS = ("temperature", "steps", "every", "time_step", "friction", "window", "before_crash")
+OF_LIMITS = ("min_distance", "max_gap", "max_force", "apart_from", "alike")
 #: Structures that are worked on together, with a checkpoint and with a calculator.
 MODEL_BATCH, CALCULATOR_BATCH = 16, 1
 

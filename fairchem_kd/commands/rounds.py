@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.calculators.options import add_calculator_arguments, factory_of
-from fairchem_kd.commands.arguments import at_least
+from fairchem_kd.commands.arguments import add_cluster_arguments, at_least, words_of
 from fairchem_kd.commands.explore_options import (
     MODEL_BATCH,
+    OF_DYNAMICS,
+    OF_LIMITS,
     add_dynamics_arguments,
     add_limit_arguments,
     check_dynamics,
@@ -18,10 +20,9 @@ from fairchem_kd.commands.explore_options import (
 from fairchem_kd.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fairchem_kd.explore.potentials import Potential
     from fairchem_kd.explore.starts import Source
+    from fairchem_kd.explore.storing import Noting
 
 EPILOG = """\
 Student 0 is trained with CONFIG.yml as it is. Each round runs the student's dynamics from given
@@ -32,7 +33,8 @@ table is a student with as many structures, in as many trainings, from rattling 
 
   fairchem-kd rounds my_kd.yml --rounds 3 --out runs/rounds
 
-It can be stopped at any moment, and goes on where it was when the same command is given again.
+It can be stopped at any moment, and goes on where it was when the same command is given again. With
+--submit it is a job of SLURM's, which does that by itself when it is out of time.
 """
 
 
@@ -79,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"structures that are worked on together ({MODEL_BATCH})",
     )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
+    add_cluster_arguments(parser, "do all of it in one job, which goes on by itself", array=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,9 +100,11 @@ def run(args: argparse.Namespace) -> int:
     check_dynamics(args, "student")
     logging.getLogger().setLevel(logging.WARNING)
     config = _config(args.config)
+    if args.submit:
+        return _submit(args, config)
     ensure_built(config)
     sources = _sources(args, config)
-    teacher, told, ask = _teacher(args, config)
+    teacher, told, noting = _teacher(args, config)
     settings = settings_of(args, "student")
     options = {
         "config": config,
@@ -125,11 +130,34 @@ def run(args: argparse.Namespace) -> int:
             control=not args.no_control,
             seed=args.seed,
             cpu=args.cpu,
-            ask=ask,
+            noting=noting,
             say=lambda words: print(words, flush=True),
         )
         run_rounds(plan, lock)
     return 0
+
+
+def _submit(args: argparse.Namespace, config: dict[str, Any]) -> int:
+    """The same command as a job; 1 where it failed, as far as that is known.
+
+    Raises:
+        UserError: the scheduler refuses it.
+    """
+    from fairchem_kd.commands.jobs import Request, asked_of
+    from fairchem_kd.commands.rounds_job import submit
+
+    words = [
+        "rounds",
+        str(args.config),
+        *words_of(
+            args,
+            *("out", "rounds", "frames", "budget", "epochs", "limit", "seed", "batch", "splits"),
+            *("source", *OF_DYNAMICS, *OF_LIMITS, "calculator", "calculator_args", "teacher_name"),
+            *("no_control", "retry", "cpu"),
+        ),
+    ]
+    request = Request(**asked_of(args))
+    return 0 if submit(words, args.out, request, config.get("slurm")) else 1
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -195,8 +223,8 @@ def _apart_from(args: argparse.Namespace, config: dict[str, Any]) -> list[Source
 
 def _teacher(
     args: argparse.Namespace, config: dict[str, Any]
-) -> tuple[Potential, dict[str, Any], Callable[[Path], None] | None]:
-    """Who is asked on the way, what it is known by, and how it speaks of a training's structures.
+) -> tuple[Potential, dict[str, Any], Noting | None]:
+    """Who is asked on the way, what it is known by, and what fills the store of one without file.
 
     Raises:
         UserError: the config's teacher cannot be asked, or there are two.
@@ -229,14 +257,10 @@ def _teacher(
             "without a checkpoint, which would be another teacher."
         )
     from fairchem_kd.calculators.asking import Calculator
-    from fairchem_kd.distillation.asking import Asking, ask_for_training
+    from fairchem_kd.explore.storing import Noting
 
     factory = factory_of(args)
     assert factory is not None
     calculator = Calculator(factory)
-
-    def ask(path: Path) -> None:
-        ask_for_training(path, Asking(Path(store), calculator, retry=args.retry))
-
     told = {"teacher": [factory.name, factory.digest]}
-    return CalculatorPotential(calculator), told, ask
+    return CalculatorPotential(calculator), told, Noting(calculator, Path(store), retry=args.retry)
