@@ -150,6 +150,9 @@ class Calculator:
         Raises:
             NoAnswer: it fails, or what it says is none of this.
         """
+        exact = np.array_equal(np.asarray(structure.pos, "<f4"), structure.pos)
+        if exact and (known := self._recalled(structure)) is not None:
+            return float(known[output_column(ENERGY)][0]), known[output_column(FORCES)]
         energy, forces, _ = self._results(structure)
         return energy, forces
 

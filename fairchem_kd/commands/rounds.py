@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from fairchem_kd.explore.storing import Noting
 
 EPILOG = """\
-Student 0 is trained with CONFIG.yml as it is. Each round runs the student's dynamics from given
-structures, keeps frames where its forces and its teacher's differ (see `fairchem-kd explore --mode
-student`), adds them to task.distillation.unlabelled, and trains on from that student. Rounds end
-when the dynamics find nothing within the window, or with --rounds or --budget. The last row of the
-table is a student with as many structures, in as many trainings, from rattling alone.
+Student 0 is trained with CONFIG.yml as it is, or given by --student. Each round runs the student's
+dynamics from given structures, keeps frames where its forces and its teacher's differ (see
+`fairchem-kd explore --mode student`), adds them to task.distillation.unlabelled, and trains on from
+that student. Rounds end when the dynamics find nothing within the window, or with --rounds or
+--budget. The last row of the table is a student with as many structures, in as many trainings, from
+rattling alone.
 
   fairchem-kd rounds my_kd.yml --rounds 3 --out runs/rounds
 
@@ -56,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs", type=at_least(1), metavar="N",
         help="of the trainings after the first (as many as the config says)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--student", type=Path, metavar="RUN",
+        help="begin with this student, a run or a checkpoint, and train none before",
     )  # fmt: skip
     parser.add_argument(
         "--source", nargs="+", type=Path, metavar="SOURCE",
@@ -92,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
     """
     import logging
 
+    from fairchem_kd.analysis.subjects.runs import find_checkpoint
     from fairchem_kd.data.build import ensure_built
+    from fairchem_kd.explore.potentials import told_of
     from fairchem_kd.explore.rounds.running import Rounds, check_same, run_rounds
     from fairchem_kd.explore.rounds.trainings import claimed
 
@@ -110,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         "config": config,
         "sources": [str(source.path) for source in sources],
         "teacher": told,
+        "student": None if args.student is None else told_of(args.student),
         "settings": settings.as_dict(),
         **{name: getattr(args, name) for name in ("rounds", "budget", "epochs", "limit", "seed")},
     }
@@ -131,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             cpu=args.cpu,
             noting=noting,
+            student=None if args.student is None else find_checkpoint(args.student),
             say=lambda words: print(words, flush=True),
         )
         run_rounds(plan, lock)
@@ -153,7 +162,7 @@ def _submit(args: argparse.Namespace, config: dict[str, Any]) -> int:
             args,
             *("out", "rounds", "frames", "budget", "epochs", "limit", "seed", "batch", "splits"),
             *("source", *OF_DYNAMICS, *OF_LIMITS, "calculator", "calculator_args", "teacher_name"),
-            *("no_control", "retry", "cpu"),
+            *("student", "no_control", "retry", "cpu"),
         ),
     ]
     request = Request(**asked_of(args))

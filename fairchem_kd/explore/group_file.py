@@ -58,7 +58,7 @@ def _kept(found: Sequence[Found]) -> dict[str, Any]:
     said = [one.answer.kept for one in found if one.answer is not None and one.answer.kept]
     if not said or len(said) < len(found):
         return {"columns": np.array([], "U1")}
-    names = sorted(set(said[0]).intersection(*said[1:]))
+    names = [name for name in said[0] if all(name in one for one in said)]  # in a store's order
     arrays = {f"column_{i}": np.concatenate([one[name] for one in said])
               for i, name in enumerate(names)}  # fmt: skip
     return {"columns": np.array(names), **arrays}

@@ -175,6 +175,7 @@ def test_rounds_that_were_killed_end_as_they_would_have(
         ({}, ["--every", "9"], "no frame would be taken"),
         ({}, ["--out", "data"], "is no folder of rounds"),
         ({}, ["--source", "nowhere"], "nowhere does not exist"),
+        ({}, ["--student", "gone.pt"], "gone.pt does not exist"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_trained(
@@ -254,21 +255,23 @@ class Counting(EMT):
 """
 
 
-def test_a_calculator_is_asked_once_about_what_a_round_has_found(
+def test_rounds_begin_with_a_student_and_ask_a_calculator_once_about_what_it_finds(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("counting.py").write_text(COUNTING)
     write_yaml(Path("config.yml"), arguments(teacher={"store": "store"}))
 
-    def train(*_: Any, **__: Any) -> Path:
+    def train(folder: Path, *_: Any, start: Path, **__: Any) -> Path:
+        assert (folder, start) == (Path("out/round_1"), Path("teacher.pt"))
         with Path("asked.txt").open("a") as file:
             file.write("trains\n")
         return Path("teacher.pt")
 
     monkeypatch.setattr(running, "train", train)
-    words = [*WORDS, "--calculator", "counting:Counting", "--no-control", "--out", "out"]
+    words = [*WORDS, "--calculator", "counting:Counting", "--no-control", "--out", "out",
+             "--student", "teacher.pt"]  # fmt: skip
     assert main(words) == 0
-    asked = Path("asked.txt").read_text().split("trains")[1].split()  # until it trains on
+    asked = Path("asked.txt").read_text().split("trains")[0].split()  # until it trains on
     found = samples("out/round_0/frames/more")
     assert len(found) == 5
     for one in found:
@@ -286,8 +289,9 @@ def test_a_job_is_told_all_that_the_command_was(
     told: list[Any] = []
     monkeypatch.setattr(rounds_job, "submit", lambda *given: told.append(given) or False)
     given = ["config.yml", "--out", "out", "--rounds", "2", "--frames", "7", "--budget", "9",
-             "--epochs", "4", "--source", "more", "data", "--splits", "train", "--limit", "3",
-             "--seed", "5", "--no-control", "--temperature", "300", "600", "--steps", "40",
+             "--epochs", "4", "--student", "teacher.pt", "--source", "more", "data", "--splits",
+             "train", "--limit", "3", "--seed", "5", "--no-control", "--temperature", "300", "600",
+             "--steps", "40",
              "--every", "4", "--time-step", "0.25", "--friction", "0.1", "--window", "0.1", "2",
              "--before-crash", "1", "--min-distance", "0.6", "--max-gap", "4", "--max-force", "30",
              "--apart-from", "data", "--alike", "0.02", "--batch", "8", "--cpu", "--retry",

@@ -1,6 +1,6 @@
 """Rounds of training and exploring, from a training's config to the table.
 
-    student 0 <- the config as it is
+    student 0 <- the config as it is, or one that is there
     student k <- student k - 1, with what the dynamics of students 0 to k - 1 have found
     control k <- control k - 1, with as many rattled structures
 
@@ -61,6 +61,7 @@ class Rounds:
         seed: of the trainings.
         cpu: use the CPU even where there is CUDA.
         noting: fills the store of a teacher that trainings cannot ask themselves.
+        student: the checkpoint to begin with, in place of one that is trained with the config.
         say: takes lines.
     """
 
@@ -79,6 +80,7 @@ class Rounds:
     seed: int = 0
     cpu: bool = False
     noting: Noting | None = None
+    student: Path | None = None
     say: Callable[[str], Any] = print
 
 
@@ -118,7 +120,11 @@ class _Running:
         found: list[Path] = []
         for number in range(self.plan.rounds + 1):
             folder = self.plan.out / f"round_{number}"
-            student = self._train(folder, found, student)
+            if number == 0 and self.plan.student is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                student = self.plan.student
+            else:
+                student = self._train(folder, found, student)
             self.first = self.first or student
             most = self._left()
             told = self._dynamics(folder / "frames", student, most)

@@ -25,15 +25,21 @@ BEST = "best_checkpoint.pt"
 RUN = "student"  # the name of a training's run, in a folder of its own
 STORE = "teacher_stores"  # of what the teacher said, in the folder of all rounds
 _PATIENCE = 25.0  # seconds for the end of a step: schedulers kill 30 s after they have asked
+_SAVING = 120.0  # seconds for which a requeued job waits for what it was before
 _TAIL = 12  # lines of a failed training's log
 
 
 def claimed(out: Path) -> AbstractContextManager[int]:
-    """The lock by which these rounds have ``out`` (:func:`fairchem_kd.launch.claim.claimed`)."""
+    """The lock by which these rounds have ``out`` (:func:`fairchem_kd.launch.claim.claimed`).
+
+    A job that was queued again waits for the training that it has interrupted, which may still be
+    saving.
+    """
     return claim.claimed(
         out,
         f"Other rounds, or a training that some left behind, are at work in {out}: wait "
         "for them, or name another folder with --out.",
+        patience=_SAVING if signals_of_job() else 0.0,
     )
 
 
