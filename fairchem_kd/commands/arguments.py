@@ -45,21 +45,44 @@ def _bounded(
     return number
 
 
-def add_cluster_arguments(parser: argparse.ArgumentParser, jobs: str) -> argparse._ArgumentGroup:
-    """What an array of jobs asks of a scheduler; returns their group.
+def words_of(args: argparse.Namespace, *names: str) -> list[str]:
+    """Options as they would be given, for a process that is to do the same.
 
     Args:
+        args: the options.
+        names: of those that count; what was not given, an empty list and a switch that is off have
+            no words.
+    """
+    words = []
+    for name in names:
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is None or value is False or value == []:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [option, *map(str, values)]
+    return words
+
+
+def add_cluster_arguments(
+    parser: argparse.ArgumentParser, jobs: str, *, array: bool = True
+) -> argparse._ArgumentGroup:
+    """What jobs ask of a scheduler; returns their group.
+
+    Args:
+        parser: of the command.
         jobs: what ``--submit`` does.
+        array: they are an array, of which not all have to run at a time.
     """
     cluster = parser.add_argument_group("on a cluster (without SLURM: submitit's local executor)")
     cluster.add_argument("--submit", action="store_true", help=jobs)
-    cluster.add_argument(
-        "--array-parallelism",
-        type=at_least(1),
-        default=16,
-        metavar="N",
-        help="jobs that may run at a time (default: 16)",
-    )
+    if array:
+        cluster.add_argument(
+            "--array-parallelism",
+            type=at_least(1),
+            default=16,
+            metavar="N",
+            help="jobs that may run at a time (default: 16)",
+        )
     cluster.add_argument("--slurm-partition", help="name of the partition")
     cluster.add_argument("--slurm-account", help="name of the account")
     cluster.add_argument("--slurm-qos", help="name of the quality of service")

@@ -7,33 +7,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.calculators.options import add_calculator_arguments, factory_of
-from fairchem_kd.commands.arguments import at_least
-from fairchem_kd.commands.explore import (
+from fairchem_kd.commands.arguments import add_cluster_arguments, at_least, words_of
+from fairchem_kd.commands.explore_options import (
+    MODEL_BATCH,
+    OF_DYNAMICS,
+    OF_LIMITS,
     add_dynamics_arguments,
     add_limit_arguments,
     check_dynamics,
-    told_of_file,
+    settings_of,
 )
 from fairchem_kd.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fairchem_kd.explore.potentials import Potential
-    from fairchem_kd.explore.settings import Settings
     from fairchem_kd.explore.starts import Source
+    from fairchem_kd.explore.storing import Noting
 
-_BATCH, _CALCULATOR_BATCH = 16, 1
 EPILOG = """\
-Student 0 is trained with CONFIG.yml as it is. Each round runs the student's dynamics from given
-structures, keeps frames where its forces and its teacher's differ (see `fairchem-kd explore --mode
-student`), adds them to task.distillation.unlabelled, and trains on from that student. Rounds end
-when the dynamics find nothing within the window, or with --rounds or --budget. The last row of the
-table is a student with as many structures, in as many trainings, from rattling alone.
+Student 0 is trained with CONFIG.yml as it is, or given by --student. Each round runs the student's
+dynamics from given structures, keeps frames where its forces and its teacher's differ (see
+`fairchem-kd explore --mode student`), adds them to task.distillation.unlabelled, and trains on from
+that student. Rounds end when the dynamics find nothing within the window, or with --rounds or
+--budget. The last row of the table is a student with as many structures, in as many trainings, from
+rattling alone.
 
   fairchem-kd rounds my_kd.yml --rounds 3 --out runs/rounds
 
-It can be stopped at any moment, and goes on where it was when the same command is given again.
+It can be stopped at any moment, and goes on where it was when the same command is given again. With
+--submit it is a job of SLURM's, which does that by itself when it is out of time.
 """
 
 
@@ -57,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the trainings after the first (as many as the config says)",
     )  # fmt: skip
     parser.add_argument(
+        "--student", type=Path, metavar="RUN",
+        help="begin with this student, a run or a checkpoint, and train none before",
+    )  # fmt: skip
+    parser.add_argument(
         "--source", nargs="+", type=Path, metavar="SOURCE",
         help="structures that dynamics begin with (task.distillation.unlabelled.dataset, or "
         "dataset.train)",
@@ -77,9 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_calculator_arguments(teacher, required=False)
     parser.add_argument(
         "--batch", type=at_least(1), metavar="N",
-        help=f"structures that are worked on together ({_BATCH})",
+        help=f"structures that are worked on together ({MODEL_BATCH})",
     )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is CUDA")
+    add_cluster_arguments(parser, "do all of it in one job, which goes on by itself", array=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
     """
     import logging
 
+    from fairchem_kd.analysis.subjects.runs import find_checkpoint
     from fairchem_kd.data.build import ensure_built
+    from fairchem_kd.explore.potentials import told_of
     from fairchem_kd.explore.rounds.running import Rounds, check_same, run_rounds
     from fairchem_kd.explore.rounds.trainings import claimed
 
@@ -98,14 +107,17 @@ def run(args: argparse.Namespace) -> int:
     check_dynamics(args, "student")
     logging.getLogger().setLevel(logging.WARNING)
     config = _config(args.config)
+    if args.submit:
+        return _submit(args, config)
     ensure_built(config)
     sources = _sources(args, config)
-    teacher, told, ask = _teacher(args, config)
-    settings = _settings(args)
+    teacher, told, noting = _teacher(args, config)
+    settings = settings_of(args, "student")
     options = {
         "config": config,
         "sources": [str(source.path) for source in sources],
         "teacher": told,
+        "student": None if args.student is None else told_of(args.student),
         "settings": settings.as_dict(),
         **{name: getattr(args, name) for name in ("rounds", "budget", "epochs", "limit", "seed")},
     }
@@ -126,11 +138,35 @@ def run(args: argparse.Namespace) -> int:
             control=not args.no_control,
             seed=args.seed,
             cpu=args.cpu,
-            ask=ask,
+            noting=noting,
+            student=None if args.student is None else find_checkpoint(args.student),
             say=lambda words: print(words, flush=True),
         )
         run_rounds(plan, lock)
     return 0
+
+
+def _submit(args: argparse.Namespace, config: dict[str, Any]) -> int:
+    """The same command as a job; 1 where it failed, as far as that is known.
+
+    Raises:
+        UserError: the scheduler refuses it.
+    """
+    from fairchem_kd.commands.jobs import Request, asked_of
+    from fairchem_kd.commands.rounds_job import submit
+
+    words = [
+        "rounds",
+        str(args.config),
+        *words_of(
+            args,
+            *("out", "rounds", "frames", "budget", "epochs", "limit", "seed", "batch", "splits"),
+            *("source", *OF_DYNAMICS, *OF_LIMITS, "calculator", "calculator_args", "teacher_name"),
+            *("student", "no_control", "retry", "cpu"),
+        ),
+    ]
+    request = Request(**asked_of(args))
+    return 0 if submit(words, args.out, request, config.get("slurm")) else 1
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -196,14 +232,14 @@ def _apart_from(args: argparse.Namespace, config: dict[str, Any]) -> list[Source
 
 def _teacher(
     args: argparse.Namespace, config: dict[str, Any]
-) -> tuple[Potential, dict[str, Any], Callable[[Path], None] | None]:
-    """Who is asked on the way, what it is known by, and how it speaks of a training's structures.
+) -> tuple[Potential, dict[str, Any], Noting | None]:
+    """Who is asked on the way, what it is known by, and what fills the store of one without file.
 
     Raises:
         UserError: the config's teacher cannot be asked, or there are two.
     """
     from fairchem_kd.distillation.config import named_in
-    from fairchem_kd.explore.potentials import CalculatorPotential, ModelPotential
+    from fairchem_kd.explore.potentials import CalculatorPotential, ModelPotential, told_of
 
     teacher = config["task"]["distillation"].get("teacher") or {}
     checkpoint, store = teacher.get("checkpoint"), teacher.get("store")
@@ -221,7 +257,7 @@ def _teacher(
                 )
             [checkpoint] = several
         path = Path(checkpoint)
-        told = {"teacher": told_of_file(path)}
+        told = {"teacher": told_of(path)}
         trust = teacher.get("trust_checkpoint") is True
         return ModelPotential(path, cpu=args.cpu, trust=trust), told, None
     if checkpoint is not None or store is None or named_in(store) is not None:
@@ -230,31 +266,10 @@ def _teacher(
             "without a checkpoint, which would be another teacher."
         )
     from fairchem_kd.calculators.asking import Calculator
-    from fairchem_kd.distillation.asking import Asking, ask_for_training
+    from fairchem_kd.explore.storing import Noting
 
     factory = factory_of(args)
     assert factory is not None
     calculator = Calculator(factory)
-
-    def ask(path: Path) -> None:
-        ask_for_training(path, Asking(Path(store), calculator, retry=args.retry))
-
     told = {"teacher": [factory.name, factory.digest]}
-    return CalculatorPotential(calculator), told, ask
-
-
-def _settings(args: argparse.Namespace) -> Settings:
-    from fairchem_kd.commands.explore import given_dynamics
-    from fairchem_kd.explore.guards import Limits
-    from fairchem_kd.explore.settings import STUDENT, Settings
-
-    batch = args.batch or (_BATCH if args.calculator is None else _CALCULATOR_BATCH)
-    return Settings(
-        mode=STUDENT,
-        seed=args.seed,
-        limits=Limits(args.min_distance, args.max_gap, args.max_force),
-        alike=args.alike,
-        most=args.frames,
-        batch=batch,
-        **given_dynamics(args),
-    )
+    return CalculatorPotential(calculator), told, Noting(calculator, Path(store), retry=args.retry)

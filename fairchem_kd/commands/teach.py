@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.calculators.options import add_calculator_arguments, factory_of, parse_part
 from fairchem_kd.calculators.parts import run_parts
-from fairchem_kd.commands.arguments import add_cluster_arguments, at_least, more_than
+from fairchem_kd.commands.arguments import (
+    add_cluster_arguments,
+    at_least,
+    more_than,
+    words_of,
+)
 from fairchem_kd.commands.teach_calculator import (
     ask,
     store_of,
@@ -149,12 +154,8 @@ def _words(args: argparse.Namespace) -> list[str]:
     """The command that does the same in one process, to be given its part."""
     words = ["teach", *args.what]
     named = ("calculator", "calculator_args", "teacher_name")
-    for name in ("teacher", "out", "max_gb", "precision", *named):
-        value = getattr(args, name)
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--features", *args.features] if args.features else []
-    return words + [f"--{name}" for name in ("cpu", "trust", "retry") if getattr(args, name)]
+    words += words_of(args, "teacher", "out", "max_gb", "precision", *named, "features")
+    return words + words_of(args, "cpu", "trust", "retry")
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -163,20 +164,11 @@ def _submit(args: argparse.Namespace) -> int:
     Raises:
         UserError: what can be seen to be wrong before, or the scheduler refuses the jobs.
     """
+    from fairchem_kd.commands.jobs import asked_of
     from fairchem_kd.commands.teach_jobs import Request, submit
-    from fairchem_kd.sweep.scheduler import has_slurm
 
     slurm = _check_before(args)
-    request = Request(
-        parts=args.parts,
-        parallel=args.array_parallelism,
-        cpu=args.cpu or not (has_slurm() or _has_gpu()),
-        partition=args.slurm_partition,
-        account=args.slurm_account,
-        qos=args.slurm_qos,
-        memory=args.slurm_mem,
-        hours=args.slurm_timeout,
-    )
+    request = Request(parts=args.parts, parallel=args.array_parallelism, **asked_of(args))
     failed = submit(_words(args), request, slurm, lambda line: print(line, flush=True))
     if failed:
         print(f"{len(failed)} of {args.parts} parts failed; what the others kept is kept")
@@ -215,12 +207,6 @@ def _is_config(args: argparse.Namespace) -> bool:
     if more or (args.features and args.calculator is None):
         raise UserError("A training's config says what is to be asked: give it alone.")
     return True
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _for_training(path: Path, args: argparse.Namespace, part: tuple[int, int] | None) -> int:

@@ -9,51 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from submitit import Job
-from submitit.helpers import Checkpointable, DelayedSubmission
 
-from fairchem_kd.commands.main import main
+from fairchem_kd.commands import jobs
 from fairchem_kd.launch.submission import Executor, refusals_told
 
 #: Where jobs leave their logs, in the current folder.
 FOLDER = "teach_jobs"
-#: How often a job may run into its time limit and be queued again.
-TIMEOUTS = 100
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of the scheduler."""
+@dataclass(frozen=True, kw_only=True)
+class Request(jobs.Request):
+    """What is asked of the scheduler for all parts."""
 
     parts: int
     parallel: int
-    cpu: bool  #: no GPU for each job
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    memory: int = 80  # GB
-    hours: float = 72.0
-
-
-class TeachJob(Checkpointable):
-    """One part; queued again, it goes on where it was, for what is kept is not asked again."""
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-
-    def __call__(self, words: Sequence[str]) -> None:
-        """Run the command ``fairchem-kd WORDS``.
-
-        Raises:
-            RuntimeError: it failed; its own words are in the log.
-        """
-        os.chdir(self.directory)
-        code = main(list(words))
-        if code != 0:
-            raise RuntimeError(f"fairchem-kd {' '.join(words)} ended with {code}")
-
-    def checkpoint(self, words: Sequence[str]) -> DelayedSubmission:
-        """Called by submitit before the job is queued again."""
-        return DelayedSubmission(TeachJob(self.directory), words)
 
 
 def submit(
@@ -75,39 +44,25 @@ def submit(
     Raises:
         UserError: the scheduler refuses the jobs.
     """
-    executor = Executor(
-        f"{FOLDER}/%j", cpu=request.cpu, cluster=cluster, slurm_max_num_timeout=TIMEOUTS
-    )
-    executor.update_parameters(
-        name="teach",
-        mem_gb=request.memory,
-        timeout_min=round(request.hours * 60),
-        gpus_per_node=1,
-        cpus_per_task=1,
-        tasks_per_node=1,
-        nodes=1,
-        slurm_array_parallelism=request.parallel,
-        slurm_partition=request.partition,
-        slurm_account=request.account,
-        slurm_qos=request.qos,
-        slurm_additional_parameters=dict(slurm or {}),
+    executor = jobs.executor_for(
+        "teach", f"{FOLDER}/%j", request, slurm, parallel=request.parallel, cluster=cluster
     )
     parts = [[*words, "--part", f"{part + 1}/{request.parts}"] for part in range(request.parts)]
-    job = TeachJob(os.getcwd())
+    job = jobs.CommandJob(os.getcwd())
     with refusals_told(1, executor):
         if executor.is_local:
             say(f"no scheduler here: as processes, {request.parallel} at a time; logs in {FOLDER}")
             return _run_through(executor, job, parts, request.parallel, say)
         with executor.batch():
-            jobs = [executor.submit(job, part) for part in parts]
-    first, last = jobs[0].job_id, jobs[-1].job_id
+            submitted = [executor.submit(job, part) for part in parts]
+    first, last = submitted[0].job_id, submitted[-1].job_id
     say(f"{request.parts} parts are the jobs {first} to {last}; logs in {FOLDER}")
     return []
 
 
 def _run_through(
     executor: Executor,
-    job: TeachJob,
+    job: jobs.CommandJob,
     parts: Sequence[Sequence[str]],
     parallel: int,
     say: Callable[[str], None],
@@ -124,11 +79,5 @@ def _run_through(
             going.remove(ended)
             if ended.exception() is not None:
                 failed.append(ended)
-                say(f"{_reason(ended)}; see {ended.paths.stderr}")
+                say(f"{jobs.why_it_failed(ended, 'a part failed')}; see {ended.paths.stderr}")
     return failed
-
-
-def _reason(job: Job[None]) -> str:
-    """What the command said was wrong."""
-    lines = [line for line in (job.stderr() or "").splitlines() if line.startswith("error: ")]
-    return lines[-1].rstrip(".") if lines else "a part failed"

@@ -7,7 +7,6 @@ student again, given as many more steps as fill the time which that takes.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from fairchem_kd.digest import sha256_of
 from fairchem_kd.distillation.config import parse_distillation
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.noise import quiet
+from fairchem_kd.training.schedule import steps_per_epoch, stretch
 
 #: Config file (without .yml) -> what tables call it, in the order of the table.
 STUDENTS = {
@@ -33,9 +33,6 @@ WHOLE = "all"  #: which is also trained for longer
 LONGEST = "all_long"  #: whose time the plain student gets in the last run
 LONG, LONG_LABEL = "plain_long", "plain, for that long"
 LONGER = 4  #: times as many steps
-
-#: What counts steps in ``optim``, and is stretched with them.
-_IN_STEPS = ("T_max", "warmup_steps", "decay_steps")
 
 
 @dataclass(frozen=True)
@@ -156,11 +153,6 @@ def longer(plain: Training, seconds: float, plain_seconds: float, structures: in
     return _training(LONG, LONG_LABEL, plain.seed, plain.config, epochs, per_epoch)
 
 
-def steps_per_epoch(config: Mapping[str, Any], structures: int) -> int:
-    """Batches of an epoch; the last one may be smaller."""
-    return -(-structures // int(config["optim"]["batch_size"]))
-
-
 def _training(
     name: str, label: str, seed: int, config: Mapping[str, Any], epochs: int, per_epoch: int
 ) -> Training:
@@ -168,23 +160,3 @@ def _training(
     # Test sets are for the end: fairchem would predict on one whenever the validation improves.
     stretched["dataset"].pop("test", None)
     return Training(name, label, seed, stretched, epochs * per_epoch)
-
-
-def stretch(config: Mapping[str, Any], epochs: int, per_epoch: int) -> dict[str, Any]:
-    """The config for so many epochs, its learning-rate schedule stretched or shrunk with them.
-
-    ``eval_every`` stays, but for what makes the last step one that is evaluated.
-    """
-    stretched = copy.deepcopy(dict(config))
-    optim = stretched["optim"]
-    before, now = int(optim["max_epochs"]) * per_epoch, epochs * per_epoch
-    optim["max_epochs"] = epochs
-    for key in _IN_STEPS:
-        if key in optim:
-            optim[key] = max(1, round(optim[key] * now / before))
-    if "lr_milestones" in optim:
-        optim["lr_milestones"] = [max(1, round(m * now / before)) for m in optim["lr_milestones"]]
-    wanted = int(optim.get("eval_every", per_epoch))
-    divisors = [n for n in range(1, now + 1) if now % n == 0]
-    optim["eval_every"] = min(divisors, key=lambda n: (abs(n - wanted), n))
-    return stretched

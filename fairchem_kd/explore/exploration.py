@@ -25,6 +25,7 @@ from fairchem_kd.data.create import locked, what_failed
 from fairchem_kd.data.replace import check_replaceable, put_in_place
 from fairchem_kd.data.workers import Progress
 from fairchem_kd.errors import UserError
+from fairchem_kd.explore.answers import Answers
 from fairchem_kd.explore.assembling import NothingKept, assemble
 from fairchem_kd.explore.driving import teacher_dynamics
 from fairchem_kd.explore.following import find_window, student_dynamics
@@ -38,12 +39,14 @@ from fairchem_kd.files import write_text
 from fairchem_kd.reading import read_json
 
 #: Of the hidden folder; another one is begun anew.
-_LAYOUT = 1
+_LAYOUT = 2
 _MARK = "options.json"
 _WINDOW_OF = 64  # structures that say where a window begins
 
 #: Runs the other processes' parts, of so many.
 RunParts = Callable[[int], None]
+#: Takes the folder in which a data set is made, its card, and what was said of its frames.
+Keep = Callable[[Path, dict[str, Any], Answers], Any]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def explore(
     force: bool = False,
     processes: int = 1,
     run_parts: RunParts | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """Write the data set ``dest`` and return its card; or that of this very one where it is there.
 
@@ -80,6 +84,8 @@ def explore(
         force: replace a data set that is there; nothing else is ever deleted.
         processes: how many share the work; more than one with ``run_parts`` alone.
         run_parts: starts :func:`explore_part` in other processes and waits for them.
+        keep: keeps what the teacher said elsewhere, before the data set is in its place; if it
+            fails, the same exploration goes on with it.
 
     Raises:
         UserError: structures, models or a destination that will not do.
@@ -104,6 +110,8 @@ def explore(
                 run_parts(processes)
             _do(work, groups, plan, settings, range(len(groups)), quiet=False)
             card = _assemble(work, groups, plan, settings)
+            if keep is not None:
+                keep(work / "out", card, Answers(_files(work, groups), groups))
             put_in_place(work / "out", dest)
         except NothingKept:
             shutil.rmtree(work)
@@ -266,6 +274,10 @@ def _file(work: Path, number: int) -> Path:
     return work / "groups" / f"{number:06d}.npz"
 
 
+def _files(work: Path, groups: Sequence[Sequence[Start]]) -> list[Path]:
+    return [_file(work, number) for number in range(len(groups))]
+
+
 def _is_done(file: Path) -> bool:
     try:
         read_group(file)
@@ -291,7 +303,6 @@ def _assemble(
     work: Path, groups: Sequence[Sequence[Start]], plan: Plan, settings: Settings
 ) -> dict[str, Any]:
     shutil.rmtree(work / "out", ignore_errors=True)
-    files = [_file(work, number) for number in range(len(groups))]
     told = {
         "sources": [str(source.path) for source in plan.sources],
         "limit": plan.limit,
@@ -300,7 +311,7 @@ def _assemble(
     }
     return assemble(
         work / "out",
-        files,
+        _files(work, groups),
         groups,
         settings,
         told,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fairchem_kd.calculators.asking import Calculator, NoAnswer
 from fairchem_kd.errors import UserError
 from fairchem_kd.store.format import Structure
+from fairchem_kd.store.names import ENERGY, FORCES, output_column
 
 Array = NDArray[np.float64]
 PROBED = 16  #: structures among which one is looked for that something can be said of
@@ -25,6 +26,8 @@ class Answer:
 
     energy: float  #: eV
     forces: Array  #: eV/Å, (N, 3), of fixed atoms too
+    #: of a calculator, all that a store keeps of it, by column
+    kept: Mapping[str, Array] | None = None
 
 
 class Potential(Protocol):
@@ -105,12 +108,29 @@ class CalculatorPotential:
 
     def _ask(self, atoms: ase.Atoms) -> Answer | None:
         try:
-            return Answer(*self.calculator.raw(structure_of(atoms)))
+            values = self.calculator.values(structure_of(atoms))
         except NoAnswer:
             return None
+        energy, forces = values[output_column(ENERGY)], values[output_column(FORCES)]
+        return Answer(float(energy[0]), forces, values)
 
     def check_elements(self, numbers: NDArray[np.int64]) -> None:
         """A calculator does not say which it knows; :func:`probe` and its failures tell."""
+
+
+def told_of(path: Path) -> list[Any]:
+    """What a checkpoint, or that of a run, is known by: where, how large, and when written.
+
+    Raises:
+        UserError: it does not exist, or the run has none.
+    """
+    from fairchem_kd.analysis.subjects.runs import find_checkpoint
+
+    if not path.exists():
+        raise UserError(f"{path} does not exist in {Path.cwd()}; name a checkpoint.")
+    path = find_checkpoint(path)
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
 def structure_of(atoms: ase.Atoms) -> Structure:
@@ -137,7 +157,7 @@ def probe(calculator: Calculator, structures: Sequence[ase.Atoms]) -> list[str]:
     why: NoAnswer | None = None
     for structure in tried:
         try:
-            calculator.raw(structure)
+            calculator.values(structure)
             break
         except NoAnswer as error:
             why = error

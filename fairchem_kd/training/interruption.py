@@ -63,6 +63,15 @@ def how_to_go_on(run: str) -> str:
     return shlex.join([*start, *kept, "--timestamp-id", run])
 
 
+def signals_of_job() -> list[int]:
+    """The signals that submitit answers in this process; none where it is no job of submitit's."""
+    number = JobEnvironment._usr_sig()
+    handler = signal.getsignal(number)
+    if not isinstance(getattr(handler, "__self__", None), SignalHandler):
+        return []
+    return [int(number), int(signal.SIGTERM)]
+
+
 class Interruption:
     """Holds back submitit's signals within a ``with`` block; without submitit it does nothing.
 
@@ -92,10 +101,8 @@ class Interruption:
         return bool(self._handlers)
 
     def __enter__(self) -> Interruption:
-        handler = signal.getsignal(self._signal)
-        if isinstance(getattr(handler, "__self__", None), SignalHandler):
-            for number in (self._signal, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._note)
+        for number in signals_of_job():
+            self._handlers[number] = signal.signal(number, self._note)
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGINT) is _INTERRUPT:
             self._own_interrupt = signal.signal(signal.SIGINT, self._interrupted)

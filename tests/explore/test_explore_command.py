@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.calculators.emt import EMT as Emt
 from ase.io import write
 from commands import PATIENCE_S, wait_until
 from explorations import FAST, samples
@@ -26,12 +27,15 @@ from models import structures
 from trainings import PRELOAD, config, inside, trainer, write_home, write_lmdb
 
 from fairchem_kd.commands import explore as command
-from fairchem_kd.commands.explore import MODES
+from fairchem_kd.commands.explore_options import MODES
 from fairchem_kd.commands.main import main
 from fairchem_kd.data.metadata import check_metadata
 from fairchem_kd.explore import exploration, settings
 from fairchem_kd.npz import read_array
+from fairchem_kd.stock.datasets import collate
 from fairchem_kd.store import Reader
+from fairchem_kd.teachers.answers import structures_of
+from fairchem_kd.teachers.recorded import RecordedTeacher
 
 EMT = ["--calculator", "ase.calculators.emt:EMT"]
 MD = ["--mode", "md", *EMT, "--steps", "6", "--every", "3", *FAST]
@@ -124,8 +128,6 @@ def test_a_calculators_dynamics_are_a_labelled_set_and_its_store_is_filled(
     for one in found:
         atoms = Atoms(one.atomic_numbers.numpy(), one.pos.numpy().astype(float),
                       cell=one.cell[0].numpy(), pbc=True)  # fmt: skip
-        from ase.calculators.emt import EMT as Emt
-
         atoms.calc = Emt()
         assert one.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-4)
         np.testing.assert_allclose(one.forces, atoms.get_forces(), atol=1e-4)
@@ -134,6 +136,51 @@ def test_a_calculators_dynamics_are_a_labelled_set_and_its_store_is_filled(
     reader.close()
     assert main(words) == 0  # it is there, and so is what the calculator said
     assert f"{len(found)} frames" in capsys.readouterr().out
+
+
+COUNTING = """
+from ase.calculators.emt import EMT
+
+
+class Counting(EMT):
+    def calculate(self, atoms=None, *more, **options):
+        super().calculate(atoms, *more, **options)
+        self.results["node_features"] = atoms.positions[:, :2] + 0.1
+        with open("asked.txt", "a") as file:
+            file.write(atoms.positions.tobytes().hex() + "\\n")
+"""
+
+
+@pytest.mark.parametrize("mode", [MD[:2] + MD[4:], ["--mode", "relax", "--temperature", "9000"]])
+def test_a_calculator_is_asked_once_about_a_frame_though_all_that_it_says_is_kept(
+    home: Path, mode: list[str]
+) -> None:
+    Path("counting.py").write_text(COUNTING)
+    words = ["explore", "data", *mode, "--calculator", "counting:Counting", "--features", "node"]
+    assert main([*words, "--out", "first", "--store", "store", "--seed", "5"]) == 0  # looks at it
+    Path("asked.txt").unlink()
+    assert main([*words, "--out", "bad", "--store", "data"]) == 2  # no store, once all is found
+    assert not Path("bad").exists()
+    assert main([*words, "--out", "bad", "--store", "store"]) == 0  # goes on with what was found
+    asked = Path("asked.txt").read_text().splitlines()
+    found = samples("bad/train")
+    assert len(found) > 6
+    teacher = RecordedTeacher(Path("store"))
+    columns = teacher.columns(sorted(teacher.features))
+    reader = Reader("store")
+    for one in found:
+        (structure,) = structures_of(collate([one]))
+        at = structure.pos.astype(float)
+        assert asked.count(at.tobytes().hex()) == 1
+        said = reader.read(structure.key(), [column.name for column in columns])
+        atoms = Atoms(structure.numbers, at, cell=structure.cell.astype(float), pbc=True)
+        atoms.calc = Emt()
+        assert said is not None
+        np.testing.assert_array_equal(said["output:forces"], atoms.get_forces())
+        assert float(said["output:energy"][0]) == atoms.get_potential_energy()
+        (features,) = (value for name, value in said.items() if name.startswith("feature:node"))
+        np.testing.assert_allclose(features, at[:, :2] + 0.1, rtol=1e-6)
+    reader.close()
 
 
 def test_a_checkpoints_modes_fill_the_store_of_trainings(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,22 @@ import pytest
 import yaml
 from commands import Command, wait_until
 from explorations import FAST, samples
+from submitit.core.job_environment import SignalHandler
 from trainings import assert_same, config, inside, write_home, write_lmdb, write_yaml
 
+from fairchem_kd.commands import rounds_job
+from fairchem_kd.commands.jobs import Request
 from fairchem_kd.commands.main import main
-from fairchem_kd.explore.rounds import trainings
+from fairchem_kd.commands.rounds import add_arguments
+from fairchem_kd.explore.rounds import running, trainings
 from fairchem_kd.explore.rounds.pool import make_pool
 from fairchem_kd.explore.rounds.table import Row, table_of
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.npz import read_array
 from fairchem_kd.reading import read_json
+from fairchem_kd.stock.datasets import collate
+from fairchem_kd.store import Reader
+from fairchem_kd.teachers.answers import structures_of
 
 WORDS = ["rounds", "config.yml", "--rounds", "1", "--steps", "4", "--every", "2", "--cpu",
          "--frames", "5", "--limit", "4", "--window", "0", "1000", *FAST]  # fmt: skip
@@ -81,7 +90,8 @@ def forked(then: Callable[[Command], Any], **how: Any) -> Callable[..., int]:
 def test_a_student_is_trained_on_with_what_its_dynamics_found_and_so_is_a_control(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*WORDS, "--out", "out"]) == 0
+    words = [*WORDS, "--epochs", "2"]
+    assert main([*words, "--out", "out"]) == 0
     told = read_json(Path("out/rounds.json"))
     names = [row["name"] for row in told["rows"]]
     assert names == ["student 0", "student 1", "rattled alone"]
@@ -97,8 +107,13 @@ def test_a_student_is_trained_on_with_what_its_dynamics_found_and_so_is_a_contro
     found, own = samples("out/round_0/frames/more"), samples("more")
     assert len(found) == 5
     assert not Path("out/round_0/pool").exists()
-    dataset = yaml.safe_load(Path("out/round_1/config.yml").read_text())["task"]["distillation"]
-    assert dataset["unlabelled"]["dataset"] == {"format": "lmdb", "src": "out/round_1/pool"}
+    second = yaml.safe_load(Path("out/round_1/config.yml").read_text())
+    dataset = second["task"]["distillation"]["unlabelled"]["dataset"]
+    assert dataset == {"format": "lmdb", "src": "out/round_1/pool"}
+    # Its schedule ends with it, at a step that is evaluated: 3 epochs of 3 steps before, 2 now.
+    first = yaml.safe_load(Path("out/round_0/config.yml").read_text())["optim"]
+    assert (first["max_epochs"], first["T_max"], second["optim"]["max_epochs"]) == (3, 8, 2)
+    assert (second["optim"]["T_max"], 6 % second["optim"]["eval_every"]) == (5, 0)
     sizes = [int(one.natoms) for one in (*own, *found)]
     assert read_array("out/round_1/pool/metadata.npz", "natoms").tolist() == sizes
     control = samples("out/rattled_1/frames/more")
@@ -109,10 +124,10 @@ def test_a_student_is_trained_on_with_what_its_dynamics_found_and_so_is_a_contro
         assert "out/round_0/checkpoints/student/best_checkpoint.pt" in log
     # What has ended is not done again.
     before = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/checkpoints/*/*.pt")}
-    assert main([*WORDS, "--out", "out"]) == 0
+    assert main([*words, "--out", "out"]) == 0
     assert read_json(Path("out/rounds.json")) == told
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert main([*WORDS, "--out", "out", "--seed", "1"]) == 2
+    assert main([*words, "--out", "out", "--seed", "1"]) == 2
     assert "has rounds with another seed (0, and now 1)" in capsys.readouterr().err
 
 
@@ -160,6 +175,7 @@ def test_rounds_that_were_killed_end_as_they_would_have(
         ({}, ["--every", "9"], "no frame would be taken"),
         ({}, ["--out", "data"], "is no folder of rounds"),
         ({}, ["--source", "nowhere"], "nowhere does not exist"),
+        ({}, ["--student", "gone.pt"], "gone.pt does not exist"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_trained(
@@ -225,3 +241,126 @@ def test_a_row_without_errors_or_frames_has_dashes() -> None:
     assert not Row("x", 0, {}, {"inside": 1, "crashes": 0}).is_content
     assert not Row("x", 0, {}, {"inside": 0, "crashes": 1}).is_content
     assert table_of([row], "").rows == [["student 0", "0", "-", "-", "-", "0", "-", "0", "-"]]
+
+
+COUNTING = """
+from ase.calculators.emt import EMT
+
+
+class Counting(EMT):
+    def calculate(self, atoms=None, *more, **options):
+        super().calculate(atoms, *more, **options)
+        with open("asked.txt", "a") as file:
+            file.write(atoms.positions.tobytes().hex() + "\\n")
+"""
+
+
+def test_rounds_begin_with_a_student_and_ask_a_calculator_once_about_what_it_finds(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("counting.py").write_text(COUNTING)
+    write_yaml(Path("config.yml"), arguments(teacher={"store": "store"}))
+
+    def train(folder: Path, *_: Any, start: Path, **__: Any) -> Path:
+        assert (folder, start) == (Path("out/round_1"), Path("teacher.pt"))
+        with Path("asked.txt").open("a") as file:
+            file.write("trains\n")
+        return Path("teacher.pt")
+
+    monkeypatch.setattr(running, "train", train)
+    words = [*WORDS, "--calculator", "counting:Counting", "--no-control", "--out", "out",
+             "--student", "teacher.pt"]  # fmt: skip
+    assert main(words) == 0
+    asked = Path("asked.txt").read_text().split("trains")[0].split()  # until it trains on
+    found = samples("out/round_0/frames/more")
+    assert len(found) == 5
+    for one in found:
+        assert asked.count(one.pos.numpy().astype(float).tobytes().hex()) == 1
+    reader = Reader("store")
+    for one in found:
+        (structure,) = structures_of(collate([one]))
+        assert reader.has(structure.key(), ["output:energy", "output:forces"])
+    reader.close()
+
+
+def test_a_job_is_told_all_that_the_command_was(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(rounds_job, "submit", lambda *given: told.append(given) or False)
+    given = ["config.yml", "--out", "out", "--rounds", "2", "--frames", "7", "--budget", "9",
+             "--epochs", "4", "--student", "teacher.pt", "--source", "more", "data", "--splits",
+             "train", "--limit", "3", "--seed", "5", "--no-control", "--temperature", "300", "600",
+             "--steps", "40",
+             "--every", "4", "--time-step", "0.25", "--friction", "0.1", "--window", "0.1", "2",
+             "--before-crash", "1", "--min-distance", "0.6", "--max-gap", "4", "--max-force", "30",
+             "--apart-from", "data", "--alike", "0.02", "--batch", "8", "--cpu", "--retry",
+             "--calculator", "a:b", "--calculator-args", '{"c": 1}', "--teacher-name", "d",
+             ]  # fmt: skip
+    jobs = ["--submit", "--slurm-partition", "gpu", "--slurm-mem", "12", "--slurm-timeout", "0.5"]
+    assert main(["rounds", *given, *jobs]) == 1
+    ((words, out, request, slurm),) = told
+    assert (out, slurm) == (Path("out"), None)
+    assert (request.partition, request.memory, request.hours) == ("gpu", 12, 0.5)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    one, other = parser.parse_args(given), parser.parse_args(words[1:])
+    assert (words[0], one) == ("rounds", other)
+    untouched = parser.parse_args(["config.yml", "--out", "out"])
+    same = [name for name, value in vars(one).items() if value == getattr(untouched, name)]
+    assert not [name for name in same if not name.startswith(("slurm", "submit", "config", "out"))]
+    monkeypatch.undo()
+    assert main(["rounds", "no.yml", "--out", "out", "--submit"]) == 2
+    assert "no.yml does not exist" in capsys.readouterr().err
+
+
+def test_a_job_without_a_scheduler_is_waited_for_and_what_it_said_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(cpu=True, hours=1.0, memory=1)
+    said: list[str] = []
+    words = ["rounds", "gone.yml", "--out", "out"]
+    assert not rounds_job.submit(words, Path("out"), request, None, said.append, "local")
+    assert "no scheduler here" in said[0]
+    assert said[1].startswith("error: The config gone.yml does not exist; see ")
+    assert not Path("out").exists()
+
+
+def test_a_training_is_interrupted_where_its_rounds_have_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C, so that it saves; and killed where it does not end."""
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(7)
+
+    read, write = os.pipe()
+    log = tmp_path / "log"
+    before = signal.signal(signal.SIGALRM, leave)
+    try:
+        for caught in ("echo saved; exit 0", ""):
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            script = f"trap '{caught}' INT; while :; do sleep 0.05; done"
+            monkeypatch.setattr(trainings, "_PATIENCE", 5.0 if caught else 0.3)
+            with pytest.raises(SystemExit, match="7"):
+                trainings.run_command(["sh", "-c", script], log, dict(os.environ), write)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    os.close(read)
+    os.close(write)
+    assert log.read_text() == "saved\n"
+
+
+def test_a_schedulers_signals_do_not_end_the_training_of_a_job(tmp_path: Path) -> None:
+    script = ["sh", "-c", "kill -USR2 $$; kill -TERM $$; echo $0 here", "still"]
+    handler = SignalHandler.__new__(SignalHandler)
+    read, write = os.pipe()
+    before = signal.getsignal(signal.SIGUSR2)
+    for number, end in enumerate((-signal.SIGUSR2, 0)):
+        log = tmp_path / f"log{number}"
+        assert trainings.run_command(script, log, dict(os.environ), write) == end
+        signal.signal(signal.SIGUSR2, handler.checkpoint_and_try_requeue)
+    signal.signal(signal.SIGUSR2, before)
+    os.close(read)
+    os.close(write)
+    assert (tmp_path / "log1").read_text() == "still here\n"

@@ -1,6 +1,6 @@
 """Rounds of training and exploring, from a training's config to the table.
 
-    student 0 <- the config as it is
+    student 0 <- the config as it is, or one that is there
     student k <- student k - 1, with what the dynamics of students 0 to k - 1 have found
     control k <- control k - 1, with as many rattled structures
 
@@ -15,12 +15,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fairchem_kd.analysis.compare.evaluation import evaluate
 from fairchem_kd.analysis.subjects.runs import load_model, read_model
-from fairchem_kd.analysis.subjects.splits import open_split, splits_of_run
+from fairchem_kd.analysis.subjects.splits import count_structures, open_split, splits_of_run
 from fairchem_kd.errors import UserError
 from fairchem_kd.explore.assembling import NothingKept
 from fairchem_kd.explore.exploration import Plan, explore
@@ -30,9 +31,11 @@ from fairchem_kd.explore.rounds.table import Row, table_of
 from fairchem_kd.explore.rounds.trainings import STORE, student_of, train, write_config
 from fairchem_kd.explore.settings import RATTLE, Settings, Window
 from fairchem_kd.explore.starts import Source, read_starts
+from fairchem_kd.explore.storing import Noting
 from fairchem_kd.files import write_json
 from fairchem_kd.machine import choose_device
 from fairchem_kd.reading import read_json
+from fairchem_kd.training.schedule import steps_per_epoch, stretch
 
 ROUNDS, TABLE = "rounds.json", "table.md"
 _ROOM = 1.25  # rattled copies that are made for each that is needed: some are too close, or alike
@@ -57,8 +60,8 @@ class Rounds:
         control: train the students with rattled structures too.
         seed: of the trainings.
         cpu: use the CPU even where there is CUDA.
-        ask: has the teacher speak of all that a training with this config will ask, where that does
-            not do so itself.
+        noting: fills the store of a teacher that trainings cannot ask themselves.
+        student: the checkpoint to begin with, in place of one that is trained with the config.
         say: takes lines.
     """
 
@@ -76,7 +79,8 @@ class Rounds:
     control: bool = True
     seed: int = 0
     cpu: bool = False
-    ask: Callable[[Path], None] | None = None
+    noting: Noting | None = None
+    student: Path | None = None
     say: Callable[[str], Any] = print
 
 
@@ -116,7 +120,11 @@ class _Running:
         found: list[Path] = []
         for number in range(self.plan.rounds + 1):
             folder = self.plan.out / f"round_{number}"
-            student = self._train(folder, found, student)
+            if number == 0 and self.plan.student is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                student = self.plan.student
+            else:
+                student = self._train(folder, found, student)
             self.first = self.first or student
             most = self._left()
             told = self._dynamics(folder / "frames", student, most)
@@ -166,8 +174,8 @@ class _Running:
             return done
         self.plan.say(f"{folder}: training" + (f" on from {start}" if start else ""))
         config = write_config(folder, self._config(folder, found))
-        if self.plan.ask is not None:
-            self.plan.ask(config)
+        if self.plan.noting is not None:
+            self.plan.noting.fill_for_training(config)
         return train(
             folder,
             config,
@@ -192,7 +200,8 @@ class _Running:
             make_pool(pool, [*own, *found])
         block["unlabelled"] = {**unlabelled, "dataset": {"format": "lmdb", "src": str(pool)}}
         if self.plan.epochs is not None:
-            config["optim"] = {**config["optim"], "max_epochs": self.plan.epochs}
+            labelled = count_structures(config["dataset"]["train"])
+            config = stretch(config, self.plan.epochs, steps_per_epoch(config, labelled))
         return config
 
     def _dynamics(self, dest: Path, student: Path, most: int | None) -> dict[str, Any]:
@@ -214,7 +223,7 @@ class _Running:
             )
             self.plan.say(f"{dest}: exploring with {student}")
             try:
-                known = explore(plan, dest)["exploration"]
+                known = self._explore(plan, dest)
             except NothingKept as nothing:
                 known = nothing.told
             write_json(kept, known)
@@ -242,10 +251,17 @@ class _Running:
             told=self.plan.told,
             apart_from=self.plan.apart_from,
         )
-        made = explore(plan, dest)["exploration"]["kept"]
+        made = self._explore(plan, dest)["kept"]
         if made != needed:
             self._note(f"Round {number} of rattling alone has {made} structures, not {needed}.")
         return _splits_in(dest)
+
+    def _explore(self, plan: Plan, dest: Path) -> dict[str, Any]:
+        """Explore; what the card tells of how it went."""
+        noting = self.plan.noting
+        keep = None if noting is None else partial(noting.keep, dest)
+        told: dict[str, Any] = explore(plan, dest, keep=keep)["exploration"]
+        return told
 
     def _errors(self, folder: Path, student: Path) -> dict[str, float]:
         """On the first split that the run is judged by; nothing where there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,21 +17,29 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_text
 from fairchem_kd.launch import claim
 from fairchem_kd.teachers.place import VARIABLE
+from fairchem_kd.training.interruption import signals_of_job
 from fairchem_kd.training.records import read_records
 
 CONFIG, LOG = "config.yml", "log.txt"
 BEST = "best_checkpoint.pt"
 RUN = "student"  # the name of a training's run, in a folder of its own
 STORE = "teacher_stores"  # of what the teacher said, in the folder of all rounds
+_PATIENCE = 25.0  # seconds for the end of a step: schedulers kill 30 s after they have asked
+_SAVING = 120.0  # seconds for which a requeued job waits for what it was before
 _TAIL = 12  # lines of a failed training's log
 
 
 def claimed(out: Path) -> AbstractContextManager[int]:
-    """The lock by which these rounds have ``out`` (:func:`fairchem_kd.launch.claim.claimed`)."""
+    """The lock by which these rounds have ``out`` (:func:`fairchem_kd.launch.claim.claimed`).
+
+    A job that was queued again waits for the training that it has interrupted, which may still be
+    saving.
+    """
     return claim.claimed(
         out,
         f"Other rounds, or a training that some left behind, are at work in {out}: wait "
         "for them, or name another folder with --out.",
+        patience=_SAVING if signals_of_job() else 0.0,
     )
 
 
@@ -98,6 +107,9 @@ def run_command(
 ) -> int:
     """Run a command to its end; its exit code.
 
+    Where this process is to end before, the command is interrupted as by Ctrl-C, at which a
+    training saves at the end of its step.
+
     Args:
         command: its words.
         log: gets what it prints, behind what is there.
@@ -106,7 +118,7 @@ def run_command(
     """
     with open(log, "ab") as file:
         process = subprocess.Popen(
-            command,
+            _shielded(command),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -116,6 +128,30 @@ def run_command(
     try:
         return process.wait()
     except BaseException:
-        process.terminate()
-        process.wait()
+        _interrupt(process)
         raise
+
+
+def _shielded(command: Sequence[str]) -> list[str]:
+    """The command, without a scheduler's signals in a job.
+
+    They go to all processes of the job and would end the training at once; the process that waits
+    for it answers them.
+    """
+    signals = signals_of_job()
+    if not signals:
+        return list(command)
+    ignored = " ".join(map(str, signals))
+    return ["sh", "-c", f'trap \'\' {ignored}; exec "$0" "$@"', *command]
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process, and kill it where it does not end."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        process.kill()
+        process.wait()
