@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fairchem_kd.files import write_text
+from fairchem_kd.processes import process_start
 from fairchem_kd.reading import read_json
 from fairchem_kd.sweep.log import last_words
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config
@@ -68,17 +69,7 @@ def read_state(manifest: Manifest, run: Run) -> dict[str, Any]:
 
 def this_process() -> dict[str, Any]:
     """What tells this process from every other, as far as that can be told."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks: a process id may be used again."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text("utf-8")
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": process_start(os.getpid())}
 
 
 def _is_here(state: Mapping[str, Any]) -> bool:
@@ -89,7 +80,7 @@ def _is_alive(state: Mapping[str, Any], path: Path) -> bool:
     """Whether the process that noted ``running`` still runs."""
     if _is_here(state):
         if Path("/proc/self/stat").exists():
-            return state.get("started") == _started(state["pid"]) is not None
+            return state.get("started") == process_start(state["pid"]) is not None
         try:
             os.kill(state["pid"], 0)
         except OSError:

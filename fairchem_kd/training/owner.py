@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.processes import process_start
 from fairchem_kd.reading import read_json
 
 OWNER = "owner.json"
@@ -93,19 +94,10 @@ def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": _started(os.getpid()),
+        "started": process_start(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine began, in the kernel's own count; None where unknown."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]  # the name before may hold blanks
 
 
 def _gone(other: dict[str, Any]) -> bool:
@@ -121,7 +113,7 @@ def _gone(other: dict[str, Any]) -> bool:
         return True
     except PermissionError:
         return False
-    return _started(other["pid"]) != other.get("started")
+    return process_start(other["pid"]) != other.get("started")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -120,6 +120,15 @@ class Command:
     def running(self) -> bool:
         return self.process.is_alive()
 
+    def wait_held(self, ranks: int) -> None:
+        """Until so many of its ranks are held, and none of them waits for another one."""
+        name = self._holding.name
+
+        def all_held() -> bool:
+            return len(list(self._holding.parent.glob(f"{name}.*"))) >= ranks or not self.running
+
+        wait_until(all_held, "all ranks within one step")
+
     def let_go(self) -> None:
         """Hold it no longer."""
         self._holding.unlink()
@@ -182,6 +191,8 @@ def _hold(step: int, run: str, while_there: Path) -> None:
     def wait(trainer: RestartableTrainer, loss: Any) -> None:
         if not run or trainer.timestamp_id == run:
             deadline = time.monotonic() + PATIENCE_S
+            if trainer.step >= step:
+                while_there.with_name(f"{while_there.name}.{os.getpid()}").touch()
             while trainer.step >= step and while_there.exists():
                 assert time.monotonic() < deadline, "let go by nobody"
                 time.sleep(0.02)

@@ -16,6 +16,7 @@ from trainings import config, trainer
 from trainings import data as data
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.processes import process_start
 from fairchem_kd.training import owner
 from fairchem_kd.training.interruption import how_to_go_on
 from fairchem_kd.training.owner import OWNER, STALE, Owner
@@ -52,10 +53,11 @@ def test_another_process_that_lives_is_not_disturbed(tmp_path: Path) -> None:
         assert holder.stdout.readline() == "owned\n"
         with pytest.raises(UserError, match=rf"Another training runs in .*process {holder.pid} on"):
             Owner(tmp_path).__enter__()
-        holder.kill()  # and once it is dead, nobody has to wait
-        holder.wait()
-        with Owner(tmp_path):
+        holder.kill()  # and once it is dead, nobody has to wait, ...
+        wait_until(lambda: process_start(holder.pid) is None, "its end")
+        with Owner(tmp_path):  # not even for its parent to notice
             pass
+        holder.wait()
     finally:
         holder.kill()
         holder.wait()

@@ -1,0 +1,18 @@
+"""Whether a process of this machine is still the one that noted its number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def process_start(pid: int) -> str | None:
+    """When a process began, in the kernel's own count: its number may come again.
+
+    None where that is not known, and of one that has ended and that its parent has not yet noticed.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()  # the name before may hold blanks
+    return None if fields[0] in "ZX" else fields[19]
