@@ -111,6 +111,18 @@ def has_gradient_forces(model: nn.Module) -> bool:
     return isinstance(model, _GradientForces)
 
 
+def forces_are_slopes(model: nn.Module) -> bool:
+    """Whether a model is known to take its forces from its energy, its own way or ours.
+
+    Args:
+        model: bare.
+    """
+    if has_gradient_forces(model):
+        return True
+    direct = getattr(model, "direct_forces", False) or not getattr(model, "regress_forces", False)
+    return isinstance(model, DIFFERENTIABLE) and not direct
+
+
 def check_gradient_forces(model: nn.Module, normalizers: Mapping[str, Normalizer]) -> None:
     """Refuse normalisers with which gradient forces are no slope, or tell of stock's that are not.
 
@@ -130,8 +142,7 @@ def check_gradient_forces(model: nn.Module, normalizers: Mapping[str, Normalizer
                 f"of no energy, which {WHERE} asks for: set that mean to 0."
             )
         return
-    gradient = isinstance(model, DIFFERENTIABLE) and not getattr(model, "direct_forces", False)
-    if not gradient or not getattr(model, "regress_forces", False):
+    if not forces_are_slopes(model):
         return
     ratio = 1.0 / float(_scale(normalizers))
     if abs(ratio - 1.0) > SAME:

@@ -141,7 +141,7 @@ class _Scaled(nn.Linear):
     _bias_to_stock: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is not None and self._bias_to_stock is not None:
             bias = bias * self._bias_to_stock
         return functional.linear(input, self.weight * self._weight_to_stock, bias)
