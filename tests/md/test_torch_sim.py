@@ -134,9 +134,7 @@ def test_without_torch_sim_a_sentence_says_what_to_install(
 
 
 @needs_torch_sim
-def test_stress_is_the_calculators_and_relaxes_cells(model: Any, checkpoint: Path) -> None:
-    import torch_sim as ts
-
+def test_the_stress_is_the_calculators(model: Any, checkpoint: Path) -> None:
     made = slabs()
     assert "stress" not in model(state_of(made))
     model.compute_stress = True
@@ -147,12 +145,11 @@ def test_stress_is_the_calculators_and_relaxes_cells(model: Any, checkpoint: Pat
         np.testing.assert_allclose(
             one, voigt_6_to_full_3x3_stress(other["stress"]), rtol=1e-4, atol=1e-8
         )
-    start = state_of(made)
-    end = ts.optimize(
-        system=start, model=model, optimizer=ts.Optimizer.gradient_descent, max_steps=5,
-        cell_filter=ts.CellFilter.frechet, autobatcher=False,
-    )  # fmt: skip
-    assert not torch.allclose(end.cell, start.cell)
+    before = model(state_of(made))["energy"]
+    for atoms, one in zip(made, found.numpy(), strict=True):  # a step down the slope
+        downhill = np.eye(3) - 2e-3 * one / np.abs(one).max()
+        atoms.set_cell(atoms.cell.array @ downhill, scale_atoms=True)
+    assert (model(state_of(made))["energy"] < before).all()
 
 
 @needs_torch_sim
