@@ -166,6 +166,7 @@ def plot_relaxations(found: Physics) -> Figure:
                 )  # fmt: skip
     axes.axvspan(-_LINEAR, _LINEAR, color="0.92", zorder=0)
     axes.set_xscale("symlog", linthresh=_LINEAR)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("energy above the method's own end (meV); hollow: not converged", fontsize=9)
     axes.set_yticks(range(len(found.labels)), found.labels)
     axes.set_ylim(len(found.labels) - 0.5, -0.5)
