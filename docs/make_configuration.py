@@ -31,8 +31,9 @@ HEAD = """\
 
 What fairchem-kd adds to a fairchem config stands under `task.distillation`, and under `build`
 beside a dataset split's `src`. Unknown keys and values that do not fit are refused before a
-model is loaded. `task.conservative: true` has forces taken from the energy
-([A student that runs dynamics](md.md)). `fairchem-kd configs --schema FILE` writes all of it, with
+model is loaded. `task.conservative: true` has forces taken from the energy, and
+`task.soft_lengths: 0.1` makes the energy of a PaiNN smooth enough for dynamics ([A student that
+runs dynamics](md.md)). `fairchem-kd configs --schema FILE` writes all of it, with
 the stock keys that are checked, as a JSON schema for editors. Any key can be given on the command
 line:
 `--task.distillation.losses.e2n.coefficient=10`.

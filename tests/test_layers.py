@@ -46,6 +46,7 @@ GROUND = (
     "reading",
     "schema",
     "text",
+    "weights_only",
 )
 #: The public face of the package: its names are looked up when they are used.
 FACE = ("", "__main__", "moved")

@@ -48,6 +48,8 @@ _CAPTIONS = {
     "cost_training": "Where the time of a training step goes.",
     "physics_summary": "Models as potentials, with 95 % intervals over structures.",
     "physics_dynamics": "Total energy in NVE dynamics (first seed of each model).",
+    "physics_drift": "How far the total energy goes in NVE dynamics, median and quartiles.",
+    "physics_relaxations": "Where relaxations end, by the labels' method.",
     "physics_scans": "Energy along a bond (first seed of each model).",
 }
 

@@ -23,12 +23,13 @@ from fairchem_kd.losses.schedule import Schedule
 from fairchem_kd.machine import FP32, PRECISIONS
 from fairchem_kd.schema import is_null, option, parse
 from fairchem_kd.stock.conservative import KEY as CONSERVATIVE
+from fairchem_kd.stock.softness import KEY as SOFT_LENGTHS
 from fairchem_kd.teachers.answers import PRECISIONS as KEPT
 from fairchem_kd.teachers.place import AUTO, OFF
 
 WHERE = "task.distillation"
 #: Keys of ``task`` that stock does not read.
-OURS = ("distillation", CONSERVATIVE)
+OURS = ("distillation", CONSERVATIVE, SOFT_LENGTHS)
 #: What stands beside the terms' values in logs and records.
 RESERVED = ("loss", "lr", "epoch", "step", "grad_norm", "rattle", "untrusted", "label_loss", MASKED)
 

@@ -139,7 +139,7 @@ class Distiller:
                 device=device,
             )
         self._start(distillation)
-        self._unchecked = distillation.needs_slopes  # by `check_slopes_on`, on the first batch
+        self._unchecked = distillation.follows_positions  # by `check_slopes_on`, on the first batch
 
     @classmethod
     def of(cls, distillation: Distillation) -> Distiller:

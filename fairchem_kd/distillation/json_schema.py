@@ -29,7 +29,11 @@ def config_schema() -> dict[str, Any]:
     dataset = _table(DATASET)
     task = {
         "type": ["object", "null"],
-        "properties": {"distillation": {"anyOf": [_distillation(), {"type": "null"}]}},
+        "properties": {
+            "distillation": {"anyOf": [_distillation(), {"type": "null"}]},
+            "conservative": {"type": ["boolean", "null"]},
+            "soft_lengths": {"type": ["number", "null"], "minimum": 1e-3, "maximum": 1},
+        },
     }
     blocks: dict[str, Any] = dict.fromkeys(BLOCKS, True)
     blocks |= {

@@ -44,7 +44,7 @@ def check_slopes(distillation: Distillation, dataset: Dataset, collate: Collate)
     Raises:
         UserError: those of one of the models are something else, or cannot be had.
     """
-    if not distillation.needs_slopes:
+    if not distillation.follows_positions:
         return
     size = len(dataset)  # type: ignore[arg-type]
     number = min(SAMPLES, size)
@@ -77,7 +77,7 @@ def check_slopes_on(batch: Batch, distillation: Distillation) -> None:
                 )
             return torch.autograd.grad(forces, given.pos, cotangent.to(forces))[0].detach()
 
-    members = live_members(distillation.teacher)
+    members = live_members(distillation.teacher) if distillation.needs_slopes else []
 
     def theirs(given: Batch) -> Tensor:
         return torch.stack([one.teach(given, ()).outputs["forces"] for one in members]).mean(0)
@@ -87,12 +87,13 @@ def check_slopes_on(batch: Batch, distillation: Distillation) -> None:
     try:
         with isolated_random_state():
             _compare("The student", own, own_slopes, batch)
-            _compare(
-                "The teacher",
-                theirs,
-                lambda given, one: force_slopes(distillation.teacher, given, [one])[0],
-                batch,
-            )
+            if members:
+                _compare(
+                    "The teacher",
+                    theirs,
+                    lambda given, one: force_slopes(distillation.teacher, given, [one])[0],
+                    batch,
+                )
     finally:
         student.train(training)
 
@@ -125,7 +126,7 @@ def _compare(who: str, forces: Forces, slopes: Slopes, batch: Batch) -> None:
         raise UserError(
             f"{who}'s forces do not change with positions as autograd says (by {apart:.3g}, where "
             f"{scale:.3g} is usual): its model leaves parts out of its gradient, as EquiformerV2 "
-            "and eSCN do, so that the loss jacobian has no rows to compare; take "
+            "and eSCN do, so that a loss on slopes has none to compare; take "
             "jacobian_antithetic."
         )
 

@@ -37,6 +37,7 @@ from fairchem_kd.features import (
 from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.losses import Labels, Loss, Part
 from fairchem_kd.models.units import Units
+from fairchem_kd.stock.gradient_forces import forces_are_slopes
 from fairchem_kd.stock.positions import followed
 from fairchem_kd.teachers import EnsembleTeacher, Teacher
 from fairchem_kd.teachers.slopes import live_members
@@ -110,6 +111,7 @@ class Distillation:
         self.needs_slopes = any(term.needs_slopes for term in terms)
         if self.needs_slopes:
             live_members(teacher)  # refuses one without a model
+        self.follows_positions = self.needs_slopes or self._needs_own_slopes(terms)
 
         balancing = config.balancing
         self.balance = Balance(balancing, self.terms, device) if balancing is not None else None
@@ -156,6 +158,20 @@ class Distillation:
             wanted += own
         return wanted
 
+    def _needs_own_slopes(self, terms: Sequence[Loss]) -> bool:
+        """Whether a term differentiates the student's forces alone.
+
+        Raises:
+            UserError: one does, and they are a slope already.
+        """
+        wanting = [term.where for term in terms if term.needs_own_slopes]
+        if wanting and forces_are_slopes(backbone_of(self.student)):
+            raise UserError(
+                f"{wanting[0]} lessens what keeps direct forces from being the slope of an energy, "
+                "and the student's are a slope: take it out."
+            )
+        return bool(wanting)
+
     @property
     def compares_energies(self) -> bool:
         """Whether a term compares the teacher's energies with the student's."""
@@ -195,7 +211,7 @@ class Distillation:
                 to the device, get a graph.
         """
         follows: AbstractContextManager[None] = nullcontext()
-        if batch is not None and self.needs_slopes and torch.is_grad_enabled():
+        if batch is not None and self.follows_positions and torch.is_grad_enabled():
             batch.pos = batch.pos.to(self.device).detach().requires_grad_(True)
             follows = followed(backbone_of(self.student))
         with follows, self.student_tap.capture() as features:

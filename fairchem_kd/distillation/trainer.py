@@ -131,10 +131,11 @@ class DistillationTrainer(RestartableTrainer):
                 last_step=self.last_step,
                 device=self.device,
             )
-            if distillation.needs_slopes and self.scaler is not None:
+            if distillation.follows_positions and self.scaler is not None:
                 raise UserError(
-                    "amp: true and a jacobian loss do not go together, since slopes of forces in "
-                    "half precision are no slopes: set amp: false, or take jacobian_antithetic."
+                    "amp: true and a loss on slopes of forces (jacobian, antisymmetric) do not go "
+                    "together, since slopes in half precision are none: set amp: false, or take "
+                    "jacobian_antithetic."
                 )
             self.distiller = Distiller.of(distillation)
             self.projections = Projections(

@@ -38,6 +38,7 @@ from fairchem_kd.stock.noise import VERBOSE, plain_logs
 from fairchem_kd.stock.options import check_training_config
 from fairchem_kd.stock.predictions import in_single_precision
 from fairchem_kd.stock.relaxation import take_optimizer_name
+from fairchem_kd.stock.softness import check_softness
 from fairchem_kd.teachers.place import writable
 
 #: Makes the configs of a sweep out of a base config and the sweep's file.
@@ -54,6 +55,7 @@ def run_config(args: argparse.Namespace, config: dict[str, Any], grid: Grid | No
             "it: name another folder."
         )
     check_conservative(config, ours=is_ours(config))
+    check_softness(config, ours=is_ours(config))
     if is_ours(config):
         check_training_config(config)
         refuse_graph_parallel(args.gp_gpus)

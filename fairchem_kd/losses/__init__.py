@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fairchem_kd.losses.alignment import LinearCKA
+from fairchem_kd.losses.antisymmetric import Antisymmetric
 from fairchem_kd.losses.base import (
     ElementwiseOptions,
     Labels,
@@ -36,6 +37,7 @@ from fairchem_kd.losses.standardize import Standardizer
 from fairchem_kd.losses.structure import GlobalStructure, LocalStructure
 
 __all__ = [
+    "Antisymmetric",
     "EdgeToEdge",
     "EdgeToNode",
     "ElementwiseOptions",

@@ -147,6 +147,8 @@ class Loss(nn.Module):
     checks_pair: ClassVar[bool] = False
     #: Whether it differentiates forces with respect to positions: the batch's then have a graph.
     needs_slopes: ClassVar[bool] = False
+    #: Whether it does so with the student's alone, which then have to be direct ones.
+    needs_own_slopes: ClassVar[bool] = False
     #: Whether it compares structures in pairs: `fairchem_kd.losses.jacobian.pair_atoms`.
     needs_pairs: ClassVar[bool] = False
 

@@ -8,12 +8,14 @@ batches anew, neighbours are searched among all pairs, and a trainer stands betw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
 from fairchem_kd.errors import UserError
@@ -28,6 +30,7 @@ from fairchem_kd.models.frozen import Teacher as FrozenModel
 from fairchem_kd.models.legacy import modern_config
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
+from fairchem_kd.stock.gradient_forces import has_gradient_forces, strained
 from fairchem_kd.stock.reused_graphs import ReusedGraphs
 
 if TYPE_CHECKING:
@@ -42,7 +45,8 @@ class StudentCalculator(Calculator):
     """A stock checkpoint as an ASE calculator; several structures may be asked about at once.
 
     A model that was trained with ``task.conservative`` gives forces that are the slope of its
-    energy. Not to be shared by threads.
+    energy, and of structures that are periodic along all axes the stress too. Not to be shared by
+    threads.
 
     Args:
         path: a checkpoint of fairchem 1.x, exported or of a run, or the folder of a run.
@@ -55,7 +59,7 @@ class StudentCalculator(Calculator):
         UserError: no such checkpoint, or options that cannot be used.
     """
 
-    implemented_properties = ["energy", "free_energy", "forces"]  # noqa: RUF012  (as ASE has it)
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012  (ASE's)
 
     def __init__(
         self,
@@ -72,9 +76,14 @@ class StudentCalculator(Calculator):
         if "energy" not in self.model.outputs:
             raise UserError(f"{path} predicts no energies, so it is no calculator.")
         refuse_wrong_forces(self.model.model, f"The model in {path}")
-        if "forces" not in self.model.outputs:
-            self.implemented_properties = ["energy", "free_energy"]
         self.graphs = ReusedGraphs(backbone_of(self.model.model), self.skin)
+        known = ["energy", "free_energy"]
+        if "forces" in self.model.outputs:
+            known.append("forces")
+            if has_gradient_forces(self.model.model) and self.graphs.works:
+                known.append("stress")
+        self.implemented_properties = known
+        self._stress = False  # whether it is asked for, as LAMMPS does at every step
         self._mode = torch.no_grad if needs_autograd(self.model.model) else torch.inference_mode
         self._systems: Systems | None = None
         self._last: Atoms | None = None  # of which `results` are
@@ -89,6 +98,38 @@ class StudentCalculator(Calculator):
         if last is None or systems is None or not systems.are([atoms]):
             return list(all_changes)
         return [] if np.array_equal(last.positions, atoms.positions) else ["positions"]
+
+    def get_property(
+        self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
+    ) -> Any:
+        """As ASE asks.
+
+        Raises:
+            PropertyNotImplementedError: with the reason, for a stress that there is not.
+        """
+        if name == "stress":
+            self._refuse_stress([] if atoms is None else [atoms])
+            self._stress = True
+        return super().get_property(name, atoms, allow_calculation)
+
+    def _refuse_stress(self, structures: Sequence[Atoms]) -> None:
+        """Refuse to give a stress where there is none.
+
+        Raises:
+            PropertyNotImplementedError: of this model, or of one of the structures.
+        """
+        if "stress" not in self.implemented_properties:
+            raise PropertyNotImplementedError(
+                f"{self.model.name} has no stress, which is the slope of an energy whose forces "
+                "are its slope too, in a model that is periodic: take one that was trained with "
+                "task.conservative and use_pbc: true."
+            )
+        for atoms in structures:
+            if not atoms.pbc.all():
+                raise PropertyNotImplementedError(
+                    "A stress is of structures that are periodic along all axes, and "
+                    f"{atoms.get_chemical_formula()} is not: ask for energy and forces alone."
+                )
 
     def calculate(
         self,
@@ -106,31 +147,42 @@ class StudentCalculator(Calculator):
         if atoms is None:
             raise UserError("There is no structure to compute: give one.")
         before, last, self._last = self._systems, self._last, None
-        (self.results,) = self._answer([atoms])
+        (self.results,) = self._answer([atoms], stress=self._stress and bool(atoms.pbc.all()))
         if last is not None and self._systems is before:
             last.positions[:] = atoms.positions
         else:
             last = atoms.copy()
         self.atoms = self._last = last
 
-    def calculate_batch(self, structures: Sequence[Atoms]) -> list[dict[str, Any]]:
+    def calculate_batch(
+        self, structures: Sequence[Atoms], *, stress: bool = False
+    ) -> list[dict[str, Any]]:
         """Energies and forces of several structures, by one forward.
 
         Asked about the same structures again, moved a little, it searches no neighbours.
 
+        Args:
+            structures: of any size and periodicity.
+            stress: give that too, which takes a little longer.
+
         Returns:
             For each its ``energy`` (eV), ``free_energy`` (the same) and ``forces`` (eV/Å,
-            ``(N, 3)``, of fixed atoms too).
+            ``(N, 3)``, of fixed atoms too); ``stress``, eV/Å³, ``(6,)`` in Voigt's order.
 
         Raises:
             Exploded, UserError: as :meth:`calculate`.
+            PropertyNotImplementedError: there is no stress.
         """
+        if stress:
+            self._refuse_stress(structures)
         self.reset()
         self._last = None
-        return self._answer(list(structures)) if len(structures) else []
+        return self._answer(list(structures), stress=stress) if len(structures) else []
 
-    def _answer(self, structures: list[Atoms]) -> list[dict[str, Any]]:
-        energies, forces = self._predict(structures)
+    def _answer(self, structures: list[Atoms], *, stress: bool) -> list[dict[str, Any]]:
+        slopes: list[torch.Tensor] = []
+        with strained(self.model.model) if stress else nullcontext(slopes) as slopes:
+            energies, forces = self._predict(structures)
         found: list[dict[str, Any]] = [{"energy": e, "free_energy": e} for e in energies]
         start = 0
         for atoms, one in zip(structures, found, strict=True):
@@ -138,6 +190,11 @@ class StudentCalculator(Calculator):
             if forces is not None:
                 one["forces"] = forces[start:stop]
             start = stop
+        if stress:
+            scale, _ = self._unit("energy")
+            for atoms, one, slope in zip(structures, found, slopes[0], strict=True):
+                whole = scale * slope.double().cpu().numpy() / atoms.get_volume()
+                one["stress"] = full_3x3_to_voigt_6_stress(whole)
         return found
 
     def _predict(self, structures: list[Atoms]) -> tuple[list[float], Array | None]:

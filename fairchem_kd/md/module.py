@@ -8,13 +8,11 @@ its own precision.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from fairchem_kd.md.exploded import ANSWER, POSITIONS, Exploded
 from fairchem_kd.md.skin import SKIN, checked_skin
 from fairchem_kd.models.module_file import ABOUT, FORMAT
 from fairchem_kd.stock.pairs import SAME_ATOM, neighbours
+from fairchem_kd.weights_only import weights_only
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -332,7 +331,7 @@ def _load(path: Path, version: str) -> torch.nn.Module:
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), _tensors_alone():
+        with warnings.catch_warnings(), weights_only():
             warnings.simplefilter("ignore")  # of torch's own internals
             return torch.export.load(str(path)).module()
     except Exception as error:
@@ -344,18 +343,3 @@ def _load(path: Path, version: str) -> torch.nn.Module:
         ) from error
     finally:
         log.setLevel(level)
-
-
-@contextlib.contextmanager
-def _tensors_alone() -> Iterator[None]:
-    """Have torch read weights without unpickling, where it would fall back on that."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

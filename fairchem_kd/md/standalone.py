@@ -12,6 +12,7 @@ MODULES = (
     "text",
     "errors",
     "json_file",
+    "weights_only",
     "stock.pairs",
     "models.module_file",
     "md.exploded",

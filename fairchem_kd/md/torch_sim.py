@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.md.calculator import SKIN, StudentCalculator
@@ -31,14 +32,17 @@ class StudentModel(ModelInterface):
     """A checkpoint as torch-sim has models: energies and forces of a batch, by one forward.
 
     It computes as :class:`StudentCalculator` does, in float32 whatever ``dtype`` the states have,
-    and searches neighbours as seldom. There is no stress, so that the cell cannot be relaxed.
+    and searches neighbours as seldom. Cells can be relaxed by a model with ``compute_stress``,
+    which one that was trained with ``task.conservative`` has.
 
     Args:
         path, skin, device, trust: as :class:`StudentCalculator` takes them.
+        compute_stress: give the stress too; may be set later.
         dtype: of the states and of what is returned; float64 keeps what integrators sum up.
 
     Raises:
-        UserError: as :class:`StudentCalculator`; or the model predicts no forces.
+        UserError: as :class:`StudentCalculator`; or the model predicts no forces, or no stress
+            where that is asked for.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class StudentModel(ModelInterface):
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float64,
         trust: bool = False,
+        compute_stress: bool = False,
     ) -> None:
         super().__init__()
         self._calculator = StudentCalculator(path, skin=skin, device=device, trust=trust)
@@ -59,22 +64,45 @@ class StudentModel(ModelInterface):
         self._compute_forces = True
         self._compute_stress = False
         self._structures: list[Atoms] = []
+        if compute_stress:
+            try:
+                self.compute_stress = True
+            except NotImplementedError as error:
+                raise UserError(str(error)) from error
+
+    @property
+    def compute_stress(self) -> bool:
+        """Whether the stress is given too."""
+        return self._compute_stress
+
+    @compute_stress.setter
+    def compute_stress(self, wanted: bool) -> None:
+        if wanted and "stress" not in self._calculator.implemented_properties:
+            raise NotImplementedError(  # torch-sim's word for it
+                f"compute_stress is asked of {self._calculator.model.name}, which has no stress: "
+                "take a student that was trained with task.conservative and use_pbc: true."
+            )
+        self._compute_stress = bool(wanted)
 
     def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
         """``energy`` ``(B,)`` in eV and ``forces`` ``(N, 3)`` in eV/Å of a state.
 
+        With ``compute_stress`` its ``stress`` too, ``(B, 3, 3)`` in eV/Å³.
+
         Raises:
             Exploded: the model has no finite answer for one of the structures.
+            PropertyNotImplementedError: a stress of one that is not periodic along all axes.
         """
         if isinstance(state, dict):
             state = SimState(masses=torch.ones_like(state["positions"][:, 0]), **state)
-        found = self._calculator.calculate_batch(self._of(state))
+        found = self._calculator.calculate_batch(self._of(state), stress=self._compute_stress)
         energy = torch.tensor([one["energy"] for one in found])
         forces = torch.from_numpy(np.concatenate([one["forces"] for one in found]))
-        return {
-            "energy": energy.to(self._device, self._dtype),
-            "forces": forces.to(self._device, self._dtype),
-        }
+        said = {"energy": energy, "forces": forces}
+        if self._compute_stress:
+            whole = [voigt_6_to_full_3x3_stress(one["stress"]) for one in found]
+            said["stress"] = torch.from_numpy(np.stack(whole))
+        return {name: value.to(self._device, self._dtype) for name, value in said.items()}
 
     def _of(self, state: Any) -> list[Atoms]:
         """The state's structures; those of the last one, moved, where only positions changed."""

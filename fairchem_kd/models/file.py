@@ -7,7 +7,6 @@ besides tensors: numpy scalars (metrics, configs), paths and defaultdicts.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import zipfile
@@ -23,6 +22,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_whole
 from fairchem_kd.models import gate
 from fairchem_kd.models.card import check_digest
+from fairchem_kd.weights_only import weights_only
 
 #: The keys without which nothing can be done with a fairchem 1.x checkpoint.
 REQUIRED_KEYS = ("state_dict", "config")
@@ -318,17 +318,8 @@ def weights_only_everywhere() -> Iterator[None]:
     Stock calls ``torch.load`` as it comes, which before torch 2.6 unpickles: scale factors,
     normalisers and references that a checkpoint's config names by path, too.
     """
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with _allowed():
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    with weights_only(), _allowed():
+        yield
 
 
 @contextmanager

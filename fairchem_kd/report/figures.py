@@ -105,7 +105,10 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
+    """What the lines of ``axes`` are, below them; nothing where there are none."""
     handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
     rows = -(-len(labels) // 4)
     columns = -(-len(labels) // rows)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

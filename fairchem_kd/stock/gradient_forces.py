@@ -19,6 +19,7 @@ import copy
 import functools
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,6 +112,38 @@ def has_gradient_forces(model: nn.Module) -> bool:
     return isinstance(model, _GradientForces)
 
 
+def forces_are_slopes(model: nn.Module) -> bool:
+    """Whether a model is known to take its forces from its energy, its own way or ours.
+
+    Args:
+        model: bare.
+    """
+    if has_gradient_forces(model):
+        return True
+    direct = getattr(model, "direct_forces", False) or not getattr(model, "regress_forces", False)
+    return isinstance(model, DIFFERENTIABLE) and not direct
+
+
+@contextmanager
+def strained(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block, a forward leaves the slopes of its energy with strain in what is yielded.
+
+    One tensor ``(B, 3, 3)``, symmetric, in normalised energy; over the volume that is the stress.
+    The graph has to follow ``strain`` of the batch, as
+    :class:`~fairchem_kd.stock.reused_graphs.ReusedGraphs` does.
+
+    Args:
+        model: one of :func:`give_gradient_forces`.
+    """
+    found: list[Tensor] = []
+    held: Any = model
+    held._strain_slopes = found
+    try:
+        yield found
+    finally:
+        held._strain_slopes = None
+
+
 def check_gradient_forces(model: nn.Module, normalizers: Mapping[str, Normalizer]) -> None:
     """Refuse normalisers with which gradient forces are no slope, or tell of stock's that are not.
 
@@ -130,8 +163,7 @@ def check_gradient_forces(model: nn.Module, normalizers: Mapping[str, Normalizer
                 f"of no energy, which {WHERE} asks for: set that mean to 0."
             )
         return
-    gradient = isinstance(model, DIFFERENTIABLE) and not getattr(model, "direct_forces", False)
-    if not gradient or not getattr(model, "regress_forces", False):
+    if not forces_are_slopes(model):
         return
     ratio = 1.0 / float(_scale(normalizers))
     if abs(ratio - 1.0) > SAME:
@@ -156,6 +188,7 @@ class _GradientForces(nn.Module):
     """Put before a stock model's class: its ``forward`` with forces."""
 
     _normalizers_of_forces: Mapping[str, Normalizer]
+    _strain_slopes: list[Tensor] | None = None
 
     def forward(self, data: Batch) -> dict[str, Tensor]:
         """Stock's outputs, and ``forces``: ``(N, 3)``, normalised as the trainer's are."""
@@ -164,8 +197,13 @@ class _GradientForces(nn.Module):
         with torch.enable_grad():
             if not data.pos.requires_grad:
                 view.pos = data.pos.detach().requires_grad_(True)
+            ends = [view.pos]
+            if self._strain_slopes is not None:
+                ends.append(_strain(view))
             out = super().forward(view)
-            (slope,) = torch.autograd.grad(out["energy"].sum(), view.pos, create_graph=twice)
+            slope, *more = torch.autograd.grad(out["energy"].sum(), ends, create_graph=twice)
+        if self._strain_slopes is not None:
+            self._strain_slopes[:] = [(one + one.mT).detach() / 2 for one in more]
         if not twice:
             out = {k: v.detach() if isinstance(v, Tensor) else v for k, v in out.items()}
         return {**out, "forces": -_scale(self._normalizers_of_forces).to(slope.dtype) * slope}
@@ -178,6 +216,14 @@ class _GradientForces(nn.Module):
         graph = super().generate_graph(*args, **options)  # type: ignore[misc]
         graph.edge_distance = graph.edge_distance.clone()
         return graph
+
+
+def _strain(view: Batch) -> Tensor:
+    """Have a batch's positions strained by nothing, ``(B, 3, 3)``, which is also its ``strain``."""
+    strain = view.pos.new_zeros(len(view.natoms), 3, 3).requires_grad_(True)
+    view.strain = strain  # for whoever makes the graph: images are strained as well
+    view.pos = view.pos + (view.pos[:, None] @ strain[view.batch]).squeeze(1)
+    return strain
 
 
 @functools.cache

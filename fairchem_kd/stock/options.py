@@ -28,6 +28,7 @@ from fairchem_kd.stock.option_table import (
     mapping,
     refuse_near_misses,
 )
+from fairchem_kd.stock.softness import check_softness
 from fairchem_kd.stock.transform_options import check_normalizer, check_transforms
 
 #: What ``scheduler`` may be beside the names of torch.optim.lr_scheduler.
@@ -59,6 +60,7 @@ def check_training_config(config: dict[str, Any]) -> None:
     unlabelled = distillation.get("unlabelled") if isinstance(distillation, Mapping) else None
     if isinstance(unlabelled, Mapping) and isinstance(unlabelled.get("dataset"), Mapping):
         _dataset(unlabelled["dataset"], "task.distillation.unlabelled.dataset", train=False)
+    check_softness(config, ours=True)
     if config.get("loss_functions") or not (task or {}).get("dataset"):
         _outputs(config)  # else OCP's config, out of which stock makes these blocks
         _losses(config)

@@ -93,6 +93,9 @@ class ReusedGraphs:
                 )
                 kept = kept[mask]
         edge_index, offsets = reach.edge_index[:, kept], reach.offsets[kept]
+        strain = data.get("strain")  # of images too, where the slope with it is asked for
+        if strain is not None:
+            offsets = offsets + (offsets[:, None] @ strain[reach.system[kept]]).squeeze(1)
         vectors = positions[edge_index[0]] - positions[edge_index[1]]
         vectors = vectors + offsets
         distances = vectors.norm(dim=-1)

@@ -28,6 +28,8 @@ from fairchem_kd.stock.neighbours import refuse_isolated
 from fairchem_kd.stock.partition import use_our_partition
 from fairchem_kd.stock.samples import use_our_collater
 from fairchem_kd.stock.search import look_before_searching
+from fairchem_kd.stock.soft_lengths import soften_lengths
+from fairchem_kd.stock.softness import softness
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -96,6 +98,9 @@ class StockTrainer(OCPTrainer):
             raise UserError(f"model has a key that the model does not know: {error}.") from error
         if is_conservative(self.config):
             give_gradient_forces(self._unwrapped_model, self.normalizers)
+        soft = softness(self.config)
+        if soft is not None:
+            soften_lengths(self._unwrapped_model, soft)
 
     def kept(self, dataset: Any, workers: int | None = None) -> Any:
         """A data set whose samples are kept once read, if this process reads them itself.

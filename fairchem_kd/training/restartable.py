@@ -42,6 +42,7 @@ from fairchem_kd.training.resume import (
     remove_leftovers,
 )
 from fairchem_kd.training.saving import OWN_STATE, SavingTrainer
+from fairchem_kd.training.softer import begin_soft
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -154,6 +155,9 @@ class RestartableTrainer(SavingTrainer):
                 )
             elif self.restart.loaded_from and self.step >= self.last_step:
                 self._start_anew()
+            if self.restart.loaded_from:
+                before, path = self.restart.softness, self.restart.loaded_from
+                begin_soft(self._unwrapped_model, self.ema, before, self.config, path)
             self.check_ranks()
             self.check_labels()
             with refused_by_all():

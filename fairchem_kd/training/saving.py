@@ -16,6 +16,7 @@ from fairchem.core.modules.exponential_moving_average import ExponentialMovingAv
 
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.gradient_forces import close_at_cutoff
+from fairchem_kd.stock.softness import softness
 from fairchem_kd.stock.trainer import StockTrainer
 from fairchem_kd.training.from_direct import without_force_head
 from fairchem_kd.training.interruption import Interruption
@@ -27,6 +28,7 @@ from fairchem_kd.training.resume import (
     random_states,
     read_student,
 )
+from fairchem_kd.training.softer import averages_for_stock, averages_for_training
 from fairchem_kd.training.writing import checkpoints_written_with
 
 #: What a checkpoint's state holds of a subclass; the name is that of the first one there was.
@@ -39,6 +41,7 @@ class Restart:
 
     asked: bool  #: for a run of this name, with ``--timestamp-id``
     loaded_from: str = ""
+    softness: float | None = None  #: of the lengths of what was loaded
     state: dict[str, Any] | None = None  #: what the loaded file holds under `STATE_KEY`
     random_state: dict[str, Any] | None = None  #: to be set when the first batch has come
     scheduled_step: int = 0  #: the last step after which the scheduler took one
@@ -98,6 +101,8 @@ class SavingTrainer(StockTrainer):
         if self.interruption.answering:  # every rank has just saved; stock asks the first one again
             return self._own_checkpoint
         extra = {STATE_KEY: self._state()} if training_state else {}
+        if training_state and self.ema:
+            extra["ema"] = averages_for_stock(self.ema, self._unwrapped_model)
         try:
             with checkpoints_written_with(extra):
                 path = super().save(metrics, checkpoint_file, training_state)
@@ -138,6 +143,7 @@ class SavingTrainer(StockTrainer):
         else:
             weights = self._unwrapped_model.state_dict()
             checkpoint = without_force_head(checkpoint, self.config, weights, checkpoint_path)
+        checkpoint = averages_for_training(checkpoint, self._unwrapped_model)
         try:
             super().load_checkpoint(checkpoint_path, checkpoint, inference_only)
         except RuntimeError as error:  # torch's, with a line for each weight
@@ -156,6 +162,7 @@ class SavingTrainer(StockTrainer):
             # Stock drops EMA where the file has none, e.g. for an exported student.
             self.ema = ExponentialMovingAverage(self.model.parameters(), self.ema_decay)
         self.restart.loaded_from = checkpoint_path
+        self.restart.softness = softness(checkpoint["config"])
         self.restart.state = checkpoint.get(STATE_KEY)
         self.restart.saved_step = self.step if own else 0
         check_format(self.restart.state, checkpoint_path)

@@ -39,10 +39,14 @@ def refusals(student: str, teacher: str) -> dict[str, str]:
         found["v2v_by_head"] = "no linear head of the teacher reads"
     if student == "schnet" or teacher == "schnet":
         found["v2v_by_head"] = "SchNet has no"
+    if student == "schnet":
+        found["antisymmetric"] = "the student's are a slope"
     # of models that detach the frames of their edges autograd gives no slopes
     for who, model in (("teacher", teacher), ("student", student)):
         if model in SPHERICAL:
             found["jacobian"] = f"The {who}'s forces do not change"
+            if who == "student":
+                found["antisymmetric"] = found["jacobian"]
     return found
 
 

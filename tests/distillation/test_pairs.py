@@ -48,6 +48,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fits(kind: str, student: str, teacher: str) -> bool:
+    if kind == "antisymmetric" and student == "schnet":  # its forces are a slope
+        return False
     return student in STUDENTS.get(kind, MODELS) and teacher in TEACHERS.get(kind, MODELS)
 
 

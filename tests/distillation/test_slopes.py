@@ -92,5 +92,5 @@ def test_half_precision_is_refused(tmp_path: Path, data: Path, teacher: Path) ->
     given = config(tmp_path, data, teacher=teacher, losses={"jacobian": {}})
     with trainer(given) as built:
         built.scaler = torch.amp.GradScaler("cpu")
-        with pytest.raises(UserError, match="amp: true and a jacobian loss"):
+        with pytest.raises(UserError, match="amp: true and a loss on slopes"):
             built.make_distillation()

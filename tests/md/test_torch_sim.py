@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
 from models import fit_scales, structures
 from trainings import config, trainer
 from trainings import data as data
@@ -130,3 +131,37 @@ def test_without_torch_sim_a_sentence_says_what_to_install(
     monkeypatch.delitem(sys.modules, "fairchem_kd.md.torch_sim", raising=False)
     with pytest.raises(UserError, match="pip install torch-sim-atomistic"):
         import fairchem_kd.md.torch_sim  # noqa: F401
+
+
+@needs_torch_sim
+def test_the_stress_is_the_calculators(model: Any, checkpoint: Path) -> None:
+    made = slabs()
+    assert "stress" not in model(state_of(made))
+    model.compute_stress = True
+    found = model(state_of(made))["stress"]
+    assert found.shape == (3, 3, 3)
+    expected = StudentCalculator(checkpoint, device="cpu").calculate_batch(made, stress=True)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            one, voigt_6_to_full_3x3_stress(other["stress"]), rtol=1e-4, atol=1e-8
+        )
+    before = model(state_of(made))["energy"]
+    for atoms, one in zip(made, found.numpy(), strict=True):  # a step down the slope
+        downhill = np.eye(3) - 2e-3 * one / np.abs(one).max()
+        atoms.set_cell(atoms.cell.array @ downhill, scale_atoms=True)
+    assert (model(state_of(made))["energy"] < before).all()
+
+
+@needs_torch_sim
+def test_direct_forces_have_no_stress(tmp_path: Path, data: Path) -> None:
+    from fairchem_kd.md.torch_sim import StudentModel
+
+    with trainer(config(tmp_path, data, model="painn")) as built:
+        fit_scales(built.model)
+        path = built.save(checkpoint_file="direct.pt", training_state=False)
+    with pytest.raises(UserError, match="has no stress"):
+        StudentModel(path, device="cpu", compute_stress=True)
+    model = StudentModel(path, device="cpu")
+    with pytest.raises(NotImplementedError, match="has no stress"):
+        model.compute_stress = True
+    assert not model.compute_stress

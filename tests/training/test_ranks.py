@@ -47,6 +47,7 @@ MORE_LOSSES: dict[str, Any] = {
     "n2n_by_head": {},
     "jacobian": {"rows": 2},
     "jacobian_antithetic": {},
+    "antisymmetric": {"probes": 3},
 }
 
 
