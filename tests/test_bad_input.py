@@ -151,7 +151,11 @@ def test_an_element_that_the_teacher_does_not_know(
 
 @pytest.mark.parametrize(
     ("key", "words"),
-    [("pos", "positions, not finite"), ("energy", "energy label"), ("forces", "forces label")],
+    [
+        ("pos", "positions that are not finite"),
+        ("energy", "energy label"),
+        ("forces", "forces label"),
+    ],
 )
 def test_not_a_number(
     tmp_path: Path,

@@ -202,12 +202,12 @@ def _problem(
 
 def _strange(sample: Any, targets: Sequence[str], elements: int | None) -> str:
     """What cannot be, in a sample of the right shape; empty where all can."""
-    words = {"pos": "positions", "cell": "a cell", "energy": "an energy label"}
+    words = {"pos": "positions that are", "energy": "an energy label that is"}
     for key in ("pos", "cell", *targets):
         value = torch.as_tensor(getattr(sample, key)).double()
         if not bool(torch.isfinite(value).all()):
-            named = words.get(key, f"a {key} label")
-            return f"has {named}, not finite (NaN or infinity): remove or mend it"
+            named = words.get(key, f"a {key}{' label' * (key in targets)} that is")
+            return f"has {named} not finite (NaN or infinity): remove or mend it"
         largest = _LARGEST.get(key, math.inf)
         size = float(value.abs().max()) / (int(sample.natoms) if key == "energy" else 1)
         if key in targets and size > largest:

@@ -386,7 +386,10 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"pos": lambda pos, index: pos * (np.nan if index == 2 else 1)}, "that is not finite"),
+        (
+            {"pos": lambda pos, index: pos * (np.nan if index == 2 else 1)},
+            "positions that are not finite",
+        ),
         ({"atomic_numbers": lambda z, _: z * 0 + 110}, "which teacher.pt does not know"),
     ],
 )
