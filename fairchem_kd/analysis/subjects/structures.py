@@ -42,10 +42,10 @@ class Structures:
             UserError: one that cannot be read, or whose positions or cell are not finite.
         """
         for number, sample in enumerate(self._read()):
-            for key, word in (("pos", "positions"), ("cell", "a cell")):
+            for key, word in (("pos", "positions that are"), ("cell", "a cell that is")):
                 if not bool(np.isfinite(np.asarray(getattr(sample, key))).all()):
                     raise UserError(
-                        f"{self.path}: structure {number} has {word}, not finite (NaN or "
+                        f"{self.path}: structure {number} has {word} not finite (NaN or "
                         "infinity): remove or mend it."
                     )
             yield sample
