@@ -143,7 +143,7 @@ def test_parquet_without_pyarrow(
         (["teacher.pt", "strange.traj", "--out", "a.npz"], "holds Lr, which"),
         (
             ["teacher.pt", "nan.traj", "--out", "a.npz"],
-            "nan.traj: structure 1 has positions, not finite",
+            "nan.traj: structure 1 has positions that are not finite",
         ),
     ],
 )
