@@ -42,12 +42,12 @@ def fit_to(
     """
     distillation = distiller.distillation
     _fit_zero(distillation, companions, dataset, collate)
+    distillation.fit_spreads(dataset, collate)  # a member that is wrong is named before their mean
     with refused_by_all():
         if rank() == 0 and agreement:
             found = distillation.agreement(dataset, collate)
             compared = distillation.compared_outputs
             tell_agreement(found, distillation.compares_energies, compared)
-    distillation.fit_spreads(dataset, collate)
     distiller.fit_on(dataset, collate)
     with refused_by_all():
         if rank() == 0:
