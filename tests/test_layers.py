@@ -41,6 +41,7 @@ GROUND = (
     "files",
     "json_file",
     "machine",
+    "processes",
     "npz",
     "random_state",
     "reading",
