@@ -73,10 +73,15 @@ def wait_for_checkpoint(manifest: Manifest, run: Run) -> str:
 
 
 @pytest.fixture
-def scancel() -> Iterator[Callable[..., None]]:
+def scancel() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Starts it; where a task of an array has left meanwhile, it goes on trying for minutes."""
     started: list[subprocess.Popen[bytes]] = []
-    yield lambda *argv: started.append(subprocess.Popen(["scancel", *argv]))
+
+    def start(*argv: str) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["scancel", *argv]))
+        return started[-1]
+
+    yield start
     for one in started:
         one.kill()
         one.wait()
@@ -84,7 +89,7 @@ def scancel() -> Iterator[Callable[..., None]]:
 
 def test_an_array_is_interrupted_and_gone_on_with(
     workplace: Callable[[], Manifest],
-    scancel: Callable[..., None],
+    scancel: Callable[..., subprocess.Popen[bytes]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([*RUN, "--array-parallelism", "2"]) == 0
@@ -95,12 +100,15 @@ def test_an_array_is_interrupted_and_gone_on_with(
     assert len({job.partition("_")[0] for job in jobs}) == 1  # one array
 
     # as ahead of a time-out: it saves, is queued again, and goes on
-    scancel("--signal=USR2", wait_for_checkpoint(manifest, first))
+    told = scancel("--signal=USR2", wait_for_checkpoint(manifest, first))
     # cancelled: gone, with no chance to note it
     cancelled = wait_for_checkpoint(manifest, second)
     scancel("--signal=KILL", cancelled)
     wait_until(lambda: statuses(manifest)[second.name].state == FAILED, "the kill", 0.2)
     assert "goes on from its last checkpoint" in statuses(manifest)[second.name].reason
+    # the next start of the first one, which listens only later, must not be told as well
+    wait_until(lambda: read_state(manifest, first)["state"] != RUNNING, "the first's leaving", 0.2)
+    told.kill()
 
     # again: what is in the scheduler's hands stays there
     capsys.readouterr()
