@@ -107,7 +107,7 @@ class Antisymmetric(Loss):
     def _moving(self, inputs: LossInputs) -> Tensor:
         """``(N,)``: the atoms that probes move."""
         fixed = inputs.batch.fixed
-        return fixed == 0 if self.options.atoms == "free" else torch.ones_like(fixed) == 1
+        return fixed == 0 if self.options.atoms == "free" else torch.ones_like(fixed).bool()
 
     def _of_structures(self, values: Tensor, inputs: LossInputs) -> Tensor:
         """Sums of ``(N,)`` over each structure, ``(B,)``."""

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fairchem_kd.errors import UserError
+from fairchem_kd.processes import this_process
 from fairchem_kd.sweep.log import ATTEMPT, last_words
 from fairchem_kd.sweep.manifest import Manifest, Run, check_config, read_manifest
 from fairchem_kd.sweep.state import (
@@ -27,7 +28,6 @@ from fairchem_kd.sweep.state import (
     heartbeat,
     read_state,
     status,
-    this_process,
     write_state,
 )
 

@@ -67,11 +67,6 @@ def read_state(manifest: Manifest, run: Run) -> dict[str, Any]:
     return contents if whole else {}
 
 
-def this_process() -> dict[str, Any]:
-    """What tells this process from every other, as far as that can be told."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": process_start(os.getpid())}
-
-
 def _is_here(state: Mapping[str, Any]) -> bool:
     return state.get("host") == socket.gethostname()
 

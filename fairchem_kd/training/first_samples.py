@@ -200,14 +200,25 @@ def _problem(
     return ""
 
 
+def not_finite(key: str, value: Any) -> str:
+    """What is wrong with a value of a sample that is not finite; empty of one that is."""
+    if bool(torch.isfinite(torch.as_tensor(value)).all()):
+        return ""
+    words = {
+        "pos": "positions that are",
+        "cell": "a cell that is",
+        "energy": "an energy label that is",
+    }
+    named = words.get(key, f"a {key} label that is")
+    return f"has {named} not finite (NaN or infinity): remove or mend it"
+
+
 def _strange(sample: Any, targets: Sequence[str], elements: int | None) -> str:
     """What cannot be, in a sample of the right shape; empty where all can."""
-    words = {"pos": "positions that are", "energy": "an energy label that is"}
     for key in ("pos", "cell", *targets):
         value = torch.as_tensor(getattr(sample, key)).double()
-        if not bool(torch.isfinite(value).all()):
-            named = words.get(key, f"a {key}{' label' * (key in targets)} that is")
-            return f"has {named} not finite (NaN or infinity): remove or mend it"
+        if problem := not_finite(key, value):
+            return problem
         largest = _LARGEST.get(key, math.inf)
         size = float(value.abs().max()) / (int(sample.natoms) if key == "energy" else 1)
         if key in targets and size > largest:

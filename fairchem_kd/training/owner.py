@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.processes import process_start
+from fairchem_kd.processes import process_start, this_process
 from fairchem_kd.reading import read_json
 
 OWNER = "owner.json"
@@ -46,7 +46,7 @@ class Owner:
     def __enter__(self) -> Owner:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(f".{OWNER}.{self._token}.part")
-        aside.write_text(json.dumps(_this_process() | {"token": self._token}), encoding="utf-8")
+        aside.write_text(json.dumps(_record() | {"token": self._token}), encoding="utf-8")
         try:
             self._claim(aside)
         finally:
@@ -90,11 +90,8 @@ class Owner:
                 os.utime(self.path)
 
 
-def _this_process() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": process_start(os.getpid()),
+def _record() -> dict[str, Any]:
+    return this_process() | {
         "job": os.environ.get("SLURM_JOB_ID"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from trainings import assert_equal, config, trained, trainer, write_lmdb, write_yaml
+from trainings import assert_equal, config, interrupted, trained, trainer, write_lmdb, write_yaml
 from trainings import data as data
 from trainings import teacher as teacher
 
@@ -169,18 +169,7 @@ def test_a_moved_zero_goes_on_bit_for_bit(tmp_path: Path, moved: Path, teacher: 
     whole = trained(moved_config(tmp_path / "whole", moved, teacher))
     given = moved_config(tmp_path / "parts", moved, teacher)
     given["optimizer"]["checkpoint_every"] = 1
-    with trainer(given) as built:
-        take, name = built.save, built.timestamp_id
-
-        def stop_after(*args: Any, **kwargs: Any) -> Any:
-            saved = take(*args, **kwargs)
-            if built.step == 3:
-                raise KeyboardInterrupt
-            return saved
-
-        built.save = stop_after
-        with pytest.raises(KeyboardInterrupt):
-            built.train(disable_eval_tqdm=True)
+    name = interrupted(given, step=3)
     assert_equal(trained({**given, "timestamp_id": name}), whole)
     other = moved_config(tmp_path / "parts", moved, teacher, zero="teacher")
     with (

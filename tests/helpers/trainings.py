@@ -253,6 +253,23 @@ def trained(arguments: dict[str, Any], cls: type[OCPTrainer] = DistillationTrain
         return weights(built)
 
 
+def interrupted(arguments: dict[str, Any], step: int) -> str:
+    """Train until the checkpoint of a step is written, and stop; the run's ``timestamp_id``."""
+    with trainer(arguments) as built:
+        save = built.save
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            path = save(*args, **kwargs)
+            if built.step == step:
+                raise KeyboardInterrupt
+            return path
+
+        built.save = once
+        with pytest.raises(KeyboardInterrupt):
+            built.train(disable_eval_tqdm=True)
+        return built.timestamp_id
+
+
 def weights(built: OCPTrainer) -> dict[str, torch.Tensor]:
     """A copy of the student's weights."""
     return {name: value.clone() for name, value in built._unwrapped_model.state_dict().items()}

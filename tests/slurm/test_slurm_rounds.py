@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import wait_until
 from trainings import config, write_home, write_lmdb, write_yaml
 
 from fairchem_kd.commands.main import main
@@ -17,13 +16,6 @@ from fairchem_kd.training.records import read_records
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 EPOCHS = 60  # long enough to be interrupted on any machine
-
-
-def wait_until(what: Callable[[], object], seconds: float = 900) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
 
 
 def test_rounds_that_are_told_to_leave_are_queued_again_and_go_on(
@@ -57,9 +49,11 @@ def test_rounds_that_are_told_to_leave_are_queued_again_and_go_on(
     assert "; logs in out_jobs, the table in out" in told
     job = told.partition("the rounds are job ")[2].partition(";")[0]
     run = Path("out/round_0/checkpoints/student")
-    wait_until(lambda: (run / "records.jsonl").is_file() and read_records(run, "train"))
+    wait_until(
+        lambda: (run / "records.jsonl").is_file() and read_records(run, "train"), "a step", 0.2
+    )
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    wait_until(lambda: not living(job))
+    wait_until(lambda: not living(job), "its end", 0.2)
     assert read_json(Path("out/rounds.json"))["rows"][1]["name"] == "student 1"
     # It saved when it was told to, long before it would have, and went on from there.
     log = Path("out/round_0/log.txt").read_text()

@@ -11,12 +11,13 @@ from pathlib import Path
 from sweeps import place as place
 from sweeps import write
 
+from fairchem_kd.processes import this_process
 from fairchem_kd.sweep.job import claim, note_submitted
 from fairchem_kd.sweep.local import _note_stop
 from fairchem_kd.sweep.log import ATTEMPT, last_words
 from fairchem_kd.sweep.manifest import expand
 from fairchem_kd.sweep.scheduler import Jobs, known_jobs
-from fairchem_kd.sweep.state import Status, read_state, status, statuses, this_process, write_state
+from fairchem_kd.sweep.state import Status, read_state, status, statuses, write_state
 from fairchem_kd.sweep.submit import SweepJob
 
 

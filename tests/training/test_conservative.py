@@ -19,6 +19,7 @@ from trainings import (
     assert_equal,
     config,
     inside,
+    interrupted,
     start_ranks,
     trained,
     trainer,
@@ -148,18 +149,7 @@ def test_the_student_can_teach(student: Path, tmp_path: Path, data: Path) -> Non
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path, data: Path) -> None:
     whole = trained(conservative(tmp_path / "whole", data))
     arguments = conservative(tmp_path / "parts", data, checkpoint_every=2)
-    with trainer(arguments) as built:
-        save, run = built.save, built.timestamp_id
-
-        def once(*args: Any, **kwargs: Any) -> Any:
-            path = save(*args, **kwargs)
-            if built.step == 4:
-                raise KeyboardInterrupt
-            return path
-
-        built.save = once
-        with pytest.raises(KeyboardInterrupt):
-            built.train(disable_eval_tqdm=True)
+    run = interrupted(arguments, step=4)
     assert_equal(trained({**arguments, "timestamp_id": run}), whole)
 
 

@@ -16,7 +16,7 @@ from trainings import config, trainer
 from trainings import data as data
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.processes import process_start
+from fairchem_kd.processes import process_start, this_process
 from fairchem_kd.training import owner
 from fairchem_kd.training.interruption import how_to_go_on
 from fairchem_kd.training.owner import OWNER, STALE, Owner
@@ -89,7 +89,7 @@ def test_owners_elsewhere(
 
 
 def test_a_process_number_that_was_given_again_is_another_process(tmp_path: Path) -> None:
-    write(tmp_path, 1.0, host=owner._this_process()["host"], pid=os.getpid(), started="1")
+    write(tmp_path, 1.0, host=this_process()["host"], pid=os.getpid(), started="1")
     with Owner(tmp_path):
         pass
 

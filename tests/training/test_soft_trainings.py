@@ -10,7 +10,7 @@ import pytest
 import torch
 from fairchem.core.trainers import OCPTrainer
 from models import batch, structures
-from trainings import assert_equal, config, trained, trainer, write_yaml
+from trainings import assert_equal, config, interrupted, trained, trainer, write_yaml
 from trainings import data as data
 
 from fairchem_kd.commands.fairchem import main as fairchem
@@ -63,18 +63,7 @@ def test_files_are_stocks_and_say_what_the_training_evaluated(tmp_path: Path, da
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path, data: Path) -> None:
     whole = trained(soft(tmp_path / "whole", data))
     arguments = soft(tmp_path / "parts", data, checkpoint_every=2)
-    with trainer(arguments) as built:
-        save, run = built.save, built.timestamp_id
-
-        def once(*args: Any, **kwargs: Any) -> Any:
-            path = save(*args, **kwargs)
-            if built.step == 4:
-                raise KeyboardInterrupt
-            return path
-
-        built.save = once
-        with pytest.raises(KeyboardInterrupt):
-            built.train(disable_eval_tqdm=True)
+    run = interrupted(arguments, step=4)
     assert_equal(trained({**arguments, "timestamp_id": run}), whole)
 
 

@@ -18,6 +18,7 @@ from fairchem_kd.data.xyz_file import SUFFIXES, check_xyz
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.datasets import close_dataset, collate, open_in_order
 from fairchem_kd.stock.periodicity import as_periodic, tags_of
+from fairchem_kd.training.first_samples import not_finite
 
 if TYPE_CHECKING:
     import ase
@@ -42,12 +43,9 @@ class Structures:
             UserError: one that cannot be read, or whose positions or cell are not finite.
         """
         for number, sample in enumerate(self._read()):
-            for key, word in (("pos", "positions that are"), ("cell", "a cell that is")):
-                if not bool(np.isfinite(np.asarray(getattr(sample, key))).all()):
-                    raise UserError(
-                        f"{self.path}: structure {number} has {word} not finite (NaN or "
-                        "infinity): remove or mend it."
-                    )
+            for key in ("pos", "cell"):
+                if problem := not_finite(key, getattr(sample, key)):
+                    raise UserError(f"{self.path}: structure {number} {problem}.")
             yield sample
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
