@@ -89,6 +89,7 @@ class Case:
     method: str
     added: int  #: structures, of each way
     epochs: int  #: of training on, of which the ways take twice as many
+    rate: float  #: of learning, in training on: half of the recipe's
     starts: int  #: structures with which dynamics begin; copies are of twice as many
     steps: int  #: of dynamics that make structures
     every: int
@@ -99,11 +100,11 @@ class Case:
 CASES = {
     "collisions": Case(
         data="data/collisions", recipe="yaml_configs/demo/outputs.yml", method=XTB, added=1000,
-        epochs=2, starts=124, steps=120, every=12, long=(48, 800, 80), nve=(12, 600),
+        epochs=4, rate=2e-3, starts=124, steps=120, every=12, long=(48, 800, 80), nve=(12, 600),
     ),
     "slabs": Case(
         data="data/slabs", recipe="yaml_configs/kd/vanilla.yml", method=EMT, added=600,
-        epochs=1, starts=84, steps=80, every=8, long=(16, 300, 30), nve=(8, 400),
+        epochs=1, rate=1e-3, starts=84, steps=80, every=8, long=(16, 300, 30), nve=(8, 400),
     ),
 }  # fmt: skip
 
@@ -263,6 +264,7 @@ def trained(case: Case, way: str, seed: int, work: Path, stores: Path) -> Path:
             unlabelled["dataset"] = {"format": "lmdb", "src": str(pool)}
             labelled = count_structures(config["dataset"]["train"])
             config = stretch(config, 2 * case.epochs, steps_per_epoch(config, labelled))
+            config["optim"]["lr_initial"] = case.rate
             start = trained(case, FIRST, seed, work, stores)
         return train(
             folder, write_config(folder, config), start=start, seed=seed, more=["--cpu"],
@@ -278,6 +280,7 @@ def in_rounds(case: Case, seed: int, work: Path, stores: Path) -> Path:
         file.write_text(yaml.safe_dump(config_of(case)))
         words = ["rounds", file, "--out", out, "--rounds", 2, "--seed", seed, "--no-control"]
         words += ["--student", trained(case, FIRST, seed, work, stores), "--epochs", case.epochs]
+        words += ["--lr", case.rate]
         words += ["--frames", case.added // 2, *dynamics(case), "--batch", 64, "--cpu"]
         run(words, work / f"rounds-{seed}.log", stores)
     best = student_of(out / "round_2")

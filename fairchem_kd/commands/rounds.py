@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairchem_kd.calculators.options import add_calculator_arguments, factory_of
-from fairchem_kd.commands.arguments import add_cluster_arguments, at_least, words_of
+from fairchem_kd.commands.arguments import (
+    add_cluster_arguments,
+    at_least,
+    more_than,
+    words_of,
+)
 from fairchem_kd.commands.explore_options import (
     MODEL_BATCH,
     OF_DYNAMICS,
@@ -57,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs", type=at_least(1), metavar="N",
         help="of the trainings after the first (as many as the config says)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lr", type=more_than(0.0), metavar="RATE",
+        help="learning rate of the trainings after the first (the config's optim.lr_initial)",
     )  # fmt: skip
     parser.add_argument(
         "--student", type=Path, metavar="RUN",
@@ -119,7 +128,10 @@ def run(args: argparse.Namespace) -> int:
         "teacher": told,
         "student": None if args.student is None else told_of(args.student),
         "settings": settings.as_dict(),
-        **{name: getattr(args, name) for name in ("rounds", "budget", "epochs", "limit", "seed")},
+        **{
+            name: getattr(args, name)
+            for name in ("rounds", "budget", "epochs", "lr", "limit", "seed")
+        },
     }
     with claimed(args.out) as lock:
         check_same(args.out, {k: v for k, v in options.items() if k != "rounds"})
@@ -135,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
             limit=args.limit,
             budget=args.budget,
             epochs=args.epochs,
+            rate=args.lr,
             control=not args.no_control,
             seed=args.seed,
             cpu=args.cpu,
@@ -160,7 +173,8 @@ def _submit(args: argparse.Namespace, config: dict[str, Any]) -> int:
         str(args.config),
         *words_of(
             args,
-            *("out", "rounds", "frames", "budget", "epochs", "limit", "seed", "batch", "splits"),
+            *("out", "rounds", "frames", "budget", "epochs", "lr", "limit", "seed", "batch"),
+            *("splits",),
             *("source", *OF_DYNAMICS, *OF_LIMITS, "calculator", "calculator_args", "teacher_name"),
             *("student", "no_control", "retry", "cpu"),
         ),

@@ -90,7 +90,7 @@ def forked(then: Callable[[Command], Any], **how: Any) -> Callable[..., int]:
 def test_a_student_is_trained_on_with_what_its_dynamics_found_and_so_is_a_control(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*WORDS, "--epochs", "2"]
+    words = [*WORDS, "--epochs", "2", "--lr", "3e-4"]
     assert main([*words, "--out", "out"]) == 0
     told = read_json(Path("out/rounds.json"))
     names = [row["name"] for row in told["rows"]]
@@ -114,6 +114,7 @@ def test_a_student_is_trained_on_with_what_its_dynamics_found_and_so_is_a_contro
     first = yaml.safe_load(Path("out/round_0/config.yml").read_text())["optim"]
     assert (first["max_epochs"], first["T_max"], second["optim"]["max_epochs"]) == (3, 8, 2)
     assert (second["optim"]["T_max"], 6 % second["optim"]["eval_every"]) == (5, 0)
+    assert (first["lr_initial"], second["optim"]["lr_initial"]) == (2e-3, 3e-4)
     sizes = [int(one.natoms) for one in (*own, *found)]
     assert read_array("out/round_1/pool/metadata.npz", "natoms").tolist() == sizes
     control = samples("out/rattled_1/frames/more")
@@ -289,9 +290,9 @@ def test_a_job_is_told_all_that_the_command_was(
     told: list[Any] = []
     monkeypatch.setattr(rounds_job, "submit", lambda *given: told.append(given) or False)
     given = ["config.yml", "--out", "out", "--rounds", "2", "--frames", "7", "--budget", "9",
-             "--epochs", "4", "--student", "teacher.pt", "--source", "more", "data", "--splits",
-             "train", "--limit", "3", "--seed", "5", "--no-control", "--temperature", "300", "600",
-             "--steps", "40",
+             "--epochs", "4", "--lr", "0.002", "--student", "teacher.pt", "--source", "more",
+             "data", "--splits", "train", "--limit", "3", "--seed", "5", "--no-control",
+             "--temperature", "300", "600", "--steps", "40",
              "--every", "4", "--time-step", "0.25", "--friction", "0.1", "--window", "0.1", "2",
              "--before-crash", "1", "--min-distance", "0.6", "--max-gap", "4", "--max-force", "30",
              "--apart-from", "data", "--alike", "0.02", "--batch", "8", "--cpu", "--retry",

@@ -57,6 +57,7 @@ class Rounds:
         limit: structures of a source that dynamics begin with, at most.
         budget: structures that all rounds together may add.
         epochs: of the trainings after the first; None: as many as that has.
+        rate: their learning rate, ``optim.lr_initial``; None: that of the first.
         control: train the students with rattled structures too.
         seed: of the trainings.
         cpu: use the CPU even where there is CUDA.
@@ -76,6 +77,7 @@ class Rounds:
     limit: int | None = None
     budget: int | None = None
     epochs: int | None = None
+    rate: float | None = None
     control: bool = True
     seed: int = 0
     cpu: bool = False
@@ -202,6 +204,8 @@ class _Running:
         if self.plan.epochs is not None:
             labelled = count_structures(config["dataset"]["train"])
             config = stretch(config, self.plan.epochs, steps_per_epoch(config, labelled))
+        if self.plan.rate is not None:
+            config["optim"] = {**config["optim"], "lr_initial": self.plan.rate}
         return config
 
     def _dynamics(self, dest: Path, student: Path, most: int | None) -> dict[str, Any]:
