@@ -255,6 +255,7 @@ def test_what_does_not_go_with_it_is_said_before_anything_is_loaded(
 
 def _gradients(rank: int, world: int, root: Path, data: Path) -> None:
     arguments = conservative(root / f"{world}", data)
+    arguments["task"]["soft_lengths"] = 0.1
     with trainer(arguments) as built:
         built.model.train()
         slabs = structures(4)[rank * 4 // world : (rank + 1) * 4 // world]
