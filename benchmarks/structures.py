@@ -42,7 +42,7 @@ import yaml
 
 import fairchem_kd.distillation.trainer  # noqa: F401  (for all that are forked)
 from fairchem_kd.analysis.compare.evaluation import evaluate
-from fairchem_kd.analysis.physics.measure import CLOSEST, MAX_FORCE
+from fairchem_kd.analysis.physics.dynamics import CLOSEST, MAX_FORCE
 from fairchem_kd.analysis.subjects.reference_method import EMT, XTB, method_calculator
 from fairchem_kd.analysis.subjects.runs import load_model, read_model
 from fairchem_kd.analysis.subjects.splits import count_structures, open_split

@@ -10,10 +10,10 @@ from fairchem_kd.commands.output import add_output_arguments, check_output, deli
 
 EPILOG = """\
 A RUN is the folder of a run, a checkpoint, or LABEL=RUN. Runs of one LABEL, and runs that differ by
-the seed alone, count as seeds of one model. Every model goes through stock fairchem's
-OCPCalculator, from the same structures, and so does the teacher that the runs were distilled from.
-On data of ours the labels' method (EMT or GFN2-xTB) is one more row, and what the others are held
-to.
+the seed alone, count as seeds of one model. Every model starts from the same structures, through
+fairchem_kd.StudentCalculator, and so does the teacher that the runs were distilled from. Dynamics
+are of all structures at once. On data of ours the labels' method (EMT or GFN2-xTB) is one more row,
+and what the others are held to.
 
   fairchem-kd physics checkpoints/*-plain-s? checkpoints/*-e2n-s? --out physics
   fairchem-kd physics model.pt --data structures.traj --method none --structures 10

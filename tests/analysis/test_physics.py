@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import fcc111, molecule
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
+from ase.md.verlet import VelocityVerlet
 from models import structures
 from trainings import config, inside, trainer, write_home
 
 from fairchem_kd.analysis.physics import study as physics_study
+from fairchem_kd.analysis.physics.dynamics import Dynamics, run_dynamics
 from fairchem_kd.analysis.physics.measure import (
     Consistency,
-    Dynamics,
     Relaxation,
     Scan,
     against,
@@ -30,7 +32,6 @@ from fairchem_kd.analysis.physics.measure import (
     find_bond,
     free_atoms,
     relax,
-    run_dynamics,
     scan_bond,
 )
 from fairchem_kd.analysis.physics.runs import _models
@@ -72,20 +73,25 @@ def pair(distance: float = 1.1) -> Atoms:
     return Atoms("OH", positions=[(0, 0, 0), (distance, 0, 0)])
 
 
+def dynamics(calculator: Calculator, atoms: Atoms, **more: Any) -> Dynamics:
+    (found,) = run_dynamics(calculator, [atoms], **more)
+    return found
+
+
 def test_dynamics_of_a_potential_keep_their_energy() -> None:
-    found = run_dynamics(Spring(), pair(), steps=400, time_step=0.2, temperature=0.0)
+    found = dynamics(Spring(), pair(), steps=400, time_step=0.2, temperature=0.0)
     assert found.stable
     assert len(found.energy) == 401
     assert found.drift is not None
     assert found.fluctuation is not None
     assert abs(found.drift) < 2e-3
     # forces that are too strong gain and lose energy with the stretch: 0.1 eV and more on the way
-    wrong = run_dynamics(Spring(2.0), pair(1.15), steps=400, time_step=0.2, temperature=0.0)
+    wrong = dynamics(Spring(2.0), pair(1.15), steps=400, time_step=0.2, temperature=0.0)
     assert wrong.fluctuation is not None
     assert wrong.fluctuation > 20 * found.fluctuation
-    again = run_dynamics(Spring(), pair(), steps=5, seed=1)
-    assert again == run_dynamics(Spring(), pair(), steps=5, seed=1)
-    assert again.energy != run_dynamics(Spring(), pair(), steps=5, seed=2).energy
+    again = dynamics(Spring(), pair(), steps=5, seed=1)
+    assert again == dynamics(Spring(), pair(), steps=5, seed=1)
+    assert again.energy != dynamics(Spring(), pair(), steps=5, seed=2).energy
 
 
 def test_drift_is_the_slope_of_energy_per_atom_and_picosecond() -> None:
@@ -112,7 +118,7 @@ def test_a_drift_over_less_than_a_picosecond_is_warned_of() -> None:
 
 
 def test_dynamics_that_break_are_said_to() -> None:
-    pushed = run_dynamics(Spring(-1.0), pair(0.8), steps=2000, temperature=0.0)
+    pushed = dynamics(Spring(-1.0), pair(0.8), steps=2000, temperature=0.0)
     assert not pushed.stable
     assert re.search("O and H 0.3. Å apart|a force of|a temperature of", pushed.reason)
     assert len(pushed.energy) < 2001
@@ -123,8 +129,57 @@ def test_dynamics_that_break_are_said_to() -> None:
             if abs(np.linalg.norm(self.atoms.positions[1]) - 1.1) > 1e-3:
                 self.results["forces"] *= np.nan
 
-    found = run_dynamics(Broken(), pair(), steps=50)
+    found = dynamics(Broken(), pair(), steps=50)
     assert (found.stable, found.reason) == (False, "a value is not finite")
+
+
+class Many(Spring):
+    """Answers about several at once, and about none where one of them is too long."""
+
+    batches = 0
+
+    def calculate(self, atoms: Any = None, *args: Any, **kwargs: Any) -> None:
+        if atoms.get_distance(0, 1) > 1.4:
+            raise CalculationFailed("too long")
+        super().calculate(atoms, *args, **kwargs)
+
+    def calculate_batch(self, structures: Sequence[Atoms]) -> list[dict[str, Any]]:
+        type(self).batches += 1
+        found = []
+        for atoms in structures:
+            self.calculate(atoms, ["energy", "forces"], all_changes)
+            found.append(dict(self.results))
+        return found
+
+
+def test_dynamics_side_by_side_are_those_of_each_alone() -> None:
+    """Of what is held and of what ends early as well, and as ASE's own integrator has them."""
+    half = pair(1.05)
+    half.set_constraint(FixAtoms([0]))
+    structures = [pair(), half, pair(1.41), pair(1.02)]
+    together = run_dynamics(Many(), structures, steps=60, temperature=100.0, seed=3)
+    assert Many.batches >= 60
+    assert [one.reason for one in together] == ["", "", "too long", ""]
+    assert (together[2].energy, together[2].drift) == ([0.0], None)
+    for number, atoms in enumerate(structures):
+        (alone,) = run_dynamics(Many(), [atoms], steps=60, temperature=100.0, seed=3 + number)
+        assert alone == together[number]
+        if number == 2:
+            continue
+        system = atoms.copy()
+        system.calc = Spring()
+        spread = np.sqrt(units.kB * 100.0 * system.get_masses())[:, None]
+        rng = np.random.default_rng(3 + number)
+        system.set_momenta(spread * rng.normal(size=(2, 3)))
+        energies = [system.get_total_energy() / 2]
+        integrator = VelocityVerlet(system, timestep=0.5 * units.fs)
+        for _ in range(60):
+            integrator.run(1)
+            energies.append(system.get_total_energy() / 2)
+        np.testing.assert_allclose(alone.energy, np.array(energies) - energies[0], atol=1e-10)
+    # where the calculator knows one at a time, they are the same
+    one_by_one = run_dynamics(Spring(), [pair(), half], steps=60, temperature=100.0, seed=3)
+    assert one_by_one == together[:2]
 
 
 def test_relaxations_and_how_far_they_end_from_the_methods_own() -> None:

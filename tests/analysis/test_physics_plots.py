@@ -7,7 +7,8 @@ import warnings
 import numpy as np
 import pytest
 
-from fairchem_kd.analysis.physics.measure import Dynamics, Relaxation
+from fairchem_kd.analysis.physics.dynamics import Dynamics
+from fairchem_kd.analysis.physics.measure import Relaxation
 from fairchem_kd.analysis.physics.plots import (
     WINDOW,
     figures,

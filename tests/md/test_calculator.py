@@ -21,7 +21,8 @@ from trainings import config, trainer
 from trainings import data as data
 
 import fairchem_kd
-from fairchem_kd.analysis.physics.measure import check_forces, run_dynamics
+from fairchem_kd.analysis.physics.dynamics import run_dynamics
+from fairchem_kd.analysis.physics.measure import check_forces
 from fairchem_kd.analysis.subjects.calculators import make_calculator
 from fairchem_kd.analysis.subjects.runs import read_model
 from fairchem_kd.errors import UserError
@@ -143,7 +144,7 @@ def test_forces_are_the_slope_and_nve_dynamics_keep_their_energy(
     atoms.set_constraint()
     spread = []
     for time_step in (0.5, 1.0):
-        run = run_dynamics(student, atoms, steps=int(40 / time_step), time_step=time_step)
+        (run,) = run_dynamics(student, [atoms], steps=int(40 / time_step), time_step=time_step)
         assert run.stable, run.reason
         spread.append(run.fluctuation)
     assert spread[0] is not None

@@ -1,4 +1,4 @@
-"""Whether a model behaves as a potential: dynamics, relaxations, forces against the energy.
+"""Whether a model behaves as a potential: relaxations, forces against the energy, bond scans.
 
 Every measurement takes an ASE calculator, a stock model's or the labels' method's, and starting
 structures; fixed atoms stay fixed. What is random is drawn from a seed, the same for every model.
@@ -12,11 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ase import units
 from ase.calculators.calculator import CalculationFailed
 from ase.data import covalent_radii
 from ase.geometry import find_mic
-from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 from numpy.typing import NDArray
 
@@ -28,107 +26,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-MAX_FORCE = 100.0  #: eV/Å; more than any reasonable structure of light atoms at hand
-CLOSEST = 0.4  #: of the sum of two covalent radii; nearer pairs are no chemistry
-BONDED = 1.25  #: of that sum; nearer pairs are bonded
-HOTTEST = 10.0  #: times the starting temperature (at least 300 K)
-
-
-@dataclass(frozen=True)
-class Dynamics:
-    """NVE dynamics of one structure.
-
-    ``energy``: total energy per atom, potential and kinetic, in eV, minus its first value, at every
-    step that was taken; the dynamics end where they are no longer ``stable``.
-    """
-
-    energy: list[float]
-    time_step: float  #: fs
-    asked: int  #: steps
-    stable: bool
-    reason: str  #: why they ended early
-
-    @property
-    def drift(self) -> float | None:
-        """Slope of a line through the total energy, eV per atom and ps; None before two steps."""
-        if len(self.energy) < 3:
-            return None
-        times = self.time_step / 1000 * np.arange(len(self.energy))
-        return float(np.polyfit(times, self.energy, 1)[0])
-
-    @property
-    def fluctuation(self) -> float | None:
-        """Root mean square of the total energy about that line, eV per atom."""
-        if len(self.energy) < 3:
-            return None
-        times = np.arange(len(self.energy))
-        line = np.polyval(np.polyfit(times, self.energy, 1), times)
-        return float(np.sqrt(np.mean(np.square(np.array(self.energy) - line))))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "steps": len(self.energy) - 1,
-            "drift": self.drift,
-            "fluctuation": self.fluctuation,
-        }
-
-
-def run_dynamics(
-    calculator: Calculator,
-    atoms: Atoms,
-    *,
-    steps: int = 200,
-    time_step: float = 0.5,
-    temperature: float = 300.0,
-    seed: int = 0,
-) -> Dynamics:
-    """Velocity-Verlet dynamics from ``atoms``, with velocities of ``temperature`` (K).
-
-    They end early where a force exceeds :data:`MAX_FORCE`, two atoms come nearer than
-    :data:`CLOSEST`, the temperature exceeds :data:`HOTTEST` times its start, or a value is not
-    finite.
-    """
-    system = atoms.copy()
-    system.calc = calculator
-    rng = np.random.default_rng(seed)
-    spread = np.sqrt(units.kB * temperature * system.get_masses())[:, None]
-    system.set_momenta(spread * rng.normal(size=(len(system), 3)))  # those of fixed atoms are 0
-    limit = HOTTEST * max(300.0, temperature)
-    count = len(system)
-    energy = [float(system.get_total_energy()) / count]
-    reason = ""
-    dynamics = VelocityVerlet(system, timestep=time_step * units.fs)
-    for _ in range(steps):
-        try:
-            dynamics.run(1)
-            reason = _broken(system, limit)
-        except CalculationFailed as error:  # the labels' method has limits of its own
-            reason = str(error)
-        if reason:
-            break
-        energy.append(float(system.get_total_energy()) / count)
-    relative = [value - energy[0] for value in energy]
-    return Dynamics(relative, time_step, steps, not reason, reason)
-
-
-def _broken(system: Atoms, hottest: float) -> str:
-    """Why dynamics cannot go on; nothing where they can."""
-    forces = system.get_forces()
-    if not (np.isfinite(forces).all() and np.isfinite(system.get_potential_energy())):
-        return "a value is not finite"
-    largest = float(np.linalg.norm(forces, axis=1).max())
-    if largest > MAX_FORCE:
-        return f"a force of {largest:.0f} eV/Å"
-    if system.get_temperature() > hottest:
-        return f"a temperature of {system.get_temperature():.0f} K"
-    distances = system.get_all_distances(mic=True)
-    radii = covalent_radii[system.numbers]
-    near = distances / (radii[:, None] + radii) + np.eye(len(system)) * 9
-    if near.min() < CLOSEST:
-        i, j = np.unravel_index(near.argmin(), near.shape)
-        return f"{system.symbols[i]} and {system.symbols[j]} {distances[i, j]:.2f} Å apart"
-    return ""
+BONDED = 1.25  #: of the sum of two covalent radii; nearer pairs are bonded
 
 
 @dataclass(frozen=True)

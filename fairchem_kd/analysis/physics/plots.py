@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fairchem_kd.analysis.physics.measure import Array, Dynamics
+from fairchem_kd.analysis.physics.dynamics import Dynamics
+from fairchem_kd.analysis.physics.measure import Array
 from fairchem_kd.analysis.physics.study import Physics
 from fairchem_kd.analysis.physics.summary import Measured, summarise
 from fairchem_kd.report.figures import legend, new_figure, style

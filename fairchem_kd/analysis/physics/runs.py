@@ -11,12 +11,13 @@ from fairchem_kd.analysis.compare.comparison import group_by_recipe
 from fairchem_kd.analysis.physics import tables as shown
 from fairchem_kd.analysis.physics.plots import figures
 from fairchem_kd.analysis.physics.study import Settings, study_physics
-from fairchem_kd.analysis.subjects.calculators import atoms_of, make_calculator
+from fairchem_kd.analysis.subjects.calculators import atoms_of
 from fairchem_kd.analysis.subjects.reference_method import METHODS, method_of
 from fairchem_kd.analysis.subjects.runs import ModelFile, read_model, read_named
 from fairchem_kd.analysis.subjects.structures import data_of, open_structures
 from fairchem_kd.errors import UserError
 from fairchem_kd.machine import choose_device
+from fairchem_kd.md import StudentCalculator
 from fairchem_kd.report.study import Study
 
 
@@ -51,9 +52,12 @@ def study(
     with open_structures(source, limit=structures) as opened:
         atoms = atoms_of(opened)
         path = opened.path
-    on_cpu = choose_device(cpu=cpu).type == "cpu"
+    device = choose_device(cpu=cpu)
     found = study_physics(
-        {label: [make_calculator(f, cpu=on_cpu) for f in seeds] for label, seeds in files.items()},
+        {
+            label: [StudentCalculator(f.path, device=device, trust=f.trust) for f in seeds]
+            for label, seeds in files.items()
+        },
         atoms,
         method=_method(method, source),
         data=path,

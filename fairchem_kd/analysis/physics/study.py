@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ase.calculators.calculator import CalculationFailed
 from tqdm import tqdm
 
+from fairchem_kd.analysis.physics.dynamics import run_dynamics
 from fairchem_kd.analysis.physics.measure import (
     Consistency,
     Scan,
@@ -21,7 +22,6 @@ from fairchem_kd.analysis.physics.measure import (
     check_forces,
     find_bond,
     relax,
-    run_dynamics,
     scan_bond,
 )
 from fairchem_kd.analysis.physics.summary import Findings, Measured, summarise
@@ -99,8 +99,8 @@ def study_physics(
     """Put every calculator, and the labels' method, through the same.
 
     Args:
-        calculators: by label, of every seed, as
-            :func:`fairchem_kd.analysis.subjects.calculators.make_calculator` gives them.
+        calculators: by label, of every seed; dynamics of those that answer about several
+            structures, as :class:`fairchem_kd.StudentCalculator` does, are of all of them at once.
         structures: where everything starts.
         method: of the labels (:mod:`fairchem_kd.analysis.subjects.reference_method`), or None.
         data: where the structures come from, for the report.
@@ -141,22 +141,19 @@ def _findings(
     structures: Sequence[Atoms],
     settings: Settings,
     method: _Method | None,
-    done: Callable[[], Any],
+    done: Callable[..., Any],
 ) -> Findings:
     """What one calculator does; that of the method fills in its ends."""
     found = Findings()
+    found.dynamics = run_dynamics(
+        calculator,
+        structures,
+        steps=settings.md_steps,
+        time_step=settings.time_step,
+        temperature=settings.temperature,
+    )
+    done(len(structures))
     for index, atoms in enumerate(structures):
-        found.dynamics.append(
-            run_dynamics(
-                calculator,
-                atoms,
-                steps=settings.md_steps,
-                time_step=settings.time_step,
-                temperature=settings.temperature,
-                seed=index,
-            )
-        )
-        done()
         relaxation, end = relax(calculator, atoms, fmax=settings.fmax, steps=settings.relax_steps)
         if method is not None:
             if calculator is method.calculator:

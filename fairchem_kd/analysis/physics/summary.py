@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairchem_kd.analysis.compare.gap import Interval, percentiles
-from fairchem_kd.analysis.physics.measure import Consistency, Dynamics, Relaxation, Scan
+from fairchem_kd.analysis.physics.dynamics import Dynamics
+from fairchem_kd.analysis.physics.measure import Consistency, Relaxation, Scan
 
 Array = NDArray[np.float64]
 
