@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 RANKED = 64  # structures on which layers are compared
 MOST_UNLABELLED = 0.875  # of the structures of a step
-BY_HEAD = "n2n_by_head"  # what gains most on top of outputs (docs/strategies.md)
 SURE = 10.0  # the weight of a teacher's outputs where it speaks for structures without labels
 
 
@@ -60,7 +58,7 @@ def propose(
     more: bool,
     say: Callable[[str], None],
 ) -> list[Choice]:
-    """The teacher's outputs, the pair of features that are most alike, and atoms by its head.
+    """The teacher's outputs, and the pair of features that are most alike.
 
     Args:
         config: of the student's training; layers are compared on its training set.
@@ -95,16 +93,13 @@ def propose(
         elif one is not None:
             pair = {"student": one.student, "teacher": one.teacher}
             choices.append(choose(one.kind, student, teacher, pair))
-    if choices and more:
-        with suppress(UserError):  # it takes a linear head
-            choices.append(choose(BY_HEAD, student, teacher))
     if not choices:
         raise UserError(
             f"Nothing was found that this teacher could teach this student ({refused[0]}); name a "
             "loss with --strategy."
         )
-    kinds = [choice.kind for choice in choices]
-    say(f"proposed: {' and '.join(', '.join(kinds).rsplit(', ', 1))}")
+    kinds = " and ".join(choice.kind for choice in choices)
+    say(f"proposed: {kinds}")
     if not more:
         say(
             "note: on structures that have labels a teacher adds little; where there are "

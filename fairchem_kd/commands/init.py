@@ -1,9 +1,9 @@
 """``fairchem-kd init``: from the config that one would train a student with, to a distillation.
 
-Without a strategy, one is proposed: the teacher's outputs, the pair of features that are most
-alike, and what its head makes of atoms. Features and layers are chosen from what both models offer,
-what differs between them is reported, and one batch is tried before anything is written. The config
-of the baseline, the same student without its teacher, is written too.
+Without a strategy, one is proposed: the teacher's outputs, and the pair of features that are most
+alike. Features and layers are chosen from what both models offer, what differs between them is
+reported, and one batch is tried before anything is written. The config of the baseline, the same
+student without its teacher, is written too.
 """
 
 from __future__ import annotations
