@@ -299,12 +299,12 @@ def _verify(store: Path, args: argparse.Namespace) -> int:
     check_card(card, live, store, card.features)
     requests, columns = requests_in(store)
     teacher = StoredTeacher(live, store, requests, columns)
-    asked, found = differences(teacher, args.samples, live.device)
+    asked, found = differences(teacher, args.samples, live.device, card.dependence)
     print(f"{asked} structures were asked about again; the largest differences:")
     for one in found:
         unit = "eV per atom" if one.column == "output:energy" else "of the root mean square"
         print(f"  {one.column:<28} {one.value:.2e} {unit}")
-    refuse_drift(found, card.dependence, store)
+    refuse_drift(found, store)
     if damaged:
         print("Damaged records are asked about again by the next training that wants them.")
     return 1 if damaged else 0

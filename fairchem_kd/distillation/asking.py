@@ -29,7 +29,7 @@ from fairchem_kd.stock.datasets import collate
 from fairchem_kd.store import Card
 from fairchem_kd.teachers import filling
 from fairchem_kd.teachers.answers import fits, structures_of
-from fairchem_kd.teachers.drift import Difference, difference, refuse_drift
+from fairchem_kd.teachers.drift import Difference, difference, refuse_drift, usual
 from fairchem_kd.teachers.filling import Source
 from fairchem_kd.teachers.place import size_of
 from fairchem_kd.teachers.recorded import RecordedTeacher
@@ -308,8 +308,9 @@ def verify_calculator(store: Path, card: Card, calculator: Calculator, samples: 
             size = len(structure.numbers)
             value = difference(column, kept[column.name], now[column.name], size)
             if column.name not in worst or value > worst[column.name].value:
-                worst[column.name] = Difference(column.name, value, name)
-    refuse_drift(list(worst.values()), card.dependence, store)
+                limit = usual(column.name, card.dependence)
+                worst[column.name] = Difference(column.name, value, name, limit)
+    refuse_drift(list(worst.values()), store)
     lines = [f"{asked} structures were asked about again; the largest differences:"]
     return lines + [f"  {one.column:<28} {one.value:.2e}" for one in worst.values()]
 

@@ -157,8 +157,8 @@ def _find(
 def _verify(teacher: StoredTeacher, dependence: Mapping[str, float], device: torch.device) -> None:
     with refused_by_all():
         if rank() == 0 and len(teacher.reader):
-            _, found = differences(teacher, SAMPLES, device)
-            refuse_drift(found, dependence, teacher.folder)
+            _, found = differences(teacher, SAMPLES, device, dependence)
+            refuse_drift(found, teacher.folder)
 
 
 def _fill(
