@@ -105,6 +105,8 @@ class Architecture(ABC):
     model_class: ClassVar[type[nn.Module]]
     #: whether a forward draws random numbers, in eval mode too
     draws_numbers: ClassVar[bool] = False
+    #: whether it leaves a part of how it looks at positions out of autograd's graph
+    detaches_positions: ClassVar[bool] = False
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -280,6 +282,14 @@ def draws_numbers(model: nn.Module) -> bool:
         return architecture_of(model).draws_numbers
     except UserError:
         return True
+
+
+def detaches_positions(model: nn.Module) -> bool:
+    """Whether autograd is known to miss a part of the slope of what a model says."""
+    try:
+        return architecture_of(model).detaches_positions
+    except UserError:
+        return False
 
 
 def common_energy(student: str | None, teacher: str | None) -> str | None:

@@ -32,6 +32,8 @@ class _EquiformerV2Features(SphericalFeatures):
     make their energies of l = 0 alone, so that the default is the block before.
     """
 
+    detaches_positions = True  # the rotations of edges
+
     def __init__(self, root: nn.Module) -> None:
         super().__init__(root)
         model = self.backbone

@@ -43,6 +43,7 @@ class ESCNFeatures(SphericalFeatures):
     """States after each layer; ``node`` and ``vector`` are those of the last."""
 
     model_class = eSCN
+    detaches_positions = True  # the rotations of edges
     turns_from = 1  # the embedding of elements is l = 0 alone
 
     def __init__(self, root: nn.Module) -> None:

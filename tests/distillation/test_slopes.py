@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from models import batch, structures
 from trainings import assert_equal, config, trainer, weights, write_teacher
 from trainings import data as data
 
 from fairchem_kd.distillation.config import parse_distillation
+from fairchem_kd.distillation.slopes import check_slopes_on
 from fairchem_kd.errors import UserError
 from fairchem_kd.teachers.recorded import RecordedTeacher
 from fairchem_kd.teachers.slopes import force_slopes, live_members
@@ -72,6 +74,21 @@ def test_a_student_that_detaches_its_frames_is_refused(
     given = config(tmp_path, data, model=model, teacher=teacher, losses={"jacobian": {}})
     with trainer(given) as built, pytest.raises(UserError, match="student's forces do not change"):
         built.set_up()
+
+
+def test_neighbours_that_are_as_near_are_no_reason_to_refuse(
+    tmp_path: Path, data: Path, teacher: Path
+) -> None:
+    """Of 10 neighbours in a lattice that is held, any step exchanges some: forces jump there."""
+    given = config(tmp_path, data, teacher=teacher, losses={"jacobian": {}})
+    given["model"]["max_neighbors"] = 10
+    slabs = structures(4)
+    for slab, ideal in zip(slabs, structures(4, std=0.0), strict=True):
+        held = slab.constraints[0].index
+        slab.positions[held] = ideal.positions[held]
+    with trainer(given) as built:
+        built.set_up()
+        check_slopes_on(batch(slabs), built.distillation)
 
 
 def test_a_store_alone_has_no_slopes() -> None:
