@@ -1,9 +1,9 @@
 """Whether forces of both models can be differentiated, looked at before the first step.
 
-Some models detach a part of how they look at positions (EquiformerV2 and eSCN the rotations of
-edges): autograd then gives, without a word, something else than the slope of their forces. These
-are known; of others finite differences along a random direction show it, as far as what is left out
-counts.
+Some models detach a part of how they look at positions (EquiformerV2, eSCN and eSEN with direct
+forces the rotations of edges): autograd then gives, without a word, something else than the slope
+of their forces. These are known; of others finite differences along a random direction show it, as
+far as what is left out counts.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def _compare(who: str, forces: Forces, slopes: Slopes, batch: Batch) -> None:
 def _detached(who: str, by: str = "") -> UserError:
     return UserError(
         f"{who}'s forces do not change with positions as autograd says{by}: its model leaves parts "
-        "out of its gradient, as EquiformerV2 and eSCN do, so that a loss on slopes has none to "
-        "compare; take jacobian_antithetic."
+        "out of its gradient, as EquiformerV2, eSCN and eSEN do, so that a loss on slopes has none "
+        "to compare; take jacobian_antithetic."
     )
 
 

@@ -106,7 +106,7 @@ class Architecture(ABC):
     #: whether a forward draws random numbers, in eval mode too
     draws_numbers: ClassVar[bool] = False
     #: whether it leaves a part of how it looks at positions out of autograd's graph
-    detaches_positions: ClassVar[bool] = False
+    detaches_positions: bool = False
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root

@@ -68,6 +68,7 @@ class ESENFeatures(SphericalFeatures):
     def __init__(self, root: nn.Module) -> None:
         super().__init__(root)
         model = self.backbone
+        self.detaches_positions = bool(model.direct_forces)  # the rotations of edges
         blocks = list(model.blocks)
         layers = [("x before the first block", _after(model.edge_degree_embedding))]
         layers += [(f"x after block {k}", _after(block)) for k, block in enumerate(blocks, start=1)]
