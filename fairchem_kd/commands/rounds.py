@@ -174,8 +174,15 @@ def _submit(args: argparse.Namespace, config: dict[str, Any]) -> int:
         *words_of(
             args,
             *("out", "rounds", "frames", "budget", "epochs", "lr", "limit", "seed", "batch"),
-            *("splits",),
-            *("source", *OF_DYNAMICS, *OF_LIMITS, "calculator", "calculator_args", "teacher_name"),
+            *(
+                "source",
+                "splits",
+                *OF_DYNAMICS,
+                *OF_LIMITS,
+                "calculator",
+                "calculator_args",
+                "teacher_name",
+            ),
             *("student", "no_control", "retry", "cpu"),
         ),
     ]

@@ -93,9 +93,12 @@ def _not_shared(one: np.ndarray, other: np.ndarray) -> float:
     return len(ours ^ theirs) / max(len(ours | theirs), 1)
 
 
-def _spread(teacher: StoredTeacher, column: Column) -> float | None:
-    """By how much an output varies, as the teacher's normaliser says."""
-    return teacher.live.spread(column.name.partition(":")[2])
+def _apart(
+    teacher: StoredTeacher, column: Column, one: np.ndarray, other: np.ndarray, atoms: int
+) -> float:
+    """`difference`, where the teacher's normaliser says by how much an output varies."""
+    spread = teacher.live.spread(column.name.partition(":")[2])
+    return difference(column, one, other, atoms, spread)
 
 
 def batch_dependence(
@@ -119,7 +122,7 @@ def batch_dependence(
             kept = column.decode(column.encode(value))
             found[column.name] = max(
                 found[column.name],
-                difference(column, kept, single[column.name], atoms, _spread(teacher, column)),
+                _apart(teacher, column, kept, single[column.name], atoms),
             )
     return found
 
@@ -145,16 +148,13 @@ def unrest(
     ]
     answer = teacher.live.teach(batch_of([structure, *moved], device), teacher.requests)
     first, *others = by_structure(answer, columns)
+    atoms = len(structure.numbers)
     return {
         column.name: max(
-            difference(
-                column, other[column.name], first[column.name], len(structure.numbers),
-                _spread(teacher, column),
-            )
-            for other in others
+            _apart(teacher, column, one[column.name], first[column.name], atoms) for one in others
         )
         for column in columns
-    }  # fmt: skip
+    }
 
 
 def differences(
@@ -195,10 +195,9 @@ def differences(
         compared += 1
         own: dict[str, float] | None = None
         for column in columns:
-            value = difference(
-                column, kept[column.name], now[column.name], len(structure.numbers),
-                _spread(teacher, column),
-            )  # fmt: skip
+            value = _apart(
+                teacher, column, kept[column.name], now[column.name], len(structure.numbers)
+            )
             limit = usual(column.name, dependence)
             if value > limit:  # it has changed, or is one that rounding decides
                 own = unrest(teacher, structure, columns, device) if own is None else own
