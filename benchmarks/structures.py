@@ -27,38 +27,29 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import yaml
+from structures_judged import KELVIN, Labels, judged
+from structures_tables import write_tables
 
 import fairchem_kd.distillation.trainer  # noqa: F401  (for all that are forked)
-from fairchem_kd.analysis.compare.evaluation import evaluate
-from fairchem_kd.analysis.physics.dynamics import CLOSEST, MAX_FORCE
-from fairchem_kd.analysis.subjects.reference_method import EMT, XTB, method_calculator
-from fairchem_kd.analysis.subjects.runs import load_model, read_model
-from fairchem_kd.analysis.subjects.splits import count_structures, open_split
+from fairchem_kd.analysis.subjects.reference_method import EMT, XTB
+from fairchem_kd.analysis.subjects.splits import count_structures
 from fairchem_kd.analysis.subjects.structures import open_structures
 from fairchem_kd.commands.fairchem import main as fairchem
 from fairchem_kd.commands.main import main as main_of_kd
 from fairchem_kd.data.convert.shards import Shard
-from fairchem_kd.explore.dynamics import Walker, drive
-from fairchem_kd.explore.guards import Limits
-from fairchem_kd.explore.potentials import Answer, ModelPotential
-from fairchem_kd.explore.rattling import placed
 from fairchem_kd.explore.rounds import trainings
 from fairchem_kd.explore.rounds.pool import make_pool
 from fairchem_kd.explore.rounds.trainings import claimed, student_of, train, write_config
-from fairchem_kd.explore.settings import Settings
-from fairchem_kd.explore.starts import Source, Start, read_starts
 from fairchem_kd.files import write_json
 from fairchem_kd.reading import read_json
 from fairchem_kd.stock.configs import load_config
@@ -77,7 +68,6 @@ NAMES = {
     "rounds": "student's dynamics, in rounds",
     "student": "the same frames at once",
 }
-KELVIN = 500.0
 
 
 @dataclass(frozen=True)
@@ -189,7 +179,7 @@ def long_dynamics(case: Case, work: Path, stores: Path) -> Path:
     words += ["--teacher", teacher_of(case), "--limit", count, "--steps", steps, "--every", every]
     words += ["--temperature", KELVIN, "--max-gap", 20, "--store", "off", "--seed", 1]
     run([*words, "--batch", count, "--cpu"], work / "long.log", stores)
-    aside, told = work / ".long_labelled", Labels(case)
+    aside, told = work / ".long_labelled", Labels(ROOT / case.data, case.method)
     shard, sizes = Shard(aside / "data.0000.lmdb"), []
     with open_structures(str(work / "long" / "test")) as opened:
         for sample in opened.samples():
@@ -204,28 +194,6 @@ def long_dynamics(case: Case, work: Path, stores: Path) -> Path:
     np.savez(aside / "metadata.npz", natoms=np.array(sizes))
     aside.rename(dest)
     return dest
-
-
-class Labels:
-    """What the method says of a structure, with the energies' zero of the data set."""
-
-    def __init__(self, case: Case) -> None:
-        card = read_json(ROOT / case.data / "card.json")
-        self.references = {int(z): e for z, e in card["reference_energies"].items()}
-        self.calculator = method_calculator(case.method)
-        self.pbc = case.method == EMT
-
-    def __call__(self, numbers: Any, pos: Any, cell: Any) -> Answer | None:
-        import ase
-        from ase.calculators.calculator import CalculationFailed
-
-        atoms = ase.Atoms(numbers, pos, cell=np.asarray(cell), pbc=self.pbc)
-        atoms.calc = self.calculator
-        try:
-            energy, forces = atoms.get_potential_energy(), atoms.get_forces()
-        except CalculationFailed:
-            return None
-        return Answer(float(energy - sum(self.references[int(z)] for z in numbers)), forces)
 
 
 # -- trainings ------------------------------------------------------------------------------------
@@ -305,137 +273,6 @@ def count(folder: Path) -> int:
         return sum(1 for _ in opened.samples())
 
 
-# -- judging --------------------------------------------------------------------------------------
-
-
-def judged(case: Case, student: Path, long: Path) -> dict[str, float]:
-    """Errors, meV and meV/Å, and the student's own dynamics."""
-    model = load_model(read_model(student))
-    found: dict[str, float] = {}
-    splits = {name: ROOT / case.data / name for name in ("test", "test_ood")} | {"long": long}
-    for name, path in splits.items():
-        with open_split({"format": "lmdb", "src": str(path)}, name) as split:
-            metrics = evaluate(model, split, batch_size=64).metrics
-        found[f"{name} E"] = 1e3 * metrics["energy_mae"]
-        found[f"{name} F"] = 1e3 * metrics["forces_mae"]
-    return found | nve(case, student)
-
-
-def nve(case: Case, student: Path) -> dict[str, float]:
-    """The student's NVE dynamics from the test split, all structures side by side."""
-    number, steps = case.nve
-    starts = list(read_starts(Source(ROOT / case.data / "test", "test"), number))
-    settings = Settings(
-        mode="student", seed=2, temperature=(KELVIN, KELVIN), steps=steps, every=steps // 20,
-        friction=0.0, limits=Limits(CLOSEST, 1e6, MAX_FORCE), batch=number,
-    )  # fmt: skip
-    walkers = [Walker(i, start, settings) for i, start in enumerate(starts)]
-    total: dict[int, list[float]] = {walker.number: [] for walker in walkers}
-    visited: list[tuple[Start, Any, Any]] = []
-
-    def at_frames(step: int, going: Sequence[tuple[Walker, Answer]]) -> None:
-        for walker, answer in going:
-            mass = walker.atoms.get_masses()[:, None]
-            kinetic = 0.5 * float((mass * walker.velocity**2).sum())
-            total[walker.number].append((answer.energy + kinetic) / len(walker.atoms))
-            if step % (steps // 5) == 0:
-                visited.append((walker.start, walker.atoms.positions.copy(), answer.forces))
-
-    drive(walkers, ModelPotential(student, cpu=True), settings, at_frames, lambda *_: None)
-    lasted = [walker for walker in walkers if not walker.done]
-    time_ps = settings.time_step * settings.every / 1000
-    slopes = [
-        abs(np.polyfit(time_ps * np.arange(len(total[w.number])), total[w.number], 1)[0])
-        for w in lasted
-    ]
-    apart = list(_apart(case, visited))
-    return {
-        "lasted": 100 * len(lasted) / len(walkers),
-        "drift": 1e3 * float(np.median(slopes)) if slopes else float("nan"),
-        "own F": 1e3 * float(np.concatenate(apart).mean()) if apart else float("nan"),
-    }
-
-
-def _apart(case: Case, visited: Sequence[tuple[Start, Any, Any]]) -> Iterator[Any]:
-    """Absolute differences of the student's forces from the method's, on free atoms, eV/Å."""
-    told = Labels(case)
-    for start, pos, forces in visited:
-        at = placed(start, pos)
-        said = told(start.numbers, at.positions, start.cell)
-        if said is not None:
-            yield np.abs(forces - said.forces)[start.free].ravel()
-
-
-# -- tables ---------------------------------------------------------------------------------------
-
-COLUMNS = (
-    "test E", "test F", "test_ood E", "test_ood F", "long E", "long F", "lasted", "drift", "own F",
-)  # fmt: skip
-
-
-def write_tables(name: str, rows: Sequence[dict[str, Any]], out: Path) -> str:
-    """A CSV of all students, a table of means and standard deviations over seeds, and a plot."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / f"structures_{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["way", "seed", "added", *COLUMNS])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()})
-    seeds = sorted({row["seed"] for row in rows})
-    lines = [
-        f"`python benchmarks/structures.py --sets {name} --seeds {' '.join(map(str, seeds))}`; "
-        "mean and standard deviation over seeds; E in meV, F in meV/Å; `long`: frames of the "
-        "teacher's long dynamics; of the student's NVE dynamics those that lasted (%), the median "
-        "drift of the total energy (meV/atom/ps), and the error of its forces on its own way.",
-        "",
-        "| added | structures | " + " | ".join(COLUMNS) + " | seeds |",
-        "| --- |" + " ---: |" * (len(COLUMNS) + 2),
-    ]
-    for way in (FIRST, *WAYS):
-        own = [row for row in rows if row["way"] == way]
-        if own:
-            cells = [_cell([row[column] for row in own]) for column in COLUMNS]
-            added = "-".join(map(str, sorted({row["added"] for row in own})))
-            lines.append(f"| {NAMES[way]} | {added} | {' | '.join(cells)} | {len(own)} |")
-    text = "\n".join(lines) + "\n"
-    (out / f"structures_{name}.md").write_text(text, encoding="utf-8")
-    _plot(name, rows, out / f"structures_{name}.png")
-    return text
-
-
-def _cell(values: Sequence[float]) -> str:
-    known = [value for value in values if value == value]
-    if not known:
-        return "-"
-    spread = f" ± {stdev(known):.{_digits(mean(known))}f}" if len(known) > 1 else ""
-    return f"{mean(known):.{_digits(mean(known))}f}{spread}"
-
-
-def _digits(value: float) -> int:
-    return 0 if abs(value) >= 20 else 1
-
-
-def _plot(name: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    ways = [way for way in WAYS if any(row["way"] == way for row in rows)]
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = figure.subplots(1, 4, sharey=True)
-    shown = {"test F": "test", "long F": "teacher's long dynamics", "own F": "student's own way"}
-    shown["test_ood F"] = "unseen systems"
-    for panel, (column, title) in zip(panels, shown.items(), strict=True):
-        for place, way in enumerate(ways):
-            values = [row[column] for row in rows if row["way"] == way]
-            panel.plot(values, [place] * len(values), "o", color="C0", alpha=0.6)
-            panel.plot([mean(values)], [place], "|", color="k", markersize=14)
-        panel.set_title(title, size=10)
-        panel.set_xlabel("force error (meV/Å)")
-    panels[0].set_yticks(range(len(ways)), [NAMES[way] for way in ways])
-    panels[0].invert_yaxis()
-    figure.suptitle(f"{name}: what was added", size=11)
-    figure.savefig(path, dpi=150)
-
-
 # -- all of it ------------------------------------------------------------------------------------
 
 
@@ -446,6 +283,7 @@ def measure(
     case, work = CASES[name], root / name
     work.mkdir(parents=True, exist_ok=True)
     long = long_dynamics(case, work, stores)
+    labels = Labels(ROOT / case.data, case.method)
     text = ""
     for seed in seeds:
         for way in (FIRST, *ways):
@@ -453,10 +291,15 @@ def measure(
             if not told.is_file():
                 student = trained(case, way, seed, work, stores)
                 number = sum(map(count, added(way, seed, case, work, stores)))
-                row = {"way": way, "seed": seed, "added": number, **judged(case, student, long)}
+                row = {
+                    "way": way,
+                    "seed": seed,
+                    "added": number,
+                    **judged(student, ROOT / case.data, labels, long, case.nve),
+                }
                 write_json(told, row)
             known = [read_json(file) for file in sorted(work.glob("*-*.json"))]
-            text = write_tables(name, [row for row in known if "way" in row], out)
+            text = write_tables(name, [row for row in known if "way" in row], NAMES, out)
             print(f"{name}: {way}, seed {seed}", flush=True)
     print(text, flush=True)
 
