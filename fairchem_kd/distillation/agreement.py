@@ -19,6 +19,7 @@ from fairchem_kd.distillation.ratios import ratio_of, tell_ratios
 from fairchem_kd.errors import UserError
 from fairchem_kd.features import Request
 from fairchem_kd.teachers import Taught, Teacher
+from fairchem_kd.text import digits
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch
@@ -65,15 +66,15 @@ class Agreement:
     def __str__(self) -> str:
         words = []
         if self.energy is not None:
-            words.append(f"energy {1e3 * self.energy:.3g} meV")
+            words.append(f"energy {digits(1e3 * self.energy)} meV")
         if self.forces is not None:
-            words.append(f"forces {1e3 * self.forces:.3g} meV/Å")
+            words.append(f"forces {digits(1e3 * self.forces)} meV/Å")
         words = [" and ".join(words)] if words else []
-        words += [f"{name} {value:.3g}" for name, value in self.others.items()]
+        words += [f"{name} {digits(value)}" for name, value in self.others.items()]
         told = f"{', '.join(words)} (MAE of {self.structures} structures)"
         if self.offset is None:
             return told
-        return f"{told}, its energies {1e3 * self.offset:+.3g} meV off on average"
+        return f"{told}, its energies {digits(1e3 * self.offset, '+')} meV off on average"
 
 
 def agreement(

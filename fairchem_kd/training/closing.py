@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import without_wrappers
+from fairchem_kd.text import digits
 from fairchem_kd.training.progress import in_words
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _with_weights(trainer: RestartableTrainer, best: Path | None) -> Iterator[No
 
 def _shown(name: str, value: float) -> str:
     unit, factor = _UNITS.get(name, ("", 1.0))
-    return f"{factor * value:.3g} {unit}".rstrip()
+    return f"{digits(factor * value)} {unit}".rstrip()
 
 
 def _relative(path: Path) -> str:

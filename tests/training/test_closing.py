@@ -17,6 +17,7 @@ from trainings import teacher as teacher
 from fairchem_kd.features.wrappers import stock_model_config
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.frozen import Teacher
+from fairchem_kd.text import digits
 from fairchem_kd.training.closing import Judged, closing_lines, judge, tell_end
 
 
@@ -32,6 +33,12 @@ def by_hand(built: Any, model: torch.nn.Module, scales: Any) -> dict[str, float]
         free = batch.fixed == 0
         forces.append((out["forces"] * scale - batch.forces)[free].abs().flatten())
     return {"energy": sum(energy) / len(energy), "forces": float(torch.cat(forces).mean())}
+
+
+def test_large_errors_are_whole_numbers() -> None:
+    shown = {0.0: "0", 0.0123: "0.0123", 22.94: "22.9", 999.4: "999", 1093.6: "1094", 2e7: "2e+07"}
+    assert {value: digits(value) for value in shown} == shown
+    assert [digits(value, "+") for value in (12.3, -1093.6)] == ["+12.3", "-1094"]
 
 
 def test_student_and_teacher_are_judged_on_the_same(
@@ -95,4 +102,4 @@ def test_a_teacher_that_is_no_better_is_known() -> None:
     assert not better.teacher_is_no_better
     assert Judged("val", 4, {"energy": 1.0}, {"energy": 1.2}).teacher_is_no_better
     assert not Judged("val", 4, {"energy": 1.0}, None).teacher_is_no_better
-    assert str(better).endswith("the teacher's 500 meV, 2e+03 meV/Å (2 and 0.5 times those)")
+    assert str(better).endswith("the teacher's 500 meV, 2000 meV/Å (2 and 0.5 times those)")

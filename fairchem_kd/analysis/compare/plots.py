@@ -15,6 +15,7 @@ from fairchem_kd.analysis.compare.comparison import TEACHER, Comparison
 from fairchem_kd.analysis.compare.curves import learning_curves
 from fairchem_kd.analysis.compare.gradients import plot_gradients
 from fairchem_kd.report.figures import legend, logarithmic, new_figure, plain_numbers, style
+from fairchem_kd.text import digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -211,7 +212,7 @@ def plot_parity(comparison: Comparison, split_name: str) -> Figure:
             axes.set_title(label, fontsize=9)
             if target in first.metrics:
                 _, unit, factor = TARGETS[target]
-                told = f"MAE {factor * first.metrics[target]:.3g} {unit}"
+                told = f"MAE {digits(factor * first.metrics[target])} {unit}"
                 axes.text(0.04, 0.96, told, transform=axes.transAxes, va="top", fontsize=7)
             axes.set_xlabel(f"label: {title}", fontsize=8)
             axes.tick_params(labelsize=8)
