@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import logging
 import os
 from collections.abc import Mapping
@@ -50,6 +51,8 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
         UserError: the file or one that it includes is missing, not YAML, or conflicting.
     """
     path: Path = args.config_yml
+    if path.is_dir():
+        raise UserError(f"--config-yml {path} is a folder: name a YAML file in it.")
     if not path.is_file():
         folder = path.parent
         names = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
@@ -78,7 +81,9 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
     check_run_names(config)
     missing = [key for key in ("model", "dataset", "optim") if key not in config]
     if missing:
-        raise UserError(f"the config {path} has no {' and no '.join(missing)} block.")
+        near = difflib.get_close_matches("includes", map(str, config), n=1)
+        meant = f"; nobody reads its '{near[0]}' (did you mean 'includes'?)" if near else ""
+        raise UserError(f"the config {path} has no {' and no '.join(missing)} block{meant}.")
     if is_ours(config):
         check_overrides(overrides, read_yaml(path))
     return config

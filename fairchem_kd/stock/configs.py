@@ -68,7 +68,14 @@ def check_files(path: str | Path) -> None:
         if file not in read:
             read[file] = _includes(file, named=bool(above))
         for name in read[file]:
-            found = utils.find_relative_file_in_paths(name, [os.path.dirname(file)])
+            try:
+                found = utils.find_relative_file_in_paths(name, [os.path.dirname(file)])
+            except ValueError:
+                raise Unreadable(
+                    f"{file} includes {name}, which is neither in the current directory, "
+                    f"{Path.cwd()}, nor beside it: fix the path, or go to the folder from which "
+                    "it holds"
+                ) from None
             waiting.append((Path(found), (*above, file)))
     raise Unreadable(f"it includes more than {MAX_FILES} files, those of its includes counted")
 

@@ -176,7 +176,13 @@ def test_a_wrong_config_is_a_sentence(launch, workplace, capsys):
     Path("twice.yml").write_text("model: 1\nmodel: 2\n")
     assert "twice.yml cannot be used" in stderr_of("--config-yml", "twice.yml")
     Path("lost.yml").write_text("includes: [nowhere.yml]\n")
-    assert "Cannot find include YML nowhere.yml" in stderr_of("--config-yml", "lost.yml")
+    said = stderr_of("--config-yml", "lost.yml")
+    assert "lost.yml includes nowhere.yml, which is neither in the current directory" in said
+    assert f"{Path.cwd()}, nor beside it" in said
+    Path("slip.yml").write_text("include: [schnet.yml]\n")
+    said = stderr_of("--config-yml", "slip.yml")
+    assert "nobody reads its 'include' (did you mean 'includes'?)" in said
+    assert "is a folder: name a YAML file in it" in stderr_of("--config-yml", ".")
     said = stderr_of("--config-yml", "schnet.yml", "--dataset.val.src=data/vla")
     assert "dataset.val.src" in said
     assert "does not exist" in said
