@@ -120,13 +120,15 @@ def _check_flags(args: argparse.Namespace) -> None:
     """Refuse what stock takes and fails with.
 
     Raises:
-        UserError: a number out of range, or no checkpoint where one is needed.
+        UserError: a number out of range, no mode, or no checkpoint where one is needed.
     """
     for flag, least in (("num_gpus", 1), ("num_nodes", 1), ("print_every", 1), ("seed", 0)):
         value = getattr(args, flag, None)
         if isinstance(value, int) and value < least:
             name = flag.replace("_", "-")
             raise UserError(f"--{name} must be at least {least}, not {value}.")
+    if not args.mode:
+        raise UserError("--mode is required: train, validate, predict or run-relaxations.")
     if args.mode in ("predict", "validate") and not args.checkpoint:
         raise UserError(f"--mode {args.mode} needs --checkpoint, the weights to do it with.")
 

@@ -220,6 +220,13 @@ def test_flags_are_checked(
     assert said in capsys.readouterr().err
 
 
+def test_the_mode_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(GOOD))
+    with inside(tmp_path):
+        assert main(["--config-yml", "config.yml"]) == 2
+    assert "--mode is required: train, validate" in capsys.readouterr().err
+
+
 PARTS = {
     "data",
     "models",
