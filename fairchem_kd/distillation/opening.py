@@ -7,7 +7,9 @@ from typing import TypeAlias
 
 import torch
 
-from fairchem_kd.distillation.config import TeacherConfig
+from fairchem_kd.distillation.config import DistillationConfig, TeacherConfig
+from fairchem_kd.errors import UserError
+from fairchem_kd.models.file import refuse_missing
 from fairchem_kd.models.frozen import Teacher as FrozenModel
 from fairchem_kd.store.format import CARD
 from fairchem_kd.teachers.ensemble import KEY, EnsembleTeacher
@@ -41,6 +43,23 @@ def open_teacher(config: TeacherConfig, device: torch.device) -> OpenTeacher | N
     if config.checkpoint is not None:
         return _live(config.checkpoint, config, device, KEY)
     return RecordedTeacher(Path(config.store)) if config.is_recorded else None
+
+
+def refuse_missing_teacher(config: DistillationConfig) -> None:
+    """Refuse a teacher whose file is not there, which costs nothing to know.
+
+    Raises:
+        UserError: it names the key and the file.
+    """
+    teacher = config.teacher
+    if not config.active_terms or teacher.checkpoint is None:
+        return
+    several = isinstance(teacher.checkpoint, list)
+    for number, path in enumerate(teacher.members if several else [str(teacher.checkpoint)]):
+        try:
+            refuse_missing(Path(path))
+        except UserError as error:
+            raise UserError(f"{KEY}[{number}]: {error}" if several else f"{KEY}: {error}") from None
 
 
 def _member(

@@ -27,6 +27,7 @@ from submitit import AutoExecutor
 
 from fairchem_kd.data.build import ensure_built
 from fairchem_kd.distillation.config import parse_distillation, refuse_graph_parallel
+from fairchem_kd.distillation.opening import refuse_missing_teacher
 from fairchem_kd.errors import UserError, report
 from fairchem_kd.launch.config import check_placed, is_ours, make_parser, read_config
 from fairchem_kd.launch.ranks import KDRunner, run_launched_rank, run_rank, sentence_of_ranks
@@ -47,7 +48,7 @@ Grid = Callable[[dict[str, Any], Path], list[dict[str, Any]]]
 
 def run_config(args: argparse.Namespace, config: dict[str, Any], grid: Grid | None = None) -> None:
     """Build the data that is missing, then launch the config as stock would."""
-    parse_distillation(config.get("task"))  # before minutes are spent on data
+    distillation = parse_distillation(config.get("task"))  # before minutes are spent on data
     check_placed(config)
     if why := writable(Path(args.run_dir)):
         raise UserError(
@@ -60,6 +61,8 @@ def run_config(args: argparse.Namespace, config: dict[str, Any], grid: Grid | No
         check_training_config(config)
         refuse_graph_parallel(args.gp_gpus)
     if not args.submit:
+        if is_ours(config) and args.mode == "train":
+            refuse_missing_teacher(distillation)  # data may take minutes, too
         ensure_built(config)
     rank = run_rank if args.num_gpus == 1 else run_launched_rank
     executor = functools.partial(Executor, cpu=args.cpu)

@@ -40,6 +40,19 @@ TRUST_HINT = (
 )
 
 
+def refuse_missing(path: Path) -> None:
+    """Refuse a checkpoint that is not there.
+
+    Raises:
+        UserError: it names the file, and the folder from which it was sought.
+    """
+    if not path.exists():
+        raise UserError(
+            f"The checkpoint {path} does not exist; relative paths start from the current "
+            f"directory, {Path.cwd()}."
+        )
+
+
 def read_checkpoint(
     path: str | Path, *, trust: bool = False, hint: str = TRUST_HINT, own: bool = False
 ) -> dict[str, Any]:
@@ -57,11 +70,7 @@ def read_checkpoint(
             needs ``trust``, or not the one that the card beside it is of.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(
-            f"The checkpoint {path} does not exist; relative paths start from the current "
-            f"directory, {Path.cwd()}."
-        )
+    refuse_missing(path)
     if not path.is_file():
         raise UserError(f"The checkpoint {path} is not a file; give the .pt file inside it.")
     _check_container(path)

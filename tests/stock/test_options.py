@@ -227,6 +227,26 @@ def test_the_mode_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "--mode is required: train, validate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "key"), [("no.pt", "checkpoint"), (["here.pt", "no.pt"], "checkpoint[1]")]
+)
+def test_a_teacher_that_is_missing_is_told_before_data_are_built(
+    tmp_path: Path, checkpoint: Any, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copy.deepcopy(GOOD)
+    config["dataset"]["train"]["build"] = {"recipe": "slabs"}
+    config["task"] = {
+        "distillation": {"teacher": {"checkpoint": checkpoint}, "losses": {"vanilla": {}}}
+    }
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    (tmp_path / "here.pt").write_bytes(b"some checkpoint")
+    with inside(tmp_path):
+        assert main(["--mode", "train", "--config-yml", "config.yml"]) == 2
+    said = capsys.readouterr().err
+    assert f"task.distillation.teacher.{key}: The checkpoint no.pt does not exist" in said
+    assert not (tmp_path / "data").exists()
+
+
 PARTS = {
     "data",
     "models",
