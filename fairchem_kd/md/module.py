@@ -205,9 +205,13 @@ class _Edges:
                 f"The vectors of the cell of {atoms.get_chemical_formula()} lie in a plane: mend "
                 "the cell."
             ) from error
-        (self.source, self.target), shifts = neighbours(wrapped, cell, pbc, self.cutoff + skin)
+        (source, target), shifts = neighbours(wrapped, cell, pbc, self.cutoff + skin)
+        order = np.lexsort((*shifts.T[::-1], source, target))  # stock's, by which it breaks ties
+        self.source, self.target, shifts = source[order], target[order], shifts[order]
         into = wrapped - atoms.positions
         self.offsets = shifts @ cell + into[self.source] - into[self.target]
+        self._into = into
+        self._images = _single(shifts) @ _single(cell)
         later = np.sign(shifts) @ (9, 3, 1)  # the first of its signs that is not 0 decides
         self.first = (self.source < self.target) | ((self.source == self.target) & (later < 0))
         self.crowded = len(atoms) > 0 and np.bincount(self.target, minlength=1).max() > self.most
@@ -233,7 +237,7 @@ class _Edges:
         squares = np.einsum("ij,ij->i", vectors, vectors)
         kept = np.flatnonzero((squares <= self.cutoff**2) & (squares > SAME_ATOM))
         if self.crowded:
-            kept = self._nearest(kept, squares)
+            kept = self._nearest(kept, position)
         if self.both_ways:
             kept = kept[self.first[kept]]
         source, target, vectors = self.source[kept], self.target[kept], vectors[kept]
@@ -245,12 +249,29 @@ class _Edges:
             np.concatenate([vectors, -vectors]),
         )
 
-    def _nearest(self, kept: NDArray[np.int64], squares: NDArray[Any]) -> NDArray[np.int64]:
-        """Of the edges that end at an atom the nearest, as many as the model takes."""
-        target = self.target[kept]
-        order = np.lexsort((squares[kept].astype(np.float32), target))  # stable, as stock's sort
-        starts = np.searchsorted(target[order], target[order])
-        return np.sort(kept[order[np.arange(len(order)) - starts < self.most]])
+    def _nearest(self, kept: NDArray[np.int64], positions: NDArray[Any]) -> NDArray[np.int64]:
+        """Of the edges that end at an atom the nearest, as many as the model takes.
+
+        An atom's images on both sides are equally far, and in a lattice so are many atoms: which of
+        them are kept changes the energy. So distances are stock's, in its precision and order.
+        """
+        source, target = self.source[kept], self.target[kept]
+        at = _single(positions + self._into)
+        ways = at[target] - (at[source] + self._images[kept])
+        squares = ways[:, 0] ** 2 + ways[:, 1] ** 2 + ways[:, 2] ** 2
+        counts = np.bincount(target, minlength=len(at))
+        if counts.max() <= self.most:
+            return kept
+        starts = np.cumsum(counts) - counts
+        row = torch.full((len(at), int(counts.max())), torch.inf)  # an atom's, as in stock
+        row[target, np.arange(len(target)) - starts[target]] = torch.from_numpy(squares)
+        nearest = row.sort(dim=1).indices[:, : self.most].numpy()  # which leaves ties to torch
+        there = np.arange(nearest.shape[1]) < counts[:, None]
+        return np.sort(kept[(nearest + starts[:, None])[there]])
+
+
+def _single(values: NDArray[Any]) -> NDArray[np.float32]:
+    return values.astype(np.float32)
 
 
 def read_about(path: Path) -> dict[str, Any]:
