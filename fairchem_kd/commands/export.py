@@ -13,7 +13,7 @@ from fairchem_kd.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fairchem-kd export``."""
     parser.add_argument(
-        "checkpoint", type=Path, help="best_checkpoint.pt (or checkpoint.pt) of a run"
+        "checkpoint", type=Path, help="a run's folder, or its best_checkpoint.pt or checkpoint.pt"
     )
     parser.add_argument(
         "dest",
@@ -53,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--module has to end in {SUFFIX}, and {args.module} does not.")
         if args.module.exists() and not args.force:
             raise UserError(f"{args.module} exists; give --force to overwrite it.")
+    from fairchem_kd.analysis.subjects.runs import find_checkpoint
+
+    args.checkpoint = find_checkpoint(args.checkpoint)
     if args.dest is not None:
         _export(args)
     if args.module is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -378,6 +379,16 @@ def test_the_command_refuses_before_it_works(
     ):
         assert main(["export", *map(str, words)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_runs_folder_is_exported_as_its_best_checkpoint(
+    files: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(files["schnet"][0], tmp_path / "run" / "best_checkpoint.pt")
+    module = tmp_path / "student.pt2"
+    assert main(["export", str(tmp_path / "run"), "--module", str(module), "--elements", "O"]) == 0
+    assert module.is_file()
 
 
 def test_the_loader_needs_torch_numpy_scipy_and_ase_alone() -> None:

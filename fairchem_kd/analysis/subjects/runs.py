@@ -186,7 +186,7 @@ def find_checkpoint(path: Path) -> Path:
     hint = f"; it holds the runs {', '.join(runs[:4])}" if runs else ""
     raise UserError(
         f"The folder {path} has neither {OF_A_RUN[0]} nor {OF_A_RUN[1]}: name the folder of a run "
-        f"that saved one{hint}."
+        f"that saved one, and leave out or remove those that ended before they did{hint}."
     )
 
 
