@@ -263,15 +263,28 @@ def _reported(found: DryRun) -> str:
         if f"{name}_weighted" in found.terms
     )
     labels = "" if found.agreement is None else _on_labels(found) + "\n"
-    whole = found.seconds * found.steps
-    length = f"{whole / 3600:.1f} hours" if whole > 5400 else f"{whole / 60:.1f} minutes"
     return labels + (
         f"dry run on {found.systems} structures, {found.atoms} atoms: loss {found.loss:.4g}; "
         f"{terms}\n"
-        f"step: {found.seconds:.3g} s on one {found.device}, {found.plain_seconds:.3g} s without "
-        f"the teacher; {found.steps} steps take about {length} and evaluations; memory at most "
-        f"{found.memory / 2**30:.1f} GiB"
+        f"step: {found.seconds_of_step:.3g} s on one {found.device}, {found.plain_seconds:.3g} s "
+        f"without the teacher; {found.steps} steps take about "
+        f"{_length(found.seconds_of_step * found.steps)} and evaluations{_before(found)}; memory "
+        f"at most {found.memory / 2**30:.1f} GiB"
     )
+
+
+def _before(found: DryRun) -> str:
+    """What comes before the first step."""
+    if not found.ahead:
+        return ""
+    return (
+        f", and before them the teacher is asked once about {found.ahead} structures, for about "
+        f"{_length(found.seconds_ahead)} where none of its answers is kept yet"
+    )
+
+
+def _length(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
 
 
 def _on_labels(found: DryRun) -> str:

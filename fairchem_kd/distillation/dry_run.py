@@ -18,10 +18,12 @@ import torch
 
 from fairchem_kd.distillation.agreement import Agreement
 from fairchem_kd.distillation.fitting import look_at_labels
+from fairchem_kd.distillation.keeping import asked_ahead
 from fairchem_kd.distillation.trainer import DistillationTrainer
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.noise import without_noise
 from fairchem_kd.stock.trainer import in_one_process
+from fairchem_kd.teachers.place import OFF
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,27 @@ class DryRun:
     atoms: int
     loss: float
     terms: dict[str, float]  #: raw and weighted value of each term
-    seconds: float  #: of a step with the teacher
+    seconds: float  #: of a step, the teacher asked in it
+    asking: float  #: of which the teacher takes
+    asked: int  #: structures of a step that it is asked about
     plain_seconds: float  #: of one without
     memory: int  #: bytes, at most: of the GPU, or of the process
     steps: int  #: of the whole training
+    ahead: int  #: structures of which the teacher is asked once, before the first step
+    from_store: float  #: share of the teacher's answers that comes of these
     device: str
     agreement: Agreement | None  #: of the teacher with the student's labels, as they are
     zero: bool  #: the teacher's energies had to be shifted to the labels' zero, and were
+
+    @property
+    def seconds_ahead(self) -> float:
+        """Of asking ahead of the first step."""
+        return self.ahead * self.asking / max(self.asked, 1)
+
+    @property
+    def seconds_of_step(self) -> float:
+        """Of a step, with the answers that the store then has read from it."""
+        return self.seconds - self.from_store * self.asking
 
 
 def dry_run(config: Mapping[str, Any], where: Path, repeats: int = 3) -> DryRun:
@@ -80,6 +96,8 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
             f"{where}: a training step fails ({type(error).__name__}: {error}); see that plain "
             "training with this config starts, and that the teacher takes such structures."
         ) from error
+    asking, asked = _asking(trainer, batch, repeats)
+    ahead, from_store = _kept(trainer)
     distillation = trainer.distillation
     terms = distillation.values.read() if distillation is not None else {}
     memory = _memory(trainer.device)
@@ -96,9 +114,13 @@ def _measure(config: Mapping[str, Any], where: Path, repeats: int) -> DryRun:
         loss=loss,
         terms=terms,
         seconds=seconds,
+        asking=min(asking, seconds),
+        asked=asked,
         plain_seconds=plain,
         memory=memory,
         steps=trainer.last_step,
+        ahead=ahead,
+        from_store=from_store,
         device=trainer.device.type,
         agreement=found,
         zero=zero,
@@ -131,6 +153,36 @@ def _steps(trainer: DistillationTrainer, batch: Any, repeats: int) -> tuple[floa
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return losses[0], median(seconds[1:])
+
+
+def _asking(trainer: DistillationTrainer, batch: Any, repeats: int) -> tuple[float, int]:
+    """The median time of asking the teacher about all structures of a step, and their number."""
+    distillation = trainer.distillation
+    if distillation is None:
+        return 0.0, 0
+    whole = batch.clone()
+    if trainer.companions is not None:
+        whole = trainer.companions.joined(whole, trainer.step)
+    whole = whole.to(trainer.device)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        distillation.teacher.teach(whole, distillation.teacher_requests)
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds), int(whole.natoms.numel())
+
+
+def _kept(trainer: DistillationTrainer) -> tuple[int, float]:
+    """Structures of which a training asks ahead, and the share of its answers that they are."""
+    config = trainer.distillation_config.teacher
+    if trainer.distillation is None or config.is_recorded or config.store == OFF:
+        return 0, 0.0
+    wanted = trainer.wanted()
+    ahead = asked_ahead(wanted)
+    share = sum(one.draws for one in ahead) / max(sum(one.draws for one in wanted), 1.0)
+    return sum(one.source.structures for one in ahead), share
 
 
 def _memory(device: torch.device) -> int:

@@ -174,7 +174,7 @@ def _fill(
     own, parts = part or (rank(), world_size())
     check = _check(live)
     filling = Filling(teacher, part=own, parts=parts, limit=limit, check=check, stop=stop)
-    often = [w.source for w in wanted if w.draws >= _SEEN * w.source.structures]
+    often = [w.source for w in asked_ahead(wanted)]
     seldom = [w.source.name for w in wanted if w.source not in often]
     if seldom and not all(filling.is_marked(w.source) for w in wanted):
         _say(
@@ -257,6 +257,11 @@ def _say(line: str) -> None:
         logging.info(line)
 
 
+def asked_ahead(wanted: Sequence[Wanted]) -> list[Wanted]:
+    """Those of which the teacher is asked before the training: it will see most of them."""
+    return [one for one in wanted if one.draws >= _SEEN * one.source.structures]
+
+
 def wanted_structures(
     train: tuple[Any, dict[str, Any]],
     collate: Callable[[list[Any]], Batch],
@@ -314,4 +319,4 @@ def _pool(name: str, clean: Source, rattler: Any, mark: str | None) -> Source:
     return Source(name, size * clean.structures, size * clean.groups, make, mark)
 
 
-__all__ = ["GROUP", "SAMPLES", "Wanted", "keep", "wanted_structures"]
+__all__ = ["GROUP", "SAMPLES", "Wanted", "asked_ahead", "keep", "wanted_structures"]

@@ -120,7 +120,7 @@ class Filling:
                         done += len(batch.natoms)
                         if bar.disable and self.part == 0 and time.monotonic() - told > _TELL:
                             told = time.monotonic()
-                            _tell(done, -(-total // self.parts), told - began)
+                            _tell(done, self.asked, -(-total // self.parts), told - began)
         finally:
             self._writer.close()
             self.teacher.reader.refresh()
@@ -215,10 +215,11 @@ def dataset_mark(settings: Any, dataset: Any, more: str = "") -> str | None:
     return hashlib.sha256("\n".join(told).encode()).hexdigest() if sources else None
 
 
-def _tell(done: int, total: int, seconds: float) -> None:
-    rate = done / seconds
-    left = (total - done) / rate if rate else float("inf")
-    logging.info(
-        f"asked the teacher about {done} of {total} structures ({rate:.0f}/s, {left / 60:.1f} min "
-        "left)"
-    )
+def _tell(done: int, asked: int, total: int, seconds: float) -> None:
+    """How far it is: of what is left the teacher may have spoken too, which takes no time."""
+    line = f"{done} of {total} structures have the teacher's answers"
+    if asked:
+        rate, most = asked / seconds, "at most " if asked < done else ""
+        left = (total - done) / rate / 60
+        line += f", {asked} were asked for now ({rate:.0f}/s, {most}{left:.1f} min left)"
+    logging.info(line)
