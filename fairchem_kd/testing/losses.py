@@ -32,8 +32,9 @@ def check_loss(
     """Check that a loss is one: of features of nodes and vectors, of outputs, of energies of atoms.
 
     Its gradient is that of its value; it does not depend on the order of atoms or on how
-    structures lie in space; structures on which the teacher is not to be trusted neither count nor
-    teach; and any number of ranks gives the same value, since its parts are sums and counts.
+    structures lie in space, nor on which of two mirror images they are; structures on which the
+    teacher is not to be trusted neither count nor teach; and any number of ranks gives the same
+    value, since its parts are sums and counts.
 
     Args:
         term: made by ``from_options`` and not yet built; it is built here.
@@ -53,6 +54,8 @@ def check_loss(
     _check_gradient(case, tolerance)
     _assert_same(case.value(case.permuted()), value, tolerance, "the order of atoms")
     _assert_same(case.value(case.turned()), value, tolerance, "how structures lie in space")
+    mirrored = case.value(case.turned(mirrored=True))
+    _assert_same(mirrored, value, tolerance, "which of a structure's two mirror images it sees")
     _check_trust(case, tolerance)
     if not over_batch:
         first, second = case.of([0]), case.of(range(1, len(natoms)))
@@ -170,11 +173,12 @@ class _Case:
     def _of_systems(self, value: Tensor) -> bool:
         return len(value) == len(self.natoms)
 
-    def turned(self) -> LossInputs:
-        """All structures turned and reflected."""
+    def turned(self, *, mirrored: bool = False) -> LossInputs:
+        """All structures turned, and mirrored too where that is wanted."""
         generator = torch.Generator().manual_seed(3)
         drawn = torch.randn(3, 3, generator=generator, dtype=torch.float64)
         matrix, _ = torch.linalg.qr(drawn)
+        matrix = matrix * matrix.det() * (-1 if mirrored else 1)
         batch = self.inputs.batch.clone()
         batch.pos = batch.pos @ matrix.T
 

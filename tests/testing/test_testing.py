@@ -86,9 +86,19 @@ class AlongX(VectorToVector):
         return [Part("", 1.0, total, count)]
 
 
+class Handed(VectorToVector):
+    """Of the volume that three vectors span, which only a mirror turns round."""
+
+    def forward(self, inputs: LossInputs) -> list[Part]:
+        vectors = self.projected(inputs)[:, :, :3]
+        total, count = masked_sum(torch.linalg.det(vectors), self.rows(inputs))
+        return [Part("", 1.0, total, count)]
+
+
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
+        (Handed, "mirror images"),
         (MeanOfRank, "dealt out to ranks"),
         (Trusting, "not trusted on"),
         (FirstAtom, "the order of atoms"),
