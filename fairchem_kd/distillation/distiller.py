@@ -282,7 +282,7 @@ class Distiller:
 
     def average_gradients(self) -> None:
         """After backward in several processes: these are not in DistributedDataParallel."""
-        average_gradients(self.parameters())
+        average_gradients(self.distillation.trained_at(max(self.step, 1)))
 
     def values(self) -> dict[str, float]:
         """Raw and weighted value of each term, the mean over the steps since the last reading."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,16 +49,23 @@ class Projections:
         for parameter in self.parameters:  # as the optimiser's own, for less than a loss costs
             parameter.grad = None
 
-    def step(self, rate: float, scaler: torch.amp.GradScaler | None) -> None:
+    def step(
+        self,
+        rate: float,
+        scaler: torch.amp.GradScaler | None,
+        trained: Sequence[nn.Parameter],
+    ) -> None:
         """Step the projections: gradients averaged over ranks, unscaled, clipped by themselves.
 
         Args:
             rate: the student's learning rate over its initial one.
             scaler: the AMP scaler with which the loss was scaled.
+            trained: the parameters of the terms that count at this step. The others have no
+                gradient, and averaging would make one of zeros, by which AdamW goes on.
         """
         if self.optimizer is None:
             return
-        average_gradients(self.parameters)
+        average_gradients(trained)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * rate
         if scaler is not None:

@@ -194,9 +194,9 @@ class Distillation:
         """The terms that count at a step, by their schedules."""
         return self._sum.running(step)
 
-    def trains_projections(self, step: int) -> bool:
-        """Whether a term that counts at a step has parameters of its own."""
-        return any(len(list(term.parameters())) for term in self.running(step).values())
+    def trained_at(self, step: int) -> list[nn.Parameter]:
+        """The parameters of the terms that count at a step, by their schedules."""
+        return [p for term in self.running(step).values() for p in term.parameters()]
 
     def label_factor(self, step: int) -> float:
         """What the labels' loss is multiplied by at a step."""

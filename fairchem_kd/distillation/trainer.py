@@ -281,9 +281,10 @@ class DistillationTrainer(RestartableTrainer):
 
     def _step_projections(self, *_: Any) -> None:
         """Runs after every step of the student's optimiser, and so only where that took one."""
-        if self.distillation and self.distillation.trains_projections(self.step):
+        trained = self.distillation.trained_at(self.step) if self.distillation else []
+        if trained:
             rate = self.optimizer.param_groups[0]["lr"] / self.config["optim"]["lr_initial"]
-            self.projections.step(rate, self.scaler)
+            self.projections.step(rate, self.scaler, trained)
 
     # -- records, evaluation, checkpoints ---------------------------------------------------------
 

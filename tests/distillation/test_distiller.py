@@ -22,6 +22,7 @@ from fairchem_kd import Distiller, Teacher, UserError
 from fairchem_kd.features import FeatureExtractor, Request
 from fairchem_kd.models.units import Units
 from fairchem_kd.teachers import LiveTeacher
+from fairchem_kd.training import ranks
 
 FEATURES = {"n2n": {}, "e2n": {}, "v2v": {}}
 PLAIN = {"n2n": {"standardize": False}}
@@ -384,6 +385,30 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
             torch.testing.assert_close(ranks[0][key][name], gradient, rtol=1e-4, atol=atol)
         assert any(gradient.abs().max() > 0 for gradient in whole[key].values())
     assert ranks[0]["values"] == pytest.approx(whole["values"], rel=1e-5)
+
+
+def test_projections_of_a_term_that_does_not_count_stay_with_several_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with one: averaging makes no gradients of zeros, by which AdamW would go on."""
+    student = painn()
+    ends = {"kind": "n2n", "standardize": False, "schedule": {"stop": 0.25}}
+    distiller = Distiller(student, gemnet(), {**PLAIN, "early": ends}, steps=8)
+    optimizer = torch.optim.AdamW(distiller.parameters(), 1e-2)
+    terms = distiller.distillation.terms
+    for step in range(1, 5):
+        before = {name: term.projection.weight.detach().clone() for name, term in terms.items()}
+        with distiller.watch(models.batch()):
+            student(models.batch())
+        optimizer.zero_grad()
+        distiller.loss().backward()
+        with monkeypatch.context() as two:  # ranks, of which the other does the same
+            two.setattr(ranks, "world_size", lambda: 2)
+            two.setattr(ranks, "all_sum", lambda values: values.mul_(2))
+            distiller.average_gradients()
+        optimizer.step()
+        moved = {n: not torch.equal(terms[n].projection.weight, before[n]) for n in terms}
+        assert moved == {"n2n": True, "early": step <= 2}
 
 
 def step_of_rank(rank: int, world: int, root: Path) -> None:

@@ -10,6 +10,8 @@ from trainings import FEATURE_LOSSES, assert_equal, config, trainer, weights
 from trainings import data as data
 from trainings import teacher as teacher
 
+from fairchem_kd.training import ranks
+
 
 def test_the_projections_learn_and_follow_the_students_schedule(
     tmp_path: Path, data: Path, teacher: Path
@@ -52,3 +54,22 @@ def test_projections_follow_the_amp_scaler(tmp_path: Path, data: Path, teacher: 
                 assert_equal(ended, {k: v.detach() for k, v in projections.items()})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_term_whose_schedule_has_ended_keeps_its_projection(
+    tmp_path: Path, data: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several ranks too, whose averaging makes gradients of zeros of none."""
+    losses = {"n2n": {}, "early": {"kind": "n2n", "schedule": {"stop": 0.25}}}
+    ended: list[torch.Tensor] = []
+    with trainer(config(tmp_path, data, teacher=teacher, losses=losses)) as built:
+        built.set_up()
+        monkeypatch.setattr(ranks, "world_size", lambda: 2)  # of which the other does the same
+        monkeypatch.setattr(ranks, "all_sum", lambda values: values.mul_(2))
+        built.model.train()
+        batch = next(iter(built.train_loader))
+        for built.step in (1, 2, 3, 4):
+            built._backward(built._compute_loss(built._forward(batch.clone()), batch.clone()))
+            ended.append(built.distillation.terms["early"].projection.weight.detach().clone())
+    assert not torch.equal(ended[0], ended[1])
+    assert torch.equal(ended[1], ended[3])
