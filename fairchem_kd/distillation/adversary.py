@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fairchem_kd.distillation.companions import AdversarialOptions, Rattler
 from fairchem_kd.errors import UserError
-from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.models.frozen import shaped_outputs
 from fairchem_kd.random_state import same_draws
 from fairchem_kd.stock.positions import followed
@@ -92,7 +91,7 @@ class Adversary:
         view = copy.copy(batch)
         view.pos = batch.pos.detach().clone().requires_grad_(True)
         target = {"forces": distillation.targets["forces"]}
-        with torch.enable_grad(), same_draws(view.pos.device), followed(backbone_of(student)):
+        with torch.enable_grad(), same_draws(view.pos.device), followed(student):
             ours = shaped_outputs(student(view), target, batch, "the student")["forces"]
             ours = distillation.units.physical("forces", ours.double(), batch)
         if not ours.requires_grad:

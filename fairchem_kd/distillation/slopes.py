@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.features.architecture import backbone_of, detaches_positions
+from fairchem_kd.features.architecture import detaches_positions
 from fairchem_kd.models.frozen import shaped_outputs
 from fairchem_kd.random_state import isolated_random_state, same_draws
 from fairchem_kd.stock.positions import followed
@@ -71,7 +71,7 @@ def check_slopes_on(batch: Batch, distillation: Distillation) -> None:
 
     def own_slopes(given: Batch, cotangent: Tensor) -> Tensor:
         given.pos = given.pos.detach().requires_grad_(True)
-        with torch.enable_grad(), followed(backbone_of(student)):
+        with torch.enable_grad(), followed(student):
             forces = own(given)
             if not forces.requires_grad:
                 raise UserError(

@@ -213,7 +213,7 @@ class Distillation:
         follows: AbstractContextManager[None] = nullcontext()
         if batch is not None and self.follows_positions and torch.is_grad_enabled():
             batch.pos = batch.pos.to(self.device).detach().requires_grad_(True)
-            follows = followed(backbone_of(self.student))
+            follows = followed(self.student)
         with follows, self.student_tap.capture() as features:
             yield features
 

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from fairchem.core.models.painn.painn import GatedEquivariantBlock
+from torch import Tensor, nn
+
+_TINY = 1e-15  # its square is a normal number, and what it adds to a sum is less than rounding
 
 
 @contextmanager
-def followed(backbone: nn.Module) -> Iterator[None]:
+def followed(model: nn.Module) -> Iterator[None]:
     """Within the block, outputs of a model can be differentiated with respect to ``batch.pos``.
 
-    Stock's PaiNN writes into the distances of its graph, which autograd needs as they were where
-    they are no copy (without periodicity), so it gets a copy. That a model detaches parts of its
-    graph (EquiformerV2, eSCN: the rotations of edges) cannot be mended here.
+    And once more, by its parameters. Stock's PaiNN writes into the distances of its graph, which
+    autograd needs as they were where they are no copy (without periodicity), so it gets a copy; and
+    its head for forces takes norms of vectors that are 0 for an atom without neighbours, of which
+    the second derivative would be NaN, so there they are tiny and constant. That a model detaches
+    parts of its graph (EquiformerV2, eSCN: the rotations of edges) cannot be mended here.
 
     Args:
-        backbone: the stock model, or the backbone of a hydra.
+        model: the stock model, a hydra too, not in DistributedDataParallel.
     """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, GatedEquivariantBlock):
+                stack.callback(module.vec1_proj.register_forward_hook(_without_zeros).remove)
+        stack.enter_context(_distances_copied(getattr(model, "backbone", model)))
+        yield
+
+
+def _without_zeros(_module: nn.Module, _args: Any, vectors: Tensor) -> Tensor:
+    """``(N, 3, C)``, with constants in place of those that are 0."""
+    nothing = (vectors == 0).all(dim=-2, keepdim=True)
+    return torch.where(nothing, _TINY, vectors)
+
+
+@contextmanager
+def _distances_copied(backbone: Any) -> Iterator[None]:
     generate: Any = getattr(backbone, "generate_graph", None)
     if generate is None:
         yield

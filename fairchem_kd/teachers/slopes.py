@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fairchem_kd.errors import UserError
-from fairchem_kd.features.architecture import backbone_of
 from fairchem_kd.models.frozen import shaped_outputs
 from fairchem_kd.random_state import same_draws
 from fairchem_kd.stock.positions import followed
@@ -88,7 +87,7 @@ def _graph_of(live: LiveTeacher, batch: Batch) -> tuple[Tensor, Tensor]:
     view = copy.copy(batch)  # models set keys
     pos = view.pos = batch.pos.detach().clone().requires_grad_(True)
     drawing = same_draws(device) if frozen.draws else nullcontext()
-    following = followed(backbone_of(frozen.model))
+    following = followed(frozen.model)
     with torch.enable_grad(), live.computing(device.type), drawing, following:
         raw = shaped_outputs(
             frozen.model(view), {"forces": frozen.outputs["forces"]}, batch, frozen.name

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, structures
+from models import batch, small_model, structures
 from trainings import assert_equal, config, trainer, weights, write_teacher
 from trainings import data as data
 
+from fairchem_kd import Distiller
 from fairchem_kd.distillation.config import parse_distillation
 from fairchem_kd.distillation.slopes import check_slopes_on
 from fairchem_kd.errors import UserError
@@ -65,6 +66,25 @@ def test_both_losses_train_from_a_store_and_go_on_bit_for_bit(
     with trainer(given, timestamp_id="broken") as built:
         built.train(disable_eval_tqdm=True)
         assert_equal(weights(built), whole)
+
+
+@pytest.mark.parametrize("model", ["painn", "painn_hydra", "gemnet_oc"])
+def test_an_atom_without_neighbours_has_slopes_of_nothing(model: str) -> None:
+    """Such as leave a surface: of norms of vectors that are 0 autograd has no second derivative."""
+    slab = structures(1)[0]
+    slab.cell[2, 2] = 40.0
+    slab.positions[-1, 2] += 15.0
+    far = batch([slab])
+    student = small_model(model, seed=1)
+    before = student(far.clone())["forces"].detach()
+    distiller = Distiller(student, small_model("painn"), {"jacobian": {}, "antisymmetric": {}})
+    with distiller.watch(far):
+        student(far)
+    distiller.loss().backward()
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    assert any(bool(g.any()) for g in gradients)
+    torch.testing.assert_close(student(far)["forces"].detach(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("model", ["equiformer_v2", "escn"])
