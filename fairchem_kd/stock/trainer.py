@@ -41,6 +41,10 @@ Trainer = TypeVar("Trainer", bound=OCPTrainer)
 _LONGEST_NAME = 180
 
 
+#: What an output is, where the config does not say.
+_OF_OUTPUTS = {"level": "system", "train_on_free_atoms": True, "eval_on_free_atoms": True}
+
+
 class StockTrainer(OCPTrainer):
     """Stock's :class:`OCPTrainer`, mended: same losses, same steps, same weights.
 
@@ -132,6 +136,10 @@ class StockTrainer(OCPTrainer):
             self.config.get("evaluation_metrics"), self.config["outputs"]
         )
         super().load_task()
+        for output in self.output_targets.values():
+            # as stock has it of outputs that are parts of another; without, a step ends it
+            for key, usual in _OF_OUTPUTS.items():
+                output.setdefault(key, usual)
 
     @property
     def last_step(self) -> int:

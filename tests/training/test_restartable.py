@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fairchem.core.trainers import OCPTrainer
-from trainings import assert_equal, assert_same, config, trained, trainer
+from trainings import assert_equal, assert_same, config, trained, trainer, weights
 from trainings import data as data
 
 from fairchem_kd.errors import UserError
@@ -97,3 +97,18 @@ def test_a_state_that_is_not_its_own_is_refused(tmp_path: Path, data: Path) -> N
         pytest.raises(UserError, match="not started by Counting"),
     ):
         resumed.train(disable_eval_tqdm=True)
+
+
+def test_outputs_that_say_no_more_than_a_level_are_stocks_usual_ones(
+    tmp_path: Path, data: Path
+) -> None:
+    """Without them a step of stock ends in a KeyError, and its checkpoint would too."""
+    given = config(tmp_path, data, max_epochs=1)
+    expected = trained(given, OCPTrainer)
+    given["outputs"] = {"energy": {}, "forces": {"level": "atom"}}
+    with trainer(given, RestartableTrainer) as built:
+        built.train(disable_eval_tqdm=True)
+        assert_equal(expected, weights(built))
+        saved = read_checkpoint(Path(built.config["cmd"]["checkpoint_dir"]) / "checkpoint.pt")
+    assert saved["config"]["outputs"]["forces"]["eval_on_free_atoms"] is True
+    assert saved["config"]["outputs"]["energy"]["level"] == "system"
