@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from fairchem.core.models.dimenet_plus_plus import DimeNetPlusPlusWrap
+from fairchem.core.models.esen.esen import eSEN_Backbone
 from fairchem.core.models.gemnet_oc.gemnet_oc import GemNetOC
 from fairchem.core.models.painn.painn import PaiNN
 from fairchem.core.models.schnet import SchNetWrap
@@ -116,12 +117,13 @@ def forces_are_slopes(model: nn.Module) -> bool:
     """Whether a model is known to take its forces from its energy, its own way or ours.
 
     Args:
-        model: bare.
+        model: bare; of a hydra its backbone.
     """
     if has_gradient_forces(model):
         return True
     direct = getattr(model, "direct_forces", False) or not getattr(model, "regress_forces", False)
-    return isinstance(model, DIFFERENTIABLE) and not direct
+    # eSEN detaches rotations of edges only where it has a head for forces
+    return isinstance(model, (*DIFFERENTIABLE, eSEN_Backbone)) and not direct
 
 
 @contextmanager
@@ -163,7 +165,7 @@ def check_gradient_forces(model: nn.Module, normalizers: Mapping[str, Normalizer
                 f"of no energy, which {WHERE} asks for: set that mean to 0."
             )
         return
-    if not forces_are_slopes(model):
+    if not forces_are_slopes(getattr(model, "backbone", model)):
         return
     ratio = 1.0 / float(_scale(normalizers))
     if abs(ratio - 1.0) > SAME:

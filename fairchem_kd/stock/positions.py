@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from fairchem.core.models.esen.esen import MLP_EFS_Head
 from fairchem.core.models.painn.painn import GatedEquivariantBlock
 from torch import Tensor, nn
 
@@ -20,8 +21,10 @@ def followed(model: nn.Module) -> Iterator[None]:
     And once more, by its parameters. Stock's PaiNN writes into the distances of its graph, which
     autograd needs as they were where they are no copy (without periodicity), so it gets a copy; and
     its head for forces takes norms of vectors that are 0 for an atom without neighbours, of which
-    the second derivative would be NaN, so there they are tiny and constant. That a model detaches
-    parts of its graph (EquiformerV2, eSCN: the rotations of edges) cannot be mended here.
+    the second derivative would be NaN, so there they are tiny and constant. Stock's eSEN leaves the
+    graph of forces that are a gradient out of an evaluation, so its head takes this for a training,
+    which is all that it goes by. That a model detaches parts of its graph (EquiformerV2, eSCN: the
+    rotations of edges) cannot be mended here.
 
     Args:
         model: the stock model, a hydra too, not in DistributedDataParallel.
@@ -30,6 +33,9 @@ def followed(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, GatedEquivariantBlock):
                 stack.callback(module.vec1_proj.register_forward_hook(_without_zeros).remove)
+            if isinstance(module, MLP_EFS_Head):
+                stack.callback(setattr, module, "training", module.training)
+                module.training = True
         stack.enter_context(_distances_copied(getattr(model, "backbone", model)))
         yield
 

@@ -118,7 +118,8 @@ class RestartableTrainer(SavingTrainer):
         with refused_by_all():
             for split in ("train", "val", "test"):
                 check_split(self, split)
-            check_gradient_forces(self._unwrapped_model, self.normalizers)
+            if "forces" in self.output_targets:
+                check_gradient_forces(self._unwrapped_model, self.normalizers)
 
     def check_ranks(self) -> None:
         """Make sure that all ranks go on from the same, with the same data and config."""

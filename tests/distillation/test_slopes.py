@@ -87,6 +87,29 @@ def test_an_atom_without_neighbours_has_slopes_of_nothing(model: str) -> None:
     torch.testing.assert_close(student(far)["forces"].detach(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("esen_hydra_gradient", "painn"), ("painn", "esen_hydra_gradient")]
+)
+def test_gradient_forces_of_esen_have_slopes(student: str, teacher: str) -> None:
+    """In an evaluation too, which the teacher and the look before the first step are."""
+    models = small_model(student, seed=1), small_model(teacher)
+    distiller = Distiller(*models, {"jacobian": {}})
+    given = batch()
+    with distiller.watch(given):
+        models[0](given)
+    loss = distiller.loss()
+    loss.backward()
+    assert loss.item() > 0
+    gradients = [p.grad for p in models[0].parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    assert not any(module.training for module in models[1].modules())  # as it was
+
+
+def test_gradient_forces_of_esen_are_a_slope_already() -> None:
+    with pytest.raises(UserError, match=r"antisymmetric lessens .* the student's are a slope"):
+        Distiller(small_model("esen_hydra_gradient"), small_model("painn"), ["antisymmetric"])
+
+
 @pytest.mark.parametrize("model", ["equiformer_v2", "escn"])
 def test_a_student_that_detaches_its_frames_is_refused(
     tmp_path: Path, data: Path, teacher: Path, model: str

@@ -258,9 +258,13 @@ def test_forces_that_are_shifted_are_refused() -> None:
         check_gradient_forces(model, normalizers(mean=0.25))
 
 
-def test_stocks_gradient_forces_with_two_units_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    """Stock's SchNet: forces in eV/Å are 1.5 / 2 of the slope of the energy in eV."""
-    model = small_model("schnet")
+@pytest.mark.parametrize("flavour", ["schnet", "esen_hydra_gradient"])
+def test_stocks_gradient_forces_with_two_units_are_told(
+    flavour: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Forces in eV/Å are 1.5 / 2 of the slope of the energy in eV; of a hydra's too."""
+    model = small_model(flavour)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         for silent in (normalizers() | {"energy": normalizers()["forces"]}, {}):
             check_gradient_forces(model, silent)
