@@ -233,7 +233,8 @@ class Distillation:
         with torch.autocast(self.device.type, enabled=False):
             found = self.compared(batch, out, features)
             if found.trusted is not None:
-                self.values.note((UNTRUSTED,), 1.0 - found.trusted.double().mean().view(1))
+                share = 1.0 - found.trusted.double().mean().view(1)
+                self.values.note((UNTRUSTED,), share, rare=True)
             inputs = found.inputs
             inputs.step = step
             parts: dict[str, tuple[float, Part]] = {}

@@ -235,6 +235,20 @@ def test_coefficients_follow_their_schedule() -> None:
     assert distiller.step == 5  # looking is no step
 
 
+def test_values_of_a_term_are_means_over_the_steps_at_which_it_counts() -> None:
+    student = painn()
+    ends = {"kind": "n2n", "standardize": False, "schedule": {"stop": 0.25}}
+    distiller = Distiller(student, gemnet(), {**PLAIN, "early": ends}, steps=8, seed=1)
+    for _ in range(5):
+        watched(distiller, student)
+    told = distiller.values()
+    watched(distiller, student)
+    assert told["n2n"] == pytest.approx(distiller.values()["n2n"], rel=1e-5)
+    again = Distiller(student, gemnet(), {**PLAIN, "early": ends}, steps=8, seed=1)
+    watched(again, student)
+    assert told["early"] == pytest.approx(again.values()["early"], rel=1e-5)  # of 2 steps of 5
+
+
 def test_a_warm_up_beyond_the_training_is_told(caplog: pytest.LogCaptureFixture) -> None:
     for steps, told in ((9, False), (8, True)):
         losses = {"n2n": {**PLAIN["n2n"], "schedule": {"warmup_steps": 8}}}
