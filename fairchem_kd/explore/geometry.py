@@ -8,6 +8,8 @@ import numpy as np
 from ase.data import covalent_radii
 from numpy.typing import NDArray
 
+from fairchem_kd.stock.periodicity import completed
+
 Array = NDArray[np.float64]
 
 #: Å up to which the nearest image has to be the nearest indeed: further apart is far, however far.
@@ -22,6 +24,8 @@ def pair_distances(pos: Array, cell: Array, pbc: NDArray[np.bool_]) -> Array:
     half of its smallest height; where that is not enough, ASE looks at all neighbouring images.
     """
     vectors = pos[:, None] - pos[None, :]
+    if pbc.any() and abs(np.linalg.det(cell)) <= 1e-6:
+        cell = completed(cell)  # an edge that is missing is one along which nothing repeats
     if pbc.any() and abs(np.linalg.det(cell)) > 1e-6:
         if _rounding_finds(cell):
             shifts = np.round(vectors @ np.linalg.inv(cell)) * pbc

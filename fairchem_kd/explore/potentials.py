@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fairchem_kd.calculators.asking import Calculator, NoAnswer
 from fairchem_kd.errors import UserError
+from fairchem_kd.stock.periodicity import everywhere
 from fairchem_kd.store.format import Structure
 from fairchem_kd.store.names import ENERGY, FORCES, output_column
 
@@ -134,12 +135,12 @@ def told_of(path: Path) -> list[Any]:
 
 
 def structure_of(atoms: ase.Atoms) -> Structure:
-    """As a store knows it."""
+    """As a store knows it: periodic along all axes, with room along those that were not."""
     return Structure(
         atoms.numbers,
         atoms.positions,
-        np.array(atoms.cell),
-        atoms.pbc.astype(int),
+        everywhere(np.array(atoms.cell), atoms.pbc, atoms.positions),
+        np.ones(3, dtype=bool),
         atoms.get_tags(),
     )
 

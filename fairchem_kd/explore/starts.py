@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fairchem_kd.analysis.subjects.structures import open_structures
 from fairchem_kd.data.convert.sources import find_files, split_of
 from fairchem_kd.errors import UserError, did_you_mean
-from fairchem_kd.stock.periodicity import axes, tags_of
+from fairchem_kd.stock.periodicity import axes, everywhere, tags_of
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -181,7 +181,7 @@ def start_of(sample: Data, source: Source, place: int) -> Start:
     """A sample as a structure to begin with.
 
     Raises:
-        UserError: a position or its cell is not finite, or it has no atoms.
+        UserError: a position or its cell is not finite, its cell is flat, or it has no atoms.
     """
     pos = np.asarray(sample.pos, "<f4")
     numbers = np.asarray(sample.atomic_numbers).astype(np.int64)
@@ -195,6 +195,13 @@ def start_of(sample: Data, source: Source, place: int) -> Start:
         )
     given = getattr(sample, "pbc", None)
     pbc = axes(None if given is None else np.asarray(given, bool).reshape(3), cell)
+    try:
+        everywhere(cell, pbc, pos)
+    except ValueError:
+        raise UserError(
+            f"Structure {place} of {source.path} is periodic along vectors of its cell that lie in "
+            "a plane: mend its cell or its pbc, or leave it out."
+        ) from None
     tags = np.asarray(_or_none(sample, "tags", numbers)).astype(np.int64)
     if not tags.any():
         tags = tags_of(len(numbers), bool(pbc.any()))

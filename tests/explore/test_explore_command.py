@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.calculators.emt import EMT as Emt
 from ase.io import write
@@ -136,6 +137,33 @@ def test_a_calculators_dynamics_are_a_labelled_set_and_its_store_is_filled(
     reader.close()
     assert main(words) == 0  # it is there, and so is what the calculator said
     assert f"{len(found)} frames" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("height", [9.0, 0.0])
+def test_a_slab_that_is_not_periodic_along_its_normal_has_no_images_there(
+    home: Path, height: float
+) -> None:
+    """Neither on the way nor in its labels, which are what its store has."""
+    edit = {"cell": lambda cell, _: cell * torch.tensor([1, 1, 0]) + height * torch.tensor(
+        [[0, 0, 0], [0, 0, 0], [0, 0, 1.0]])}  # fmt: skip
+    pbc = {"pbc": lambda pbc, _: pbc & torch.tensor([[True, True, False]])}
+    write_lmdb(Path("thin"), 2, seed=60, **edit, **pbc)
+    assert main(["explore", "thin", "--out", "new", *MD, "--store", "store"]) == 0
+    found = samples("new/thin")
+    assert len(found) > 1
+    reader = Reader(Path("store"))
+    for one in found:
+        assert one.pbc.tolist() == [[True, True, False]]
+        atoms = Atoms(one.atomic_numbers.numpy(), one.pos.numpy().astype(float),
+                      cell=one.cell[0].numpy(), pbc=one.pbc[0].numpy())  # fmt: skip
+        atoms.calc = Emt()
+        expected = atoms.get_potential_energy()
+        assert one.energy == pytest.approx(expected, abs=1e-4)
+        (structure,) = structures_of(collate([one]))
+        said = reader.read(structure.key(), ["output:energy"])
+        assert said is not None
+        assert float(said["output:energy"][0]) == pytest.approx(expected, abs=1e-4)
+    reader.close()
 
 
 COUNTING = """
@@ -391,6 +419,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
             "positions that are not finite",
         ),
         ({"atomic_numbers": lambda z, _: z * 0 + 110}, "which teacher.pt does not know"),
+        ({"cell": lambda cell, _: cell[:, [0, 0, 2]]}, "Structure 0 of bad is periodic along"),
     ],
 )
 def test_structures_that_will_not_do_are_named(

@@ -134,3 +134,9 @@ def test_at_zero_nothing_is_known() -> None:
     where = (np.array([1, 1]), np.eye(3)[:2], np.zeros((3, 3)), np.zeros(3, bool))
     known.add(*where)
     assert not known.has(*where)
+
+
+def test_an_edge_that_is_missing_leaves_the_others_periodic() -> None:
+    cell, pbc = np.diag([5.0, 6.0, 0.0]), np.array([True, True, False])
+    pos = np.array([[0.2, 0.3, 1.0], [4.8, 5.9, 2.0]])
+    assert pair_distances(pos, cell, pbc)[0, 1] == pytest.approx(np.sqrt(0.4**2 + 0.4**2 + 1))
