@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fairchem_kd.analysis.subjects.structures import open_structures
-from fairchem_kd.data.convert.sources import find_files, split_of
+from fairchem_kd.data.convert.sources import find_files, is_known, split_of
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.stock.periodicity import axes, everywhere, tags_of
 
@@ -118,11 +118,16 @@ def _sources_in(path: Path, splits: Sequence[str] | None) -> list[Source]:
         named = [Source(path, path.absolute().parent.name)]
     else:
         named = [Source(file, split_of(file, [path]) or TRAIN) for file in find_files([path])]
+        if path.is_dir() and len({source.split for source in named}) > 1:
+            splits = splits or [TRAIN]  # as of a data set with several
     return [source for source in named if not splits or source.split in splits] or _none(path)
 
 
 def _none(path: Path) -> list[Source]:
-    raise UserError(f"{path} has nothing of the splits that --splits names: name others.")
+    raise UserError(
+        f"{path} has nothing of the splits that --splits names, or of {TRAIN} without it: name "
+        "others."
+    )
 
 
 def _splits_in(path: Path) -> dict[str, Path]:
@@ -142,16 +147,32 @@ def beside(sources: Sequence[Source]) -> list[Source]:
     return list(found.values())
 
 
+def is_held_out(source: Source) -> bool:
+    """Whether its name says that it is for validation or tests."""
+    return _word(source.split) in _HELD_OUT
+
+
 def _held_out(source: Source) -> list[Source]:
-    if not _is_split(source.path):
-        return []
-    there = _splits_in(source.path.absolute().parent)
     own = _word(source.split)
     return [
-        Source(path, name)
-        for name, path in there.items()
-        if _word(name) in _HELD_OUT and _word(name) != own and path != source.path.absolute()
+        one
+        for one in _beside(source.path.absolute())
+        if is_held_out(one) and _word(one.split) != own and one.path != source.path.absolute()
     ]
+
+
+def _beside(path: Path) -> list[Source]:
+    """The splits of its data set, if it is of one; of other files those that lie in its folder."""
+    split = path.parent if path.suffix == ".lmdb" else path
+    if _is_split(split):
+        return [Source(one, name) for name, one in _splits_in(split.parent).items()]
+    if path.is_dir():
+        return []
+    folders = [path.parent]
+    if split_of(path.parent, []):  # train/frames.xyz, and test/frames.xyz beside it
+        folders += [one for one in path.parent.parent.iterdir() if one.is_dir()]
+    files = {one for folder in folders for one in folder.iterdir() if is_known(one)}
+    return [Source(file, split_of(file, [file.parent])) for file in sorted(files) if file.is_file()]
 
 
 def _word(name: str) -> str:

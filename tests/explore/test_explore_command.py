@@ -32,6 +32,7 @@ from fairchem_kd.commands.explore_options import MODES
 from fairchem_kd.commands.main import main
 from fairchem_kd.data.metadata import check_metadata
 from fairchem_kd.explore import exploration, settings
+from fairchem_kd.explore.starts import find_sources
 from fairchem_kd.npz import read_array
 from fairchem_kd.stock.datasets import collate
 from fairchem_kd.store import Reader
@@ -259,6 +260,32 @@ def test_a_file_that_ase_reads_is_of_the_split_that_its_name_says(home: Path) ->
     assert main(["explore", "slabs_test.extxyz", "--out", "new", "--copies", "2"]) == 0
     assert len(samples("new/test")) == 6
     assert [one.sid for one in samples("new/test")] == [0, 0, 1, 1, 2, 2]
+
+
+def test_of_a_folder_of_files_train_is_taken_and_the_others_are_kept_apart_from(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = structures(4, seed=7, std=0.1)[:2]
+    bare = [Atoms(a.numbers, a.positions, cell=a.cell, pbc=a.pbc) for a in (one, other)]
+    for folder, names in (("flat", ("train", "test")), ("deep", ("train/a", "test/a"))):
+        for name in names:
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+        write(f"{folder}/{names[0]}.extxyz", bare[:1] * 2)
+        write(f"{folder}/{names[1]}.extxyz", bare[1])
+        new = f"new_{folder}"
+        assert main(["explore", folder, "--out", new, "--copies", "2"]) == 0
+        assert f"src: {new}/train}}" in capsys.readouterr().out
+        assert [path.name for path in Path(new).iterdir() if path.is_dir()] == ["train"]
+        assert len(samples(f"{new}/train")) == 2
+        found = exploration.beside(find_sources([Path(folder)], None))
+        assert [(one.path, one.split) for one in found] == [
+            (Path(folder, f"{names[1]}.extxyz").absolute(), "test")
+        ]
+    assert main(["explore", "flat", "--out", "both", "--splits", "train", "test"]) == 0
+    assert len(samples("both/test")) == 4
+    Path("flat/train.extxyz").rename("flat/val.extxyz")
+    assert main(["explore", "flat", "--out", "none"]) == 2
+    assert "or of train without it" in capsys.readouterr().err
 
 
 def test_trajectories_may_have_names(home: Path) -> None:

@@ -88,7 +88,7 @@ def find_files(sources: Iterable[Path], pattern: str | None = None) -> list[Path
             raise UserError(f"{source} does not exist; name a file or a folder with structures.")
         files = sorted(files_below(source, pattern))
         if pattern is None:
-            files = [file for file in files if _is_known(file)]
+            files = [file for file in files if is_known(file)]
         if not files:
             what = f"no file that matches {pattern}" if pattern else "no file of structures in it"
             raise UserError(
@@ -138,7 +138,8 @@ def passed_over(sources: Iterable[Path], found: Iterable[Path]) -> list[Path]:
     ]
 
 
-def _is_known(file: Path) -> bool:
+def is_known(file: Path) -> bool:
+    """Whether its name is that of a file of structures, as far as a folder is searched for them."""
     bare = _bare(file)
     if bare.suffix in (*XYZ, *TRAJECTORY, *DATABASE) or bare.name.endswith(OTHERS):
         return True
