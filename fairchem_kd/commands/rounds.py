@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,12 +223,31 @@ def _sources(args: argparse.Namespace, config: dict[str, Any]) -> list[Source]:
     """The structures that dynamics begin with.
 
     Raises:
-        UserError: there are none, or not as a folder of LMDBs.
+        UserError: there are none, or some are for validation or tests.
     """
-    from fairchem_kd.explore.starts import find_sources
+    from fairchem_kd.explore.starts import TRAIN, find_sources, is_held_out
 
+    sources = find_sources(_named_sources(args, config), args.splits)
+    judging = {source.path.resolve() for source in _apart_from(args, config)}
+    for source in sources:
+        if is_held_out(source) or source.path.resolve() in judging:
+            raise UserError(
+                f"{source.path} is for validation or tests, and rounds train on what comes of "
+                "their structures: name others with --source and --splits."
+            )
+    if len({source.split for source in sources}) > 1:  # what a round may add is of all of them
+        sources = [replace(source, split=TRAIN) for source in sources]
+    return sources
+
+
+def _named_sources(args: argparse.Namespace, config: dict[str, Any]) -> list[Path]:
+    """Where these structures are.
+
+    Raises:
+        UserError: the config has none in a folder of LMDBs.
+    """
     if args.source is not None:
-        return find_sources(args.source, args.splits)
+        return list(args.source)
     unlabelled = config["task"]["distillation"].get("unlabelled") or {}
     dataset = unlabelled.get("dataset") or (config.get("dataset") or {}).get("train") or {}
     if dataset.get("format", "lmdb") != "lmdb" or not isinstance(dataset.get("src"), str):
@@ -235,7 +255,7 @@ def _sources(args: argparse.Namespace, config: dict[str, Any]) -> list[Source]:
             f"{args.config}: dataset.train is no folder of LMDBs; name the structures that "
             "dynamics begin with by --source."
         )
-    return find_sources([Path(dataset["src"])], args.splits)
+    return [Path(dataset["src"])]
 
 
 def _apart_from(args: argparse.Namespace, config: dict[str, Any]) -> list[Source]:

@@ -176,6 +176,8 @@ def test_rounds_that_were_killed_end_as_they_would_have(
         ({}, ["--every", "9"], "no frame would be taken"),
         ({}, ["--out", "data"], "is no folder of rounds"),
         ({}, ["--source", "nowhere"], "nowhere does not exist"),
+        ({}, ["--source", "data/val"], "data/val is for validation or tests"),
+        ({}, ["--source", "data", "--splits", "train", "val"], "is for validation or tests"),
         ({}, ["--student", "gone.pt"], "gone.pt does not exist"),
     ],
 )
@@ -282,6 +284,20 @@ def test_rounds_begin_with_a_student_and_ask_a_calculator_once_about_what_it_fin
         (structure,) = structures_of(collate([one]))
         assert reader.has(structure.key(), ["output:energy", "output:forces"])
     reader.close()
+
+
+def test_a_round_adds_as_many_as_it_may_whatever_its_sources_are_called(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so does rattling, of which two of the sources are of one split."""
+    monkeypatch.setattr(running, "train", lambda *_, **__: Path("teacher.pt"))
+    write_lmdb(Path("other/train"), 4, seed=120)
+    words = [*WORDS, "--source", "more", "data", "other", "--student", "teacher.pt"]
+    assert main([*words, "--budget", "4", "--rounds", "2", "--out", "out"]) == 0
+    rows = read_json(Path("out/rounds.json"))["rows"]
+    assert [row["structures"] for row in rows] == [0, 4, 4]
+    assert len(samples("out/round_0/frames/train")) == 4
+    assert len(samples("out/rattled_1/frames/train")) == 4
 
 
 def test_a_job_is_told_all_that_the_command_was(

@@ -244,7 +244,7 @@ class _Running:
             mode=RATTLE,
             window=None,
             seed=self.plan.settings.seed + number,
-            most=max(1, -(-needed // len(self.plan.sources))),
+            most=needed,
             copies=1 + math.ceil(_ROOM * needed / max(starts, 1)),
         )
         plan = Plan(
