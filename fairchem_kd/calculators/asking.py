@@ -30,6 +30,7 @@ from fairchem_kd.store.names import (
 ISOLATED = 20.0
 #: eV per atom by which atoms' energies may miss the structure's.
 _MISSED = 1e-3
+_STILL = 1e-5  # Å by which atoms may move while a calculator is asked
 #: By the name of a feature, the form in which it is kept.
 _FORMS = {"node": "node", "vector": "vector", "edge": "node"}
 _ADDRESS = re.compile(r"(node|vector|edge)(@\d+)?")
@@ -202,6 +203,7 @@ class Calculator:
 
     def _results(self, structure: Structure) -> tuple[float, Array, Mapping[str, Any]]:
         atoms = as_atoms(structure)
+        given = atoms.copy()
         atoms.calc = self.ase
         try:
             forces = _numbers(atoms.get_forces(), "forces")
@@ -215,6 +217,7 @@ class Calculator:
                 reset()  # what it began must not pass for an answer
             lines = str(error).strip().splitlines() or [""]
             raise NoAnswer(f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")) from error
+        _refuse_changed(given, atoms)
         if energy.size != 1:
             raise NoAnswer(f"its energy has the shape {energy.shape}")
         if forces.shape != (len(atoms), 3):
@@ -233,6 +236,31 @@ class Calculator:
         if not fitting or abs(shares.sum() - energy) > _MISSED * max(atoms, 1):
             return None
         return shares.reshape(atoms, 1)
+
+
+def _refuse_changed(given: ase.Atoms, atoms: ase.Atoms) -> None:
+    """Refuse the answer of a calculator that has changed the atoms that it was given.
+
+    It is one about other atoms then. Whole structures may be moved, and atoms by whole edges of the
+    cell, as where they are wrapped into it.
+
+    Raises:
+        NoAnswer: saying what has changed.
+    """
+    if not np.array_equal(given.numbers, atoms.numbers):
+        raise NoAnswer("it changes which atoms there are, or their order, in what it is given")
+    if np.abs(np.array(given.cell) - np.array(atoms.cell)).max() > _STILL and given.pbc.any():
+        raise NoAnswer("it changes the cell that it is given")
+    moved = atoms.positions - given.positions
+    if not moved.any():
+        return
+    moved = moved - moved[0]
+    if given.pbc.any():
+        cell = np.array(given.cell)
+        moved -= np.round(moved @ np.linalg.inv(cell)) @ cell
+    farthest = float(np.linalg.norm(moved, axis=1).max())
+    if not farthest < _STILL:
+        raise NoAnswer(f"it moves the atoms that it is given, by {farthest:.2g} Å")
 
 
 def _form(address: str) -> str:

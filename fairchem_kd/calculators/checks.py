@@ -19,7 +19,9 @@ STRUCTURES = 4  # that are looked at
 _STEP = 0.01  # Å: how far the atom with the largest force moves
 _RATTLE = 0.05  # Å: standard deviation, so that there are forces
 _SMALLEST = 2e-3  # eV/Å: root mean square below which forces tell nothing
+_ROUNDING = 1e-6  # of an energy in single precision, what is lost of it, and more
 _GRADIENT = 0.02  # of their norm, by which forces may miss the differences and be the gradient
+_REPEATS = 1e-3  # eV for each atom and eV/Å by which answers about the same structure may differ
 _SAME = (0.6, 1.4)  # the ratio of differences to forces where these are direct, say
 #: What the ratio is where energies and forces are not in units of each other.
 _UNITS = {
@@ -84,6 +86,11 @@ def check_forces(calculator: Calculator, structures: Iterable[Structure]) -> For
         len(ratios), float(np.median(ratios)), float(np.max(np.abs(np.array(ratios) - 1)))
     )
     least, most = _SAME
+    if np.isinf(found.ratio):
+        raise UserError(
+            f"--calculator {calculator.factory.path}: its forces are zero where its energy changes "
+            "with the positions of atoms: take one that gives forces."
+        )
     if found.ratio < 0:
         raise UserError(
             f"--calculator {calculator.factory.path}: its forces point uphill: along them its "
@@ -100,18 +107,58 @@ def check_forces(calculator: Calculator, structures: Iterable[Structure]) -> For
 def _ratio(
     calculator: Calculator, structure: Structure, generator: np.random.Generator
 ) -> float | None:
-    """Of the differences along the forces to their norm; None where there are no forces."""
+    """Of the differences along the forces to their norm; None where there are no forces.
+
+    Infinite where all forces are zero, and the energy changes in some direction.
+    """
     pos = np.asarray(structure.pos, np.float64)
     pos = pos + _RATTLE * generator.standard_normal(pos.shape)
     _, forces = calculator.raw(_at(structure, pos))
     norm = float(np.linalg.norm(forces))
-    if norm < _SMALLEST * np.sqrt(forces.size):
+    if 0 < norm < _SMALLEST * np.sqrt(forces.size):
         return None
-    direction = forces / norm
+    direction = forces / norm if norm else _any_direction(forces.shape)
     step = _STEP / np.abs(direction).max()
     ahead, _ = calculator.raw(_at(structure, pos + step * direction))
     behind, _ = calculator.raw(_at(structure, pos - step * direction))
-    return (behind - ahead) / (2 * step) / norm
+    slope = (behind - ahead) / (2 * step)
+    if norm:
+        return slope / norm
+    rounding = _ROUNDING * abs(ahead) / step
+    return np.inf if abs(slope) > 10 * _SMALLEST + rounding else None
+
+
+def _any_direction(shape: tuple[int, ...]) -> Array:
+    """A unit vector over all atoms."""
+    drawn = np.random.Generator(np.random.PCG64(2)).standard_normal(shape)
+    return drawn / np.linalg.norm(drawn)
+
+
+def check_repeats(calculator: Calculator, structure: Structure) -> list[str]:
+    """What it says of a structure when it is asked again, in a sentence; empty where the same.
+
+    Args:
+        calculator: is asked about another structure in between, so that it has to work it out anew.
+        structure: any; one that it cannot be asked about tells nothing.
+    """
+    pos = np.asarray(structure.pos, np.float64)
+    other = pos + _RATTLE * np.random.Generator(np.random.PCG64(3)).standard_normal(pos.shape)
+    try:
+        energy, forces = calculator.raw(_at(structure, pos))
+        calculator.raw(_at(structure, other))
+        again, anew = calculator.raw(_at(structure, pos))
+    except NoAnswer:
+        return []
+    apart, forces_apart = abs(again - energy), float(np.abs(anew - forces).max())
+    usual = float(np.sqrt(np.square(forces).mean()))
+    same = apart < _REPEATS * len(pos) + _ROUNDING * abs(energy)
+    if same and forces_apart < _REPEATS + _GRADIENT * usual:
+        return []
+    return [
+        f"Asked again about the same structure it says something else (by {apart:.2g} eV, and by "
+        f"{forces_apart:.2g} eV/Å): a student learns that noise, and `teach verify` will not find "
+        "what was kept; have it say the same, by its seed or its settings."
+    ]
 
 
 def _at(structure: Structure, pos: Array) -> Structure:

@@ -16,7 +16,7 @@ from pathlib import Path
 import ase
 
 from fairchem_kd.calculators.asking import Calculator, NoAnswer, rounded
-from fairchem_kd.calculators.checks import check_forces, check_turning
+from fairchem_kd.calculators.checks import check_forces, check_repeats, check_turning
 from fairchem_kd.errors import UserError
 from fairchem_kd.store.card import OWN, Card
 from fairchem_kd.store.failures import FAILED, failures, note_failure
@@ -241,6 +241,7 @@ def _look(calculator: Calculator, structures: Sequence[Structure]) -> list[str]:
                 "Its forces are not exactly the gradient of its energy, as where a model predicts "
                 "them directly: a student with conservative forces cannot have both."
             )
+    said += check_repeats(calculator, structures[0])
     return said + check_turning(calculator, structures[0])
 
 

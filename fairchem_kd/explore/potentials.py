@@ -152,7 +152,7 @@ def probe(calculator: Calculator, structures: Sequence[ase.Atoms]) -> list[str]:
         UserError: it can say nothing of any of the first structures, or its forces are not minus
             the gradient of its energy in eV/Å.
     """
-    from fairchem_kd.calculators.checks import check_forces
+    from fairchem_kd.calculators.checks import check_forces, check_repeats
 
     tried = [structure_of(atoms) for atoms in structures[:PROBED]]
     why: NoAnswer | None = None
@@ -168,7 +168,8 @@ def probe(calculator: Calculator, structures: Sequence[ase.Atoms]) -> list[str]:
             f"structures: {why}. Mend that, or take structures that it knows."
         )
     found = check_forces(calculator, tried)
-    return [] if found is None else [f"Looked at {found}."]
+    said = [] if found is None else [f"Looked at {found}."]
+    return said + check_repeats(calculator, tried[0])
 
 
 def _answer(found: dict[str, Any]) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from toy_calculators import Toy
 
 from fairchem_kd.calculators.ase_files import structure_of
 from fairchem_kd.calculators.asking import Calculator, NoAnswer, as_atoms, parse_features
-from fairchem_kd.calculators.checks import check_forces, check_turning
+from fairchem_kd.calculators.checks import check_forces, check_repeats, check_turning
 from fairchem_kd.calculators.factory import Factory
 from fairchem_kd.errors import UserError
 from fairchem_kd.store import Structure
@@ -112,6 +113,60 @@ def test_answers_of_other_shapes_and_types(
         asked.ask(slab())
 
 
+def _backwards(atoms: Atoms) -> None:
+    for name, values in atoms.arrays.items():
+        atoms.arrays[name] = values[::-1].copy()
+
+
+def _moved(atoms: Atoms) -> None:
+    atoms.positions[1] += 0.05
+
+
+def _swollen(atoms: Atoms) -> None:
+    atoms.set_cell(1.01 * np.array(atoms.cell))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_backwards, "which atoms there are, or their order"),
+        (_moved, "it moves the atoms that it is given, by 0.087 Å"),
+        (_swollen, "it changes the cell"),
+    ],
+)
+def test_an_answer_about_other_atoms_than_were_given_is_none(
+    change: Callable[[Atoms], None], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calculate = Toy.calculate
+    mixed = slab()
+    mixed.numbers[0] = 47
+
+    def changing(self: Toy, atoms: Any = None, *more: Any) -> None:
+        change(atoms)
+        calculate(self, atoms, *more)
+
+    monkeypatch.setattr(Toy, "calculate", changing)
+    with pytest.raises(NoAnswer, match=message):
+        toy().ask(mixed)
+
+
+def test_atoms_that_are_wrapped_and_structures_that_are_moved_whole_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calculate = Toy.calculate
+    expected = toy().ask(slab())
+
+    def changing(self: Toy, atoms: Any = None, *more: Any) -> None:
+        atoms.positions += [1.5, 2.0, 3.0]
+        atoms.wrap()
+        calculate(self, atoms, *more)
+
+    monkeypatch.setattr(Toy, "calculate", changing)
+    said = toy().ask(slab())
+    for name, values in expected.items():
+        np.testing.assert_allclose(said[name], values, atol=1e-9)
+
+
 def test_periodic_structures_are_periodic_and_molecules_are_not() -> None:
     mixed = fcc111("Cu", (1, 1, 3), vacuum=6.0)
     assert not mixed.pbc.all()
@@ -143,6 +198,7 @@ def test_forces_are_compared_with_the_energy(arguments: dict[str, Any], ratio: f
         ({"forces": 23.061}, "as with energies in eV and forces in kcal/mol/Å"),
         ({"energy": 1 / 27.211}, "as with energies in Hartree and forces in eV/Å"),
         ({"energy": 1 / 27.211, "forces": 1 / 51.422}, "as with forces in units per Bohr"),
+        ({"forces": 0.0}, "its forces are zero where its energy changes"),
         ({"forces": 0.1}, r"its forces are not the gradient of its energy \("),
     ],
 )
@@ -153,7 +209,25 @@ def test_other_units_and_signs_are_refused(arguments: dict[str, Any], message: s
 
 def test_what_cannot_be_compared_is_not() -> None:
     assert check_forces(toy(fails=29), [slab()]) is None
-    assert check_forces(toy(forces=0.0), [slab()]) is None
+    assert check_forces(toy(energy=0.0, forces=0.0), [slab()]) is None
+    alone = structure_of(Atoms("Cu"))
+    assert check_forces(toy(shift=-1e5), [alone, slab()]).structures == 1
+
+
+def test_a_calculator_that_says_something_else_when_it_is_asked_again_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert check_repeats(toy(), slab()) == []
+    assert check_repeats(toy(fails=29), slab()) == []
+    calculate, noise = Toy.calculate, np.random.default_rng(0)
+
+    def noisy(self: Toy, *given: Any) -> None:
+        calculate(self, *given)
+        self.results["forces"] = self.results["forces"] + 0.2 * noise.normal(size=(8, 3))
+
+    monkeypatch.setattr(Toy, "calculate", noisy)
+    (said,) = check_repeats(toy(), slab())
+    assert said.startswith("Asked again about the same structure it says something else (by 0 eV")
 
 
 def test_features_are_turned() -> None:
