@@ -29,6 +29,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.stock.periodicity import alike, axes, everywhere, room, tags_of
 
 _SINGLE = ("pos", "cell")  # what models multiply with weights
+_MADE_UP = frozenset({"pbc", "tags"})  # where a sample lacks them
 #: Every module in which stock looks its collater up.
 _USERS = (
     *(datasets, lmdb_dataset, base_trainer),
@@ -52,8 +53,11 @@ def use_our_collater() -> None:
 
 
 def fit(samples: Sequence[Any]) -> Sequence[Any]:
-    """``samples``, or copies of them that are alike in periodicity, and have what models read."""
-    samples = [_in_form(one) for one in samples]
+    """``samples``, or copies of them that are alike in periodicity, and have what models read.
+
+    What some of them lack, labels for example, the copies of the others lack too.
+    """
+    samples = _with_the_same([_in_form(one) for one in samples])
     same = alike([_pbc(one) for one in samples], [_cell(one) for one in samples])
     untagged = [_untagged(one) for one in samples]
     if same and not any(untagged):
@@ -89,6 +93,24 @@ def _in_form(sample: Any) -> Any:
     made = copy.copy(sample)
     for key, value in changes.items():
         made[key] = value
+    return made
+
+
+def _with_the_same(samples: Sequence[Any]) -> Sequence[Any]:
+    """The samples, or copies without what not all of them have: labels of some, a name, ...
+
+    Periodicity and tags stay, which are made up for below. Whoever needs labels misses them.
+    """
+    held = [frozenset(one.keys()) for one in samples]
+    if len(set(held)) < 2:
+        return samples
+    common = frozenset.intersection(*held) | _MADE_UP
+    made = []
+    for sample, own in zip(samples, held, strict=True):
+        one = copy.copy(sample)
+        for key in own - common:
+            del one[key]
+        made.append(one)
     return made
 
 

@@ -162,6 +162,19 @@ def test_samples_themselves_are_left_as_they_are() -> None:
         assert torch.equal(one.cell, was.cell)
 
 
+def test_what_some_samples_lack_a_batch_lacks_but_for_what_models_read() -> None:
+    labelled, bare = sample(slab(), 3), sample(slab(), pbc=False, tags=None)
+    labelled.energy, labelled.forces = 1.0, torch.zeros(8, 3)
+    del bare["sid"], bare["fixed"]
+    for order in ((labelled, bare), (bare, labelled)):
+        batch = collate(order, otf_graph=True)
+        assert not {"energy", "forces", "sid"} & set(batch.keys())
+        assert batch.pbc.shape == (2, 3)
+        assert batch.tags.shape == batch.fixed.shape == (16,)
+    assert labelled.energy == 1.0
+    assert collate([labelled, labelled], otf_graph=True).energy.tolist() == [1.0, 1.0]
+
+
 def test_sets_that_differ_in_periodicity_are_joined() -> None:
     labelled = collate([sample(slab()), sample(slab())], otf_graph=True)  # T T F
     gas = collate([sample(molecule("CO"), pbc=False), sample(molecule("CO"), pbc=False)])
