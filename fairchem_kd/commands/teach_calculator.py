@@ -131,7 +131,9 @@ def _samples(args: argparse.Namespace) -> dict[str, list[Any]]:
     from fairchem_kd.analysis.subjects.structures import open_structures
 
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_structures(Path(path))) for path in args.what]
+        opened = [
+            stack.enter_context(open_structures(Path(path), labels=True)) for path in args.what
+        ]
         samples = {structures.path: list(structures.samples()) for structures in opened}
     for name, held in samples.items():
         if not held:

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 from ase import Atoms
@@ -138,6 +140,37 @@ def test_the_labels_of_a_set_are_what_its_own_calculator_says(
     out = capsys.readouterr().out
     assert "16 records are whole, 0 are damaged" in out
     assert "6 structures were asked about again" in out
+
+
+def test_labels_of_files_that_ase_reads_tell_units_too(
+    home: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some of the structures have none."""
+    found = list(read("slabs.extxyz", ":"))
+    for atoms in found[::2]:
+        atoms.calc = EMT()
+        atoms.get_forces()
+    write("labelled.extxyz", found)
+    words = ["teach", "labelled.extxyz", "--out", "store"]
+    assert main([*words, *toy(energy=23.061, forces=23.061)]) == 2
+    assert "its forces are 23.1 times the labels', as in kcal/mol/Å" in capsys.readouterr().err
+    assert not Path("store/store.json").exists()
+    with caplog.at_level(logging.INFO):
+        assert main([*words, *EMT_WORDS]) == 0
+    assert re.search(r"The teacher on the labels: .* \(MAE of 2 structures\)", caplog.text)
+
+
+def test_structures_with_and_without_labels_are_asked_about_together(home: Path) -> None:
+    write_lmdb(Path("some"), 4, seed=20)
+    file = lmdb.open("some/data.0000.lmdb", subdir=False, lock=False)
+    with file.begin(write=True) as transaction:
+        for number in (b"1", b"3"):
+            sample = pickle.loads(transaction.get(number))
+            del sample["energy"], sample["forces"]
+            transaction.put(number, pickle.dumps(sample, protocol=4))
+    file.close()
+    assert main(["teach", "some", *EMT_WORDS, "--out", "store"]) == 0
+    assert len(records("store")) == 4
 
 
 def test_another_zero_is_told_by_element_and_taken_out(

@@ -78,7 +78,11 @@ def data_of(file: ModelFile) -> dict[str, Any]:
 
 @contextmanager
 def open_structures(
-    source: str | Path | Mapping[str, Any], *, limit: int | None = None, name: str = ""
+    source: str | Path | Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    name: str = "",
+    labels: bool = False,
 ) -> Iterator[Structures]:
     """The structures of ``source``, as long as the block runs.
 
@@ -89,6 +93,7 @@ def open_structures(
         limit: so many structures at most: of an LMDB evenly spread over it, of another file the
             first ones, since it is read as it comes.
         name: what tables call it; by default the last part of its path.
+        labels: read the labels of files that ASE reads too; those of LMDBs are there anyway.
 
     Raises:
         UserError: it is missing, empty, or nothing that can be read.
@@ -99,7 +104,7 @@ def open_structures(
             raise UserError(f"{path} does not exist in {Path.cwd()}; name a file of structures.")
         if path.suffix != ".lmdb" and not (path.is_dir() and any(path.glob("*.lmdb"))):
             files = _files(path)
-            yield Structures(name or path.name, str(path), None, lambda: _ase(files, limit))
+            yield Structures(name or path.name, str(path), None, lambda: _ase(files, limit, labels))
             return
         source = {"format": "lmdb", "src": str(path)}
     dataset = _open_dataset(source)
@@ -143,11 +148,26 @@ def _files(path: Path) -> list[Path]:
         ) from error
 
 
-def _ase(files: Sequence[Path], limit: int | None) -> Iterator[Data]:
+def _ase(files: Sequence[Path], limit: int | None, labels: bool) -> Iterator[Data]:
     """The structures of files that ASE reads, one after the other."""
     found = (atoms for file in files for atoms in _read(file))
     for number, atoms in enumerate(islice(found, limit)):
-        yield to_sample(atoms, number)
+        sample = to_sample(atoms, number)
+        if labels:
+            _add_labels(sample, atoms)
+        yield sample
+
+
+def _add_labels(sample: Data, atoms: ase.Atoms) -> None:
+    """Energy, eV, and forces, eV/Å, ``(N, 3)``, of all atoms, where the file has them."""
+    import torch
+
+    results = getattr(atoms.calc, "results", None) or {}
+    energy, forces = results.get("energy"), results.get("forces")
+    if energy is not None and np.isfinite(energy):
+        sample.energy = float(energy)
+    if forces is not None and np.isfinite(forces).all():
+        sample.forces = torch.tensor(np.asarray(forces), dtype=torch.float32)
 
 
 def _read(file: Path) -> Iterator[ase.Atoms]:
