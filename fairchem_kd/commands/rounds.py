@@ -35,8 +35,9 @@ Student 0 is trained with CONFIG.yml as it is, or given by --student. Each round
 dynamics from given structures, keeps frames where its forces and its teacher's differ (see
 `fairchem-kd explore --mode student`), adds them to task.distillation.unlabelled, and trains on from
 that student. Rounds end when the dynamics find nothing within the window, or with --rounds or
---budget. The last row of the table is a student with as many structures, in as many trainings, from
-rattling alone.
+--budget. With --final one training from student 0 on all that they found, as long as theirs
+together, makes the student to use: short trainings one after the other gain less. The last row of
+the table is a student with as many structures from rattling alone, trained likewise.
 
   fairchem-kd rounds my_kd.yml --rounds 3 --out runs/rounds
 
@@ -86,6 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-control", action="store_true", help="train no student with rattled structures"
     )
+    parser.add_argument(
+        "--final", action="store_true",
+        help="after several rounds train once more, from student 0, on all that was found, as long "
+        "as their trainings together",
+    )  # fmt: skip
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(0)")
     add_dynamics_arguments(parser.add_argument_group("the student's dynamics"))
     add_limit_arguments(parser)
@@ -150,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
             epochs=args.epochs,
             rate=args.lr,
             control=not args.no_control,
+            final=args.final,
             seed=args.seed,
             cpu=args.cpu,
             noting=noting,
@@ -184,7 +191,7 @@ def _submit(args: argparse.Namespace, config: dict[str, Any]) -> int:
                 "calculator_args",
                 "teacher_name",
             ),
-            *("student", "no_control", "retry", "cpu"),
+            *("student", "no_control", "final", "retry", "cpu"),
         ),
     ]
     request = Request(**asked_of(args))

@@ -300,6 +300,89 @@ def test_a_round_adds_as_many_as_it_may_whatever_its_sources_are_called(
     assert len(samples("out/rattled_1/frames/train")) == 4
 
 
+FINAL = [*WORDS, "--rounds", "2", "--final", "--student", "teacher.pt", "--alike", "0"]
+
+
+def test_a_final_student_is_trained_on_all_that_was_found_as_long_as_the_rounds_were(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the student that the rounds began with; and so is its control."""
+    trained: list[tuple[Path, Path]] = []
+
+    def train(folder: Path, *_: Any, start: Path, **__: Any) -> Path:
+        trained.append((Path(folder.name), start))
+        shutil.copy("teacher.pt", student := folder / "student.pt")
+        return student
+
+    monkeypatch.setattr(running, "train", train)
+    assert main([*FINAL, "--epochs", "2", "--out", "out"]) == 0
+    first = Path("teacher.pt")
+    assert trained == [
+        (Path("round_1"), first),
+        (Path("round_2"), Path("out/round_1/student.pt")),
+        (Path("final_2"), first),
+        (Path("rattled_final_2"), first),
+    ]
+    rows = read_json(Path("out/rounds.json"))["rows"]
+    assert [row["name"] for row in rows] == [
+        "student 0", "student 1", "student 2", "final", "rattled alone",
+    ]  # fmt: skip
+    assert [row["structures"] for row in rows] == [0, 5, 10, 10, 10]
+    optims = [
+        yaml.safe_load(Path(f"out/{one}/config.yml").read_text())["optim"]
+        for one in ("round_2", "final_2", "rattled_final_2")
+    ]
+    assert [one["max_epochs"] for one in optims] == [2, 4, 4]
+    assert [one["T_max"] for one in optims] == [5, 11, 11]  # 8 of 3 epochs
+    for one, found in (("final", "round_0 round_1"), ("rattled_final", "rattled_1 rattled_2")):
+        pool = [int(s.natoms) for n in range(3) for s in _in_file(f"out/{one}_2/pool", n)]
+        folders = [f"out/{name}/frames/more" for name in found.split()]
+        expected = [s for folder in ("more", *folders) for s in samples(folder)]
+        assert pool == [int(one.natoms) for one in expected]
+    # Of one round it would be the student that there is.
+    trained.clear()
+    assert main([*FINAL, "--rounds", "1", "--out", "one"]) == 0
+    assert [str(folder) for folder, _ in trained] == ["round_1", "rattled_1"]
+    assert "There was one round" in Path("one/table.md").read_text()
+
+
+def _in_file(folder: str, number: int) -> list[Any]:
+    """The samples of one file of a pool."""
+    Path(f"{folder}/{number}").mkdir()
+    shutil.copy(f"{folder}/data.{number:06d}.lmdb", f"{folder}/{number}/data.0000.lmdb")
+    return samples(f"{folder}/{number}")
+
+
+def test_a_final_training_that_was_killed_ends_as_it_would_have(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = running.train
+
+    def last(folder: Path, *given: Any, **more: Any) -> Path:
+        return train(folder, *given, **more) if "final" in str(folder) else Path("teacher.pt")
+
+    def kill(training: Command) -> None:
+        saved = Path("cut/final_2/checkpoints/student/checkpoint.pt")
+        wait_until(lambda: saved.is_file() or not training.running, "the first checkpoint")
+        training.kill()
+
+    monkeypatch.setattr(running, "train", last)
+    words = [*FINAL, "--no-control", "--epochs", "2"]
+    assert main([*words, "--out", "whole"]) == 0
+    monkeypatch.setattr(trainings, "run_command", forked(kill, held_at=6))
+    assert main([*words, "--out", "cut"]) == 2
+    assert "The training in cut/final_2 was killed by signal 9" in capsys.readouterr().err
+    monkeypatch.setattr(trainings, "run_command", forked(lambda _: None))
+    assert main([*words, "--out", "cut"]) == 0
+    ends = [
+        read_checkpoint(Path(f"{out}/final_2/checkpoints/student/checkpoint.pt"))["state_dict"]
+        for out in ("cut", "whole")
+    ]
+    assert_same(*ends, "the student")
+    rows = [read_json(Path(f"{out}/rounds.json"))["rows"] for out in ("cut", "whole")]
+    assert rows[0] == rows[1]
+
+
 def test_a_job_is_told_all_that_the_command_was(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,7 +391,7 @@ def test_a_job_is_told_all_that_the_command_was(
     given = ["config.yml", "--out", "out", "--rounds", "2", "--frames", "7", "--budget", "9",
              "--epochs", "4", "--lr", "0.002", "--student", "teacher.pt", "--source", "more",
              "data", "--splits", "train", "--limit", "3", "--seed", "5", "--no-control",
-             "--temperature", "300", "600", "--steps", "40",
+             "--final", "--temperature", "300", "600", "--steps", "40",
              "--every", "4", "--time-step", "0.25", "--friction", "0.1", "--window", "0.1", "2",
              "--before-crash", "1", "--min-distance", "0.6", "--max-gap", "4", "--max-force", "30",
              "--apart-from", "data", "--alike", "0.02", "--batch", "8", "--cpu", "--retry",

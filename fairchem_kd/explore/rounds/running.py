@@ -4,6 +4,15 @@
     student k <- student k - 1, with what the dynamics of students 0 to k - 1 have found
     control k <- control k - 1, with as many rattled structures
 
+and, where a final student is asked for, of k rounds,
+
+    final     <- student 0, with all that the last student had, for as long as k trainings
+    control   <- student 0, with as many rattled structures, for as long
+
+Short trainings, each of which lets its learning rate fall, gain less than a long one with the same
+frames. It begins with student 0, as the rounds did, so that it takes as many steps as they; from
+scratch it would have to learn first what student 0 knows, in those few steps or in many more.
+
 Whatever has ended stays: a training by its records, an exploration by its card. So rounds that were
 killed go on where they were, in the midst of a training too.
 """
@@ -59,6 +68,7 @@ class Rounds:
         epochs: of the trainings after the first; None: as many as that has.
         rate: their learning rate, ``optim.lr_initial``; None: that of the first.
         control: train the students with rattled structures too.
+        final: train once more, from student 0, on all that was found.
         seed: of the trainings.
         cpu: use the CPU even where there is CUDA.
         noting: fills the store of a teacher that trainings cannot ask themselves.
@@ -79,6 +89,7 @@ class Rounds:
     epochs: int | None = None
     rate: float | None = None
     control: bool = True
+    final: bool = False
     seed: int = 0
     cpu: bool = False
     noting: Noting | None = None
@@ -98,8 +109,13 @@ def run_rounds(plan: Rounds, lock: int) -> list[Row]:
     """
     running = _Running(plan, lock)
     running.students()
+    final = plan.final and running.has_several
+    if final:
+        running.final_student()
+    elif plan.final:
+        running.note_final()
     if plan.control and len(running.added) > 0:
-        running.controls()
+        running.final_control() if final else running.controls()
     return running.rows
 
 
@@ -111,6 +127,7 @@ class _Running:
         self.lock = lock
         self.rows: list[Row] = []
         self.added: list[int] = []  # structures, round by round
+        self.found: list[Path] = []  # splits of what those rounds have found
         self.window: Window | None = plan.settings.window
         self.split = ""
         self.first: Path | None = None  # student 0
@@ -119,14 +136,13 @@ class _Running:
     def students(self) -> None:
         """Train and explore until there is nothing left to learn, or no budget."""
         student: Path | None = None
-        found: list[Path] = []
         for number in range(self.plan.rounds + 1):
             folder = self.plan.out / f"round_{number}"
             if number == 0 and self.plan.student is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 student = self.plan.student
             else:
-                student = self._train(folder, found, student)
+                student = self._train(folder, self.found, student)
             self.first = self.first or student
             most = self._left()
             told = self._dynamics(folder / "frames", student, most)
@@ -145,7 +161,34 @@ class _Running:
                 self._note("Nothing new was found that could be kept.")
                 return
             self.added.append(told["kept"])
-            found += _splits_in(folder / "frames")
+            self.found += _splits_in(folder / "frames")
+
+    @property
+    def has_several(self) -> bool:
+        """Whether more than one round has added something."""
+        return len(self.added) > 1
+
+    def note_final(self) -> None:
+        """Say why there is no final student."""
+        if self.added:
+            self._note("There was one round: its student is what a final one would be.")
+
+    def final_student(self) -> None:
+        """One training on all that the rounds have added, as long as theirs together."""
+        self._finally(self.plan.out / f"final_{len(self.added)}", self.found, "final")
+
+    def final_control(self) -> None:
+        """The same from rattling alone."""
+        found = []
+        for number, needed in enumerate(self.added, start=1):
+            found += self._rattle(self.plan.out / f"rattled_{number}/frames", number, needed)
+        folder = self.plan.out / f"rattled_final_{len(self.added)}"
+        self._finally(folder, found, "rattled alone")
+
+    def _finally(self, folder: Path, found: Sequence[Path], name: str) -> None:
+        student = self._train(folder, found, self.first, trainings=len(self.added))
+        told = self._dynamics(folder / "dynamics", student, 1)
+        self._tell(Row(name, sum(self.added), self._errors(folder, student), told))
 
     def controls(self) -> None:
         """The same from rattling alone: as many structures in each round, and as many steps."""
@@ -169,13 +212,15 @@ class _Running:
         given = [one for one in limits if one is not None]
         return min(given) if given else None
 
-    def _train(self, folder: Path, found: Sequence[Path], start: Path | None) -> Path:
-        """The student of a round, trained with what was found before."""
+    def _train(
+        self, folder: Path, found: Sequence[Path], start: Path | None, trainings: int = 1
+    ) -> Path:
+        """A student, trained with what was found before, as long as so many trainings of rounds."""
         done = student_of(folder)
         if done is not None:
             return done
         self.plan.say(f"{folder}: training" + (f" on from {start}" if start else ""))
-        config = write_config(folder, self._config(folder, found))
+        config = write_config(folder, self._config(folder, found, trainings))
         if self.plan.noting is not None:
             self.plan.noting.fill_for_training(config)
         return train(
@@ -188,8 +233,8 @@ class _Running:
             stores=self.plan.out / STORE,
         )
 
-    def _config(self, folder: Path, found: Sequence[Path]) -> dict[str, Any]:
-        """The config, of a later round with what was found beside its unlabelled structures."""
+    def _config(self, folder: Path, found: Sequence[Path], trainings: int) -> dict[str, Any]:
+        """The config, after the first with what was found beside its unlabelled structures."""
         config = copy.deepcopy(dict(self.plan.config))
         if not found:
             return config
@@ -201,9 +246,10 @@ class _Running:
         if not pool.is_dir():
             make_pool(pool, [*own, *found])
         block["unlabelled"] = {**unlabelled, "dataset": {"format": "lmdb", "src": str(pool)}}
-        if self.plan.epochs is not None:
+        if self.plan.epochs is not None or trainings > 1:
             labelled = count_structures(config["dataset"]["train"])
-            config = stretch(config, self.plan.epochs, steps_per_epoch(config, labelled))
+            epochs = self.plan.epochs or int(config["optim"]["max_epochs"])
+            config = stretch(config, trainings * epochs, steps_per_epoch(config, labelled))
         if self.plan.rate is not None:
             config["optim"] = {**config["optim"], "lr_initial": self.plan.rate}
         return config
