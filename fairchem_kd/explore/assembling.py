@@ -62,6 +62,7 @@ def assemble(
     *,
     splits: Sequence[str],
     apart_from: Sequence[Source],
+    known: Sequence[Source] = (),
 ) -> dict[str, Any]:
     """Write the data set ``out`` and return its card.
 
@@ -73,12 +74,13 @@ def assemble(
         told: what else the card's options say: sources, teacher, student.
         splits: that the structures are of.
         apart_from: with whose structures no frame may be alike.
+        known: whose structures are there already.
 
     Raises:
         NothingKept: there is no frame.
         OSError, ValueError: a group's file cannot be read.
     """
-    chosen, counts, differences = _choose(files, groups, settings, splits, apart_from)
+    chosen, counts, differences = _choose(files, groups, settings, splits, apart_from, known)
     made = Counter(counts)
     exploration = _exploration(chosen, made, differences, settings)
     if not any(split.rows for split in chosen.values()):
@@ -97,15 +99,16 @@ def _choose(
     settings: Settings,
     splits: Sequence[str],
     apart_from: Sequence[Source],
+    before: Sequence[Source],
 ) -> tuple[dict[str, _Split], Counter[str], list[float]]:
     """The frames that are kept, in the order of their sources."""
     known, held = Known(settings.alike), Known(settings.alike)
     if settings.alike > 0:
         for start in (start for group in groups for start in group):
             known.add(start.numbers, start.pos, start.cell, start.pbc)
-        for source in apart_from:
-            for start in read_starts(source):
-                held.add(start.numbers, start.pos, start.cell, start.pbc)
+        for sources, where in ((before, known), (apart_from, held)):
+            for start in (start for source in sources for start in read_starts(source)):
+                where.add(start.numbers, start.pos, start.cell, start.pbc)
     chosen = {name: _Split() for name in splits}
     counts: Counter[str] = Counter()
     differences: list[float] = []
@@ -115,13 +118,13 @@ def _choose(
         differences += said.differences
         for row, one in enumerate(said.found):
             start = group[one.start]
-            where = (start.numbers, one.pos, start.cell, start.pbc)
-            if known.has(*where):
+            structure = (start.numbers, one.pos, start.cell, start.pbc)
+            if known.has(*structure):
                 counts[DUPLICATE] += 1
-            elif held.has(*where):
+            elif held.has(*structure):
                 counts[HELD_OUT] += 1
             else:
-                known.add(*where)
+                known.add(*structure)
                 chosen[start.split].rows.append((number, row))
     if settings.most is not None:
         for split in chosen.values():

@@ -65,6 +65,8 @@ class Plan:
     told: Mapping[str, Any] = field(default_factory=dict)
     #: with whose structures nothing may be alike, beside the tests beside the sources
     apart_from: Sequence[Source] = ()
+    #: what was found before, of which nothing is taken again
+    known: Sequence[Source] = ()
 
 
 def explore(
@@ -208,7 +210,7 @@ def _read_mark(mark: Path) -> dict[str, Any] | None:
 def _digest(plan: Plan) -> str:
     """Of all that decides what comes out; of files, how large they are and when written."""
     files = []
-    for source in (*plan.sources, *plan.apart_from):
+    for source in (*plan.sources, *plan.apart_from, *plan.known):
         path = source.path.absolute()
         held = sorted(path.glob("*.lmdb")) if path.is_dir() else [path]
         stats = [(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in held]
@@ -317,4 +319,5 @@ def _assemble(
         told,
         splits=[source.split for source in plan.sources],
         apart_from=[*plan.apart_from, *beside(plan.sources)],
+        known=plan.known,
     )

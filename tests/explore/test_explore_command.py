@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from fairchem_kd.commands.explore_options import MODES
 from fairchem_kd.commands.main import main
 from fairchem_kd.data.metadata import check_metadata
 from fairchem_kd.explore import exploration, settings
-from fairchem_kd.explore.starts import find_sources
+from fairchem_kd.explore.starts import Source, find_sources
 from fairchem_kd.npz import read_array
 from fairchem_kd.stock.datasets import collate
 from fairchem_kd.store import Reader
@@ -295,6 +296,16 @@ def test_trajectories_may_have_names(home: Path) -> None:
     assert [one.sid for one in samples("new/named")] == names
     assert read_array("new/named/metadata.npz", "sid").tolist() == names
     check_metadata(Path("new/named/metadata.npz"), "here", 4)
+
+
+def test_what_was_found_before_is_not_taken_again(home: Path) -> None:
+    plan = exploration.Plan(find_sources([Path("data")], None), settings.Settings(copies=2))
+    assert exploration.explore(plan, Path("one"))["exploration"]["kept"] == 2 * TRAIN
+    more = replace(
+        plan, settings=settings.Settings(copies=3), known=[Source(Path("one/train"), "")]
+    )
+    told = exploration.explore(more, Path("two"))["exploration"]
+    assert (told["kept"], told["left_out"]["there already"]) == (TRAIN, 2 * TRAIN)
 
 
 def test_frames_are_as_many_as_asked_for_and_from_all_over(home: Path) -> None:

@@ -300,7 +300,7 @@ def test_a_round_adds_as_many_as_it_may_whatever_its_sources_are_called(
     assert len(samples("out/rattled_1/frames/train")) == 4
 
 
-FINAL = [*WORDS, "--rounds", "2", "--final", "--student", "teacher.pt", "--alike", "0"]
+FINAL = [*WORDS, "--rounds", "2", "--final", "--student", "teacher.pt"]
 
 
 def test_a_final_student_is_trained_on_all_that_was_found_as_long_as_the_rounds_were(
@@ -323,6 +323,9 @@ def test_a_final_student_is_trained_on_all_that_was_found_as_long_as_the_rounds_
         (Path("final_2"), first),
         (Path("rattled_final_2"), first),
     ]
+    # A student goes another way in each round, be it the same one.
+    found = [one.pos.numpy().tobytes() for n in range(3) for one in samples(_frames(n))]
+    assert len(set(found)) == len(found) == 15
     rows = read_json(Path("out/rounds.json"))["rows"]
     assert [row["name"] for row in rows] == [
         "student 0", "student 1", "student 2", "final", "rattled alone",
@@ -344,6 +347,10 @@ def test_a_final_student_is_trained_on_all_that_was_found_as_long_as_the_rounds_
     assert main([*FINAL, "--rounds", "1", "--out", "one"]) == 0
     assert [str(folder) for folder, _ in trained] == ["round_1", "rattled_1"]
     assert "There was one round" in Path("one/table.md").read_text()
+
+
+def _frames(number: int) -> str:
+    return f"out/round_{number}/frames/more"
 
 
 def _in_file(folder: str, number: int) -> list[Any]:

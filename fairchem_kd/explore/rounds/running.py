@@ -145,7 +145,7 @@ class _Running:
                 student = self._train(folder, self.found, student)
             self.first = self.first or student
             most = self._left()
-            told = self._dynamics(folder / "frames", student, most)
+            told = self._dynamics(folder / "frames", student, most, number)
             errors = self._errors(folder, student)
             row = Row(f"student {number}", sum(self.added), errors, told)
             self._tell(row)
@@ -187,7 +187,7 @@ class _Running:
 
     def _finally(self, folder: Path, found: Sequence[Path], name: str) -> None:
         student = self._train(folder, found, self.first, trainings=len(self.added))
-        told = self._dynamics(folder / "dynamics", student, 1)
+        told = self._dynamics(folder / "dynamics", student, 1, len(self.added))
         self._tell(Row(name, sum(self.added), self._errors(folder, student), told))
 
     def controls(self) -> None:
@@ -200,7 +200,7 @@ class _Running:
         if student is None:
             return
         folder = self.plan.out / f"rattled_{len(self.added)}"
-        told = self._dynamics(folder / "dynamics", student, 1)
+        told = self._dynamics(folder / "dynamics", student, 1, len(self.added))
         errors = self._errors(folder, student)
         self._tell(Row("rattled alone", sum(self.added), errors, told))
 
@@ -254,13 +254,18 @@ class _Running:
             config["optim"] = {**config["optim"], "lr_initial": self.plan.rate}
         return config
 
-    def _dynamics(self, dest: Path, student: Path, most: int | None) -> dict[str, Any]:
-        """What the student's dynamics showed; what they found is in ``dest``."""
+    def _dynamics(self, dest: Path, student: Path, most: int | None, number: int) -> dict[str, Any]:
+        """What the student's dynamics showed; what they found is in ``dest``.
+
+        Each round's have other velocities. With the same ones a student would go where the one
+        before it went, for as long as dynamics take, and that is what it was trained on.
+        """
         kept = dest.with_suffix(".json")  # where nothing was found there is no card
         known = _read(kept)
         if known is None:
             most = None if most is None else max(most, 1)
-            settings = replace(self.plan.settings, window=self.window, most=most)
+            given = self.plan.settings
+            settings = replace(given, window=self.window, most=most, seed=given.seed + number)
             model = ModelPotential(student, cpu=self.plan.cpu)
             plan = Plan(
                 self.plan.sources,
@@ -270,6 +275,7 @@ class _Running:
                 self.plan.limit,
                 told={**self.plan.told, "student": str(student)},
                 apart_from=self.plan.apart_from,
+                known=[Source(path, path.name) for path in self.found],
             )
             self.plan.say(f"{dest}: exploring with {student}")
             try:
