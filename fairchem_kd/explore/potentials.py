@@ -76,14 +76,10 @@ class ModelPotential:
             raise UserError(f"{path} predicts no forces, and nothing moves without: name another.")
 
     def __call__(self, structures: Sequence[ase.Atoms]) -> list[Answer | None]:
-        from fairchem_kd.md import Exploded
+        from fairchem_kd.md.several import ask_several
 
-        try:
-            return [_answer(one) for one in self._calculator.calculate_batch(structures)]
-        except Exploded:
-            if len(structures) == 1:
-                return [None]
-        return [self([one])[0] for one in structures]
+        answers = ask_several(self._calculator, structures)
+        return [_answer(one) if isinstance(one, dict) else None for one in answers]
 
     def check_elements(self, numbers: NDArray[np.int64]) -> None:
         import torch

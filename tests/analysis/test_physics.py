@@ -16,7 +16,7 @@ from ase import Atoms, units
 from ase.build import fcc111, molecule
 from ase.calculators.calculator import CalculationFailed, Calculator, all_changes
 from ase.calculators.emt import EMT
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, Hookean
 from ase.md.verlet import VelocityVerlet
 from models import structures
 from trainings import config, inside, trainer, write_home
@@ -180,6 +180,14 @@ def test_dynamics_side_by_side_are_those_of_each_alone() -> None:
     # where the calculator knows one at a time, they are the same
     one_by_one = run_dynamics(Spring(), [pair(), half], steps=60, temperature=100.0, seed=3)
     assert one_by_one == together[:2]
+
+
+@pytest.mark.parametrize("calculator", [Spring(), Many()])
+def test_a_constraint_that_has_an_energy_counts_once(calculator: Calculator) -> None:
+    held = pair(1.1)
+    held.set_constraint(Hookean(0, 1, k=30.0, rt=1.0))
+    found = dynamics(calculator, held, steps=100, time_step=0.1, temperature=0.0)
+    assert np.abs(found.energy).max() < 5e-4  # 0.15 eV are the constraint's at first
 
 
 def test_relaxations_and_how_far_they_end_from_the_methods_own() -> None:

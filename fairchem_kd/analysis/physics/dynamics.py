@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ from ase import units
 from ase.calculators.calculator import CalculationFailed
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
+
+from fairchem_kd.md.several import ask_several
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -147,30 +148,15 @@ class _Run:
 
 def _ask(calculator: Calculator, runs: Sequence[_Run]) -> None:
     """Energy and forces of where the structures are, or why there are none."""
-    answers: Sequence[Mapping[str, Any] | None] | None = None
-    together = getattr(calculator, "calculate_batch", None)
-    if together is not None:
-        with suppress(CalculationFailed):  # of one of them: which, shows one by one
-            answers = together([run.atoms for run in runs])
-    if answers is None:
-        answers = [_answer(calculator, run) for run in runs]
+    answers = ask_several(calculator, [run.atoms for run in runs])
     for run, answer in zip(runs, answers, strict=True):
-        if answer is not None:
-            energy, forces = answer["energy"], answer["forces"]
-            run.atoms.calc = SinglePointCalculator(run.atoms, energy=energy, forces=forces)
-            if not run.energy:
-                run.note()
-
-
-def _answer(calculator: Calculator, run: _Run) -> dict[str, Any] | None:
-    asked = run.atoms.copy()
-    asked.calc = calculator
-    try:
-        energy = asked.get_potential_energy()
-        return {"energy": energy, "forces": asked.get_forces(apply_constraint=False)}
-    except CalculationFailed as error:  # the labels' method has limits of its own
-        run.reason = str(error)
-        return None
+        if isinstance(answer, CalculationFailed):  # the labels' method has limits of its own
+            run.reason = str(answer)
+            continue
+        energy, forces = answer["energy"], answer["forces"]
+        run.atoms.calc = SinglePointCalculator(run.atoms, energy=energy, forces=forces)
+        if not run.energy:
+            run.note()
 
 
 def _broken(system: Atoms, hottest: float) -> str:
