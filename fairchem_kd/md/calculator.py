@@ -109,7 +109,7 @@ class StudentCalculator(Calculator):
         """
         if name == "stress":
             self._refuse_stress([] if atoms is None else [atoms])
-            self._stress = True
+            self._stress |= allow_calculation  # a trajectory takes what is there, and asks no more
         return super().get_property(name, atoms, allow_calculation)
 
     def _refuse_stress(self, structures: Sequence[Atoms]) -> None:

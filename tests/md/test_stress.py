@@ -10,6 +10,7 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.io.trajectory import Trajectory
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from models import fit_scales, structures
 from trainings import config, trainer
@@ -152,6 +153,22 @@ def test_a_cell_is_relaxed(student: StudentCalculator) -> None:
         optimiser.run(fmax=0.0, steps=8)
     assert atoms.get_potential_energy() < before
     assert np.abs(atoms.get_stress()).max() < pressed
+
+
+def test_a_trajectory_does_not_ask_for_it(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """ASE looks for every property when it writes a frame."""
+    student, atoms = StudentCalculator(checkpoints["painn_energy"], device="cpu"), cell()
+    atoms.calc = student
+    with Trajectory(tmp_path / "md.traj", "w", atoms) as trajectory:
+        for _ in range(2):
+            atoms.rattle(0.01, seed=0)
+            atoms.get_forces()
+            trajectory.write()
+    assert "stress" not in student.results
+    atoms.get_stress()
+    atoms.rattle(0.01, seed=0)
+    atoms.get_forces()
+    assert "stress" in student.results
 
 
 @pytest.mark.parametrize("pbc", [False, (True, True, False)])
