@@ -31,6 +31,7 @@ from fairchem_kd.models.legacy import modern_config
 from fairchem_kd.models.units import Units
 from fairchem_kd.random_state import isolated_random_state
 from fairchem_kd.stock.gradient_forces import has_gradient_forces, strained
+from fairchem_kd.stock.periodicity import axes
 from fairchem_kd.stock.reused_graphs import ReusedGraphs
 
 if TYPE_CHECKING:
@@ -125,10 +126,11 @@ class StudentCalculator(Calculator):
                 "task.conservative and use_pbc: true."
             )
         for atoms in structures:
-            if not atoms.pbc.all():
+            if not _periodic(atoms):
                 raise PropertyNotImplementedError(
-                    "A stress is of structures that are periodic along all axes, and "
-                    f"{atoms.get_chemical_formula()} is not: ask for energy and forces alone."
+                    "A stress is of structures that are periodic along all axes, and have an edge "
+                    f"there, and {atoms.get_chemical_formula()} is not: ask for energy and forces "
+                    "alone."
                 )
 
     def calculate(
@@ -147,7 +149,7 @@ class StudentCalculator(Calculator):
         if atoms is None:
             raise UserError("There is no structure to compute: give one.")
         before, last, self._last = self._systems, self._last, None
-        (self.results,) = self._answer([atoms], stress=self._stress and bool(atoms.pbc.all()))
+        (self.results,) = self._answer([atoms], stress=self._stress and _periodic(atoms))
         if last is not None and self._systems is before:
             last.positions[:] = atoms.positions
         else:
@@ -254,6 +256,11 @@ class StudentCalculator(Calculator):
         self.graphs.renew()
         self.searches += 1
         return systems
+
+
+def _periodic(atoms: Atoms) -> bool:
+    """Whether it is periodic along all axes; along one without an edge nothing is."""
+    return bool(axes(atoms.pbc, np.array(atoms.cell)).all())
 
 
 def _device(given: str | torch.device | None) -> torch.device:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.data import chemical_symbols
 from ase.geometry import wrap_positions
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
@@ -116,7 +117,8 @@ class ModuleCalculator(Calculator):
         self.results = {"energy": energy, "free_energy": energy}
         if forces is not None:
             self.results["forces"] = forces
-        if virial is not None and "stress" in self.implemented_properties and atoms.pbc.all():
+        stressed = "stress" in self.implemented_properties and bool(_periodic(atoms).all())
+        if virial is not None and stressed:
             self.results["stress"] = full_3x3_to_voigt_6_stress(virial / atoms.get_volume())
 
     def _check(self, atoms: Atoms) -> None:
@@ -131,10 +133,12 @@ class ModuleCalculator(Calculator):
         if known is not None and not len(strange):
             strange = np.setdiff1d(numbers, known)
         if len(strange):
-            symbols = ", ".join(Atoms(numbers=strange).get_chemical_symbols())
+            named = [
+                chemical_symbols[z] if 0 < z < len(chemical_symbols) else f"Z={z}" for z in strange
+            ]
             raise UserError(
-                f"{atoms.get_chemical_formula()} has {symbols}, on which the model was not trained:"
-                " leave such structures out, or take a model that knows it."
+                f"A structure of {len(atoms)} atoms has {', '.join(named)}, on which the model was "
+                "not trained: leave such structures out, or take a model that knows it."
             )
 
     def _graph(self, atoms: Atoms) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
@@ -184,6 +188,11 @@ def _array(values: torch.Tensor) -> NDArray[np.float64]:
     return values.detach().double().cpu().numpy()
 
 
+def _periodic(atoms: Atoms) -> NDArray[np.bool_]:
+    """Along which axes, ``(3,)``: of those that ``pbc`` names the ones with an edge."""
+    return np.asarray(atoms.pbc & atoms.cell.any(1))
+
+
 class _Edges:
     """The edges within a cutoff and a skin, from which those within the cutoff are taken.
 
@@ -197,7 +206,7 @@ class _Edges:
         self.cutoff, self.most = graph["cutoff"], graph["max_neighbors"]
         self.both_ways = graph["both_ways"]
         self.atoms = atoms.copy()
-        cell, pbc = np.array(atoms.get_cell(complete=True)), atoms.pbc
+        cell, pbc = np.array(atoms.get_cell(complete=True)), _periodic(atoms)
         try:
             wrapped = wrap_positions(atoms.positions, cell, pbc=pbc, eps=0)
         except np.linalg.LinAlgError as error:

@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from fairchem_kd.stock.constraints import held
 from fairchem_kd.stock.datasets import collate
-from fairchem_kd.stock.periodicity import everywhere
+from fairchem_kd.stock.periodicity import axes, everywhere
 
 if TYPE_CHECKING:
     from ase import Atoms
     from torch_geometric.data import Batch
 
 Array = NDArray[Any]
+
+FAR = 100.0  #: Å, where float32 rounds by up to 4e-6 Å
 
 
 class Systems:
@@ -37,11 +39,12 @@ class Systems:
         self.cells = [np.array(atoms.cell) for atoms in structures]
         self.pbc = [atoms.pbc.copy() for atoms in structures]
         self.tags = [atoms.get_tags() for atoms in structures]
-        alike = all(np.array_equal(one, self.pbc[0]) for one in self.pbc)
+        periodic = [axes(atoms.pbc, np.array(atoms.cell)) for atoms in structures]
+        alike = all(np.array_equal(one, periodic[0]) for one in periodic)
         samples, shifts = [], []
-        for atoms in structures:
-            cell, pbc = _cell_and_pbc(atoms, alike)
-            wrapped = wrap_positions(atoms.positions, cell, pbc=pbc, eps=0)
+        for atoms, own in zip(structures, periodic, strict=True):
+            cell, pbc = _cell_and_pbc(atoms, own, alike)
+            wrapped = wrap_positions(_near(atoms.positions, own), cell, pbc=pbc, eps=0)
             shifts.append(wrapped - atoms.positions)
             samples.append(_sample(atoms, wrapped, cell, pbc))
         self.batch: Batch = collate(samples).to(device)
@@ -76,12 +79,23 @@ def _positions(structures: Sequence[Atoms]) -> Array:
     return np.concatenate([atoms.positions for atoms in structures])
 
 
-def _cell_and_pbc(atoms: Atoms, alike: bool) -> tuple[Array, Array]:
-    """As stock's calculator has them; of structures that differ, periodic along all axes."""
+def _cell_and_pbc(atoms: Atoms, periodic: Array, alike: bool) -> tuple[Array, Array]:
+    """As stock's calculator has them; of structures that differ, periodic along all axes.
+
+    Along an axis without an edge nothing is periodic, whatever ``atoms.pbc`` says: stock takes the
+    1 Å for an edge by which ASE completes a cell.
+    """
     if alike:
-        return np.array(atoms.get_cell(complete=True)), atoms.pbc.copy()
-    cell = everywhere(np.array(atoms.cell), atoms.pbc, atoms.positions)
+        return np.array(atoms.get_cell(complete=True)), periodic
+    cell = everywhere(np.array(atoms.cell), periodic, atoms.positions)
     return cell, np.ones(3, dtype=bool)
+
+
+def _near(positions: Array, periodic: Array) -> Array:
+    """Å, ``(N, 3)``: moved to the origin where float32, which models take, would round them."""
+    if periodic.all() or np.abs(positions).max() < FAR:
+        return positions
+    return positions - positions.mean(axis=0)
 
 
 def _sample(atoms: Atoms, positions: Array, cell: Array, pbc: Array) -> Any:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
+from ase.calculators.calculator import PropertyNotImplementedError
 from ase.io import read
 from ase.io.trajectory import Trajectory
 from ase.md.verlet import VelocityVerlet
@@ -241,6 +242,44 @@ def test_files_that_are_no_models(checkpoints: dict[str, Path], tmp_path: Path) 
     write_checkpoint(contents, tmp_path / "wrong.pt")
     with pytest.raises(UserError, match="gradient of the node features"):
         StudentCalculator(tmp_path / "wrong.pt")
+
+
+@pytest.mark.parametrize("pbc", [True, (True, True, False)])
+@pytest.mark.parametrize("flavour", ["painn", "painn_energy"])
+def test_along_an_axis_without_an_edge_nothing_is_periodic(
+    checkpoints: dict[str, Path], flavour: str, pbc: Any
+) -> None:
+    """ASE completes a cell by 1 Å, which is none of a structure; alone it is as in a batch."""
+    student = StudentCalculator(checkpoints[flavour], device="cpu")
+    for cell, periodic in (((0, 0, 0), False), ((9, 8, 0), (True, True, False))):
+        meant, given = molecule("CH3CH2OH"), molecule("CH3CH2OH")
+        meant.set_cell(cell)
+        given.set_cell(cell)
+        meant.pbc, given.pbc = periodic, pbc
+        energy, forces = answers(student, meant)
+        found, pulls = answers(student, given)
+        assert found == pytest.approx(energy, abs=1e-5)
+        np.testing.assert_allclose(pulls, forces, atol=1e-5)
+        in_a_batch = student.calculate_batch([given, bulk("Cu")])[0]
+        assert in_a_batch["energy"] == pytest.approx(energy, abs=1e-4)
+        with pytest.raises(PropertyNotImplementedError, match=r"has no stress|have an edge"):
+            given.get_stress()
+        assert np.isfinite(given.get_forces()).all()
+
+
+@pytest.mark.parametrize("pbc", [False, (False, False, True)])
+def test_far_from_the_origin_it_is_as_near(student: StudentCalculator, pbc: Any) -> None:
+    """float32, in which models take positions, rounds by 0.06 Å there."""
+    near = molecule("CH3CH2OH")
+    near.set_cell([7, 8, 9])
+    near.pbc = pbc
+    energy, forces = answers(student, near)
+    far = near.copy()
+    far.positions += [1e6, -3e5, 90.0]
+    for atoms in (far, far[::-1]):
+        found, pulls = answers(student, atoms)
+        assert found == pytest.approx(energy, abs=2e-5)
+    np.testing.assert_allclose(pulls[::-1], forces, atol=2e-5)
 
 
 def test_a_cell_that_is_flat(student: StudentCalculator) -> None:

@@ -246,12 +246,18 @@ def test_a_structure_in_which_atoms_fly_apart_or_are_not_finite(
         atoms.get_potential_energy()
 
 
-@pytest.mark.parametrize("atoms", [molecule("NH3"), Atoms("U2", [[0] * 3, [2] * 3]), Atoms("XH")])
+@pytest.mark.parametrize(
+    "atoms",
+    [
+        molecule("NH3"),
+        *(Atoms([z, 1], [[0] * 3, [0, 0, 2]]) for z in (92, 0, 119, 200, -1)),
+    ],
+)
 def test_elements_that_it_was_not_trained_on(
     modules: dict[str, ModuleCalculator], atoms: Atoms
 ) -> None:
     for flavour in ("painn", "schnet"):
-        with pytest.raises(UserError, match=r"has (N|U|X), on which the model was not trained"):
+        with pytest.raises(UserError, match=r"has (N|U|Z=[-\d]+), on which the model was"):
             answers(modules[flavour], atoms.copy())
 
 
@@ -269,6 +275,22 @@ def test_options_that_are_none(
 ) -> None:
     with pytest.raises(UserError, match=message):
         ModuleCalculator(files["schnet"][1], **given)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_along_an_axis_without_an_edge_nothing_is_periodic(
+    modules: dict[str, ModuleCalculator], flavour: str
+) -> None:
+    for cell, periodic in (((0, 0, 0), False), ((9, 8, 0), (True, True, False))):
+        meant, given = molecule("CH3CH2OH"), molecule("CH3CH2OH")
+        meant.set_cell(cell)
+        given.set_cell(cell)
+        meant.pbc, given.pbc = periodic, True
+        energy, forces = answers(modules[flavour], meant)
+        found, pulls = answers(modules[flavour], given)
+        assert found == energy
+        np.testing.assert_array_equal(pulls, forces)
+        assert "stress" not in modules[flavour].results
 
 
 def test_structures_that_are_none(modules: dict[str, ModuleCalculator]) -> None:

@@ -177,9 +177,9 @@ def test_without_periodicity_there_is_none(student: StudentCalculator, pbc: Any)
     atoms.pbc = pbc
     atoms.calc = student
     atoms.get_forces()
-    with pytest.raises(PropertyNotImplementedError, match="periodic along all axes, and"):
+    with pytest.raises(PropertyNotImplementedError, match="periodic along all axes, and have"):
         atoms.get_stress()
-    with pytest.raises(PropertyNotImplementedError, match="periodic along all axes, and"):
+    with pytest.raises(PropertyNotImplementedError, match="periodic along all axes, and have"):
         student.calculate_batch([cell(), atoms], stress=True)
     assert np.isfinite(atoms.get_forces()).all()
 
