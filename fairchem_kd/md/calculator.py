@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ class StudentCalculator(Calculator):
         super().__init__()
         self.skin = checked_skin(skin)
         self.device = _device(device)
+        self.path, self.trust = Path(path).absolute(), trust
         self.model = _load(Path(path), self.device, trust)
         if "energy" not in self.model.outputs:
             raise UserError(f"{path} predicts no energies, so it is no calculator.")
@@ -92,6 +94,12 @@ class StudentCalculator(Calculator):
         self._units: dict[str, tuple[float, float]] = {}
         self.use_cache = False  # ASE's, which copies structures at every step
         self.searches = 0  #: how often neighbours have been searched
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As pickle and copy ask; some of stock's models cannot be: the file is read again."""
+        device = str(self.device)
+        made = partial(type(self), skin=self.skin, device=device, trust=self.trust)
+        return made, (self.path,)
 
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """What is not as it was when `results` were worked out; as ASE asks, and sooner."""

@@ -13,6 +13,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class ModuleCalculator(Calculator):
             raise UserError(f"device is {device!r}, and may be cpu or cuda.") from error
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UserError("device is cuda, and there is none here: leave it out.")
+        self.path = Path(path).absolute()
         self.about = read_about(Path(path))
         self.network = _load(Path(path), self.about["torch"]).to(self.device, self.dtype)
         forces = self.about["forces"]
@@ -87,6 +89,12 @@ class ModuleCalculator(Calculator):
         self.implemented_properties = known
         self.searches = 0  #: how often neighbours have been searched
         self._edges: _Edges | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As pickle and copy ask; networks that torch loads cannot be: the file is read again."""
+        dtype = next(name for name, one in DTYPES.items() if one == self.dtype)
+        made = partial(type(self), skin=self.skin, device=str(self.device), dtype=dtype)
+        return made, (self.path,)
 
     def calculate(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +282,22 @@ def test_far_from_the_origin_it_is_as_near(student: StudentCalculator, pbc: Any)
         found, pulls = answers(student, atoms)
         assert found == pytest.approx(energy, abs=2e-5)
     np.testing.assert_allclose(pulls[::-1], forces, atol=2e-5)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_it_can_be_copied_and_sent_to_another_process(
+    checkpoints: dict[str, Path], flavour: str
+) -> None:
+    student, atoms = StudentCalculator(checkpoints[flavour], device="cpu"), structures(1)[0]
+    energy, _ = answers(student, atoms)
+    for other in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        moved = atoms.copy()
+        moved.rattle(0.05, seed=1)
+        expected = answers(StudentCalculator(checkpoints[flavour], device="cpu"), moved)
+        found = answers(other, moved)
+        assert found[0] == pytest.approx(expected[0], abs=1e-5)
+        np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+        assert answers(student, atoms)[0] == energy
 
 
 def test_a_cell_that_is_flat(student: StudentCalculator) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -291,6 +292,20 @@ def test_along_an_axis_without_an_edge_nothing_is_periodic(
         assert found == energy
         np.testing.assert_array_equal(pulls, forces)
         assert "stress" not in modules[flavour].results
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_it_can_be_copied_and_sent_to_another_process(
+    files: dict[str, tuple[Path, Path]], flavour: str
+) -> None:
+    atoms = structures(1)[0]
+    calculator = ModuleCalculator(files[flavour][1], skin=0.3, dtype="float64")
+    expected = answers(calculator, atoms)
+    for other in (copy.deepcopy(calculator), pickle.loads(pickle.dumps(calculator))):
+        assert (other.skin, other.dtype) == (0.3, torch.float64)
+        found = answers(other, atoms)
+        assert found[0] == expected[0]
+        np.testing.assert_array_equal(found[1], expected[1])
 
 
 def test_structures_that_are_none(modules: dict[str, ModuleCalculator]) -> None:
