@@ -15,13 +15,17 @@ from models import fit_scales
 from trainings import config, inside, trainer, write_home
 
 from fairchem_kd.analysis.accept.bars import FIGURES, USES, bars_for, read_bars
-from fairchem_kd.analysis.accept.measure import Value
+from fairchem_kd.analysis.accept.measure import Value, _figure, _worst
 from fairchem_kd.analysis.accept.study import MET, NOT_MEASURED, UNMET, Verdict
 from fairchem_kd.analysis.compare.gap import gap_closed
-from fairchem_kd.analysis.physics.summary import STATISTICS
+from fairchem_kd.analysis.physics.dynamics import Dynamics
+from fairchem_kd.analysis.physics.measure import Consistency, Relaxation
+from fairchem_kd.analysis.physics.study import Physics, Settings
+from fairchem_kd.analysis.physics.summary import STATISTICS, Findings
 from fairchem_kd.commands import main as cli
 from fairchem_kd.commands.accept import _USES
 from fairchem_kd.errors import UserError
+from fairchem_kd.md import Exploded
 
 SHORT = ["--structures", "2", "--md-steps", "4", "--relax-steps", "3", "--cpu"]
 
@@ -105,6 +109,94 @@ def test_what_is_not_measured_is_not_met(capsys: pytest.CaptureFixture[str]) -> 
     _, found = accepted("--split", "data/test", "--teacher", "teacher.pt")
     assert "--baseline" in found["energy_gap_closed"]["why"]
     capsys.readouterr()
+
+
+def test_nothing_is_measured_that_no_bar_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("nobody asked for that")
+
+    for name in ("relax", "check_forces", "scan_bond", "method_calculator"):
+        monkeypatch.setattr(f"fairchem_kd.analysis.physics.study.{name}", never)
+    bars(md_stable=0)
+    code, found = accepted("--data", "data/test", "--method", "emt")
+    assert (code, found["md_stable"]["outcome"]) == (0, MET)
+    bars(relax_steps=1e9)
+    with pytest.raises(AssertionError):
+        accepted("--data", "data/test", "--method", "emt")
+
+
+def test_a_student_that_explodes_while_its_speed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: Any, **__: Any) -> None:
+        raise Exploded("it has exploded")
+
+    monkeypatch.setattr("fairchem_kd.analysis.accept.measure.measure_md", explode)
+    bars(md_steps_per_second=0, md_stable=0)
+    code, found = accepted("--data", "data/test")
+    assert code == 1
+    assert found["md_steps_per_second"]["outcome"] == NOT_MEASURED
+    assert found["md_steps_per_second"]["why"] == "it has exploded"
+    assert found["md_stable"]["outcome"] == MET
+
+
+def findings(*lasting: bool, ends: tuple[float | None, ...] = ()) -> Findings:
+    """Dynamics that last without drift or break at once, and relaxations that end so high."""
+    return Findings(
+        dynamics=[
+            Dynamics([0.0] * 9, 0.5, 8, stable=True, reason="")
+            if good
+            else Dynamics([0.0] * 4, 0.5, 8, stable=False, reason="too hot")
+            for good in lasting
+        ],
+        relaxations=[Relaxation(True, 1, end, end) for end in ends],
+        consistency=[
+            Consistency([1.0], [1.0]) if good else Consistency([], []) for good in lasting
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "lasting", "value", "why"),
+    [
+        ("md_drift", (True, True, True), 0.0, ""),
+        ("md_drift", (True, False, True), 0.0, "1 of 3 runs do not last (too hot), and count as"),
+        ("md_drift", (False, False, True), None, "2 of 3 runs do not last (too hot)"),
+        ("md_fluctuation", (False, False), None, "2 of 2 runs do not last (too hot)"),
+        ("force_mismatch", (True, True), 0.0, ""),
+        ("force_mismatch", (True, False), None, "1 of 2 structures gave none"),
+        ("force_mismatch_relative", (True, False), None, "1 of 2 structures gave none"),
+        ("force_mismatch_relative", (True, True), 0.0, ""),
+        ("force_mismatch", (False, False), None, "no structure gave a value"),
+    ],
+)
+def test_what_a_student_cannot_do_counts_as_the_worst(
+    name: str, lasting: tuple[bool, ...], value: float | None, why: str
+) -> None:
+    physics = Physics(None, "data", len(lasting), Settings(), {"student": [findings(*lasting)]})
+    found = _figure(physics, name, physics.summary("student")[name])
+    assert found.value == (None if value is None else pytest.approx(value, abs=1e-12))
+    assert found.why.startswith(why)
+    assert bool(found.why) == bool(why)
+
+
+def test_what_the_method_cannot_say_counts_for_nobody() -> None:
+    def of(ours: tuple[float | None, ...], method: tuple[float | None, ...]) -> Value:
+        models = {"student": [findings(ends=ours)], "EMT": [findings(ends=method)]}
+        physics = Physics("EMT", "data", len(ours), Settings(), models)
+        name = "relax_energy_above"
+        return _figure(physics, name, physics.summary("student")[name])
+
+    assert of((0.1, 0.3, None), (0.0, 0.0, None)).value == pytest.approx(0.2)
+    some = of((0.1, 0.3, None), (0.0, 0.0, 0.0))
+    assert (some.value, some.why[:6]) == (pytest.approx(0.3), "1 of 3")
+    assert of((0.1, None), (0.0, 0.0)).value is None
+    assert of((0.1, None), (None, None)).why == "no structure gave a value"
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_an_error_that_is_not_finite_is_no_error(order: tuple[str, str]) -> None:
+    errors = {"a": float("nan"), "b": 0.1}
+    found = _worst({name: errors[name] for name in order}, smallest=False)
+    assert (found.value, found.why) == (None, "on a it is not finite")
 
 
 def test_without_forces_dynamics_are_not_measured() -> None:

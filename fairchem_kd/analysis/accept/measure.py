@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from ase.calculators.calculator import CalculationFailed
 
 from fairchem_kd.analysis.accept.bars import ERRORS, FIGURES, GAP, PHYSICS, SPEED
 from fairchem_kd.analysis.compare.evaluation import Evaluation, evaluate
 from fairchem_kd.analysis.compare.gap import Interval, gap_closed
 from fairchem_kd.analysis.cost.inference import measure_md
-from fairchem_kd.analysis.physics.study import Settings, study_physics
+from fairchem_kd.analysis.physics.study import Physics, Settings, study_physics
+from fairchem_kd.analysis.physics.summary import STATISTICS, Measured, values_of
 from fairchem_kd.analysis.subjects.calculators import atoms_of
 from fairchem_kd.analysis.subjects.reference_method import METHODS, method_of
 from fairchem_kd.analysis.subjects.runs import ModelFile, load_model
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Value:
-    """A figure, in the unit of `FIGURES`; without a ``value``, ``why`` says why there is none."""
+    """A figure, in the unit of `FIGURES`; ``why`` says why there is none, or none better."""
 
     value: float | None = None
     interval: Interval | None = None  #: 95 %, over structures
@@ -84,7 +88,8 @@ def measure(subject: Subject, names: Collection[str]) -> dict[str, Value]:
                 atoms, path = atoms_of(opened), opened.path
             student = _calculator(subject.student, subject.device)
             if PHYSICS in groups:
-                found |= _physics(subject, student, atoms, source, path)
+                wanted = [name for name in names if FIGURES[name].group == PHYSICS]
+                found |= _physics(subject, student, atoms, source, path, wanted)
             if SPEED in groups:
                 found |= _speed(subject, student, atoms)
     nothing = Value(why="nothing was found of it")
@@ -122,17 +127,19 @@ def _gap(subject: Subject, students: Mapping[str, Evaluation]) -> dict[str, Valu
     found = {}
     for kind in ("energy", "forces"):
         closed: dict[str, float | None] = {}
+        why = ""
         for split, student in students.items():
-            three = [one[split].metrics.get(f"{kind}_mae") for one in (baselines, teachers)]
-            own = student.metrics.get(f"{kind}_mae")
-            known = own is not None and None not in three
-            closed[split] = gap_closed(three[0], own, three[1]) if known else None  # type: ignore[arg-type]
-        none = next((split for split, value in closed.items() if value is None), None)
-        if none is not None:
-            why = f"on {none} the teacher is not better than the baseline"
-            found[f"{kind}_gap_closed"] = Value(why=why)
-        else:
-            found[f"{kind}_gap_closed"] = _worst(closed, smallest=True)
+            by = {"baseline": baselines[split], "student": student, "teacher": teachers[split]}
+            errors = {name: one.metrics.get(f"{kind}_mae") for name, one in by.items()}
+            known = [error for error in errors.values() if error is not None]
+            if len(known) < len(errors):
+                silent = next(name for name, error in errors.items() if error is None)
+                why = why or f"the {silent} predicts no {kind}"
+                continue
+            closed[split] = gap_closed(*known)
+            if closed[split] is None:
+                why = why or f"on {split} the teacher is not better than the baseline"
+        found[f"{kind}_gap_closed"] = Value(why=why) if why else _worst(closed, smallest=True)
     return found
 
 
@@ -140,6 +147,9 @@ def _worst(values: Mapping[str, float | None], *, smallest: bool) -> Value:
     known = {split: value for split, value in values.items() if value is not None}
     if len(known) < len(values):
         return Value(why="the student predicts no forces")
+    strange = [split for split, value in known.items() if not math.isfinite(value)]
+    if strange:  # which no order knows
+        return Value(why=f"on {strange[0]} it is not finite")
     split = (min if smallest else max)(known, key=lambda name: known[name])
     return Value(known[split], where=split)
 
@@ -161,28 +171,64 @@ def _calculator(file: ModelFile, device: torch.device) -> StudentCalculator:
     return StudentCalculator(file.path, device=device, trust=file.trust)
 
 
+#: What is measured for a figure, by how its name begins.
+_PARTS = {"md": "dynamics", "relax": "relaxations", "force": "forces", "scan": "scans"}
+_BY_THE_METHOD = ("relax_energy_above", "relax_displacement", "scan_error")
+_OF_DYNAMICS_THAT_LAST = ("md_drift", "md_fluctuation")
+
+
 def _physics(
     subject: Subject,
     student: StudentCalculator,
     atoms: Sequence[Atoms],
     source: Any,
     path: str,
+    names: Collection[str],
 ) -> dict[str, Value]:
     method = METHODS.get(subject.method)
     if subject.method == "auto":
         method = method_of(source if isinstance(source, Mapping) else {"src": str(source)})
+    if not set(names) & set(_BY_THE_METHOD):
+        method = None  # which is often the slowest of all
     found = study_physics(
-        {"student": [student]}, atoms, method=method, data=path, settings=subject.settings
-    ).summary("student")
-    values = {}
-    for name, measured in found.items():
-        if measured is not None:
-            values[name] = Value(measured.value, measured.over_structures)
-        elif method is None and name in ("relax_energy_above", "relax_displacement", "scan_error"):
-            values[name] = Value(why="the method of the labels is not known: give --method")
-        else:
-            values[name] = Value(why="no structure gave a value")
-    return values
+        {"student": [student]},
+        atoms,
+        method=method,
+        data=path,
+        settings=subject.settings,
+        parts={_PARTS[name.partition("_")[0]] for name in names},
+    )
+    summary = found.summary("student")
+    return {name: _figure(found, name, summary[name]) for name in names}
+
+
+def _figure(found: Physics, name: str, measured: Measured | None) -> Value:
+    """One figure over all structures; one of which the student gives none counts as the worst."""
+    ours, truth = found.models["student"][0], None
+    if name in _BY_THE_METHOD:
+        if found.method is None:
+            return Value(why="the method of the labels is not known: give --method")
+        truth = found.models[found.method][0]
+    values = values_of(ours, truth)[name]
+    lost = ~np.isfinite(values)
+    if name in _OF_DYNAMICS_THAT_LAST:
+        lost |= np.array([not one.stable for one in ours.dynamics])
+    if truth is not None:  # no one is held against what the method cannot say
+        known = np.isfinite(values_of(truth, truth)[name])
+        values, lost = values[known], lost[known]
+    if not len(values) or (lost.all() and name not in _OF_DYNAMICS_THAT_LAST):
+        return Value(why="no structure gave a value")
+    if not lost.any() and measured is not None:
+        return Value(measured.value, measured.over_structures)
+    reasons = [one.reason for one in ours.dynamics if one.reason]
+    why = f"{lost.sum()} of {len(lost)} structures gave none"
+    if name in _OF_DYNAMICS_THAT_LAST and reasons:
+        why = f"{lost.sum()} of {len(lost)} runs do not last ({reasons[0]})"
+    if not np.iscomplexobj(values):  # a ratio of sums knows no worst
+        value = float(STATISTICS[name](np.where(lost, np.inf, values)))
+        if math.isfinite(value):
+            return Value(value, why=f"{why}, and count as the worst")
+    return Value(why=why)
 
 
 def _speed(
@@ -195,7 +241,10 @@ def _speed(
             calculators["teacher"] = _calculator(subject.teacher, subject.device)
         except UserError as error:
             why = f"the teacher cannot run dynamics: {error}"
-    timings = measure_md(calculators, atoms[0], steps=15, warm_up=3)
+    try:
+        timings = measure_md(calculators, atoms[0], steps=15, warm_up=3)
+    except CalculationFailed as error:
+        return dict.fromkeys(("md_steps_per_second", "md_speedup"), Value(why=str(error)))
     median = {label: timing.median for label, timing in timings.items()}
     found = {"md_steps_per_second": Value(1.0 / median["student"])}
     found["md_speedup"] = Value(why=why)

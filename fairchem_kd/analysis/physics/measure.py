@@ -108,10 +108,12 @@ def check_forces(
 
     Along random directions of all free atoms together: a displacement of length ``step`` (Å) for
     each atom on average, large enough for a model in fp32. The forces are projected on the
-    direction, of which every atom has length 1 on average.
+    direction, of which every atom has length 1 on average. Nothing where no atom is free.
     """
     rng = np.random.default_rng(seed)
     free = free_atoms(atoms)
+    if not len(free):
+        return Consistency([], [])
     system = atoms.copy()
     system.set_constraint()
     system.calc = calculator

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
 FORMAT = 1
+#: What every calculator is put through.
+PARTS = ("dynamics", "relaxations", "forces", "scans")
 #: ps; a student's median drift over 0.1, 0.3 and 1 ps was measured as 135, 40 and 19 meV/atom/ps
 DRIFT_NEEDS = 1.0
 
@@ -95,6 +97,7 @@ def study_physics(
     data: str,
     settings: Settings | None = None,
     progress: bool = False,
+    parts: Collection[str] = PARTS,
 ) -> Physics:
     """Put every calculator, and the labels' method, through the same.
 
@@ -106,6 +109,7 @@ def study_physics(
         data: where the structures come from, for the report.
         settings: how long and how finely.
         progress: show a bar on a terminal.
+        parts: of what; figures of the others are None.
 
     Raises:
         UserError: the method's package is not installed.
@@ -117,12 +121,13 @@ def study_physics(
     if method is not None:
         everyone[method] = [method_calculator(method)]
         held_to = _Method(everyone[method][0])
-    total = 4 * len(structures) * sum(len(seeds) for seeds in everyone.values())
+    total = len(parts) * len(structures) * sum(len(seeds) for seeds in everyone.values())
     with tqdm(total=total, disable=None if progress else True) as bar:
         for label in reversed(everyone):  # the method first, which the others are held to
             bar.set_description(label)
             found.models[label] = [
-                _findings(one, structures, settings, held_to, bar.update) for one in everyone[label]
+                _findings(one, structures, settings, held_to, bar.update, parts)
+                for one in everyone[label]
             ]
     found.models = dict(reversed(found.models.items()))
     return found
@@ -142,29 +147,36 @@ def _findings(
     settings: Settings,
     method: _Method | None,
     done: Callable[..., Any],
+    parts: Collection[str],
 ) -> Findings:
     """What one calculator does; that of the method fills in its ends."""
     found = Findings()
-    found.dynamics = run_dynamics(
-        calculator,
-        structures,
-        steps=settings.md_steps,
-        time_step=settings.time_step,
-        temperature=settings.temperature,
-    )
-    done(len(structures))
+    if "dynamics" in parts:
+        found.dynamics = run_dynamics(
+            calculator,
+            structures,
+            steps=settings.md_steps,
+            time_step=settings.time_step,
+            temperature=settings.temperature,
+        )
+        done(len(structures))
     for index, atoms in enumerate(structures):
-        relaxation, end = relax(calculator, atoms, fmax=settings.fmax, steps=settings.relax_steps)
-        if method is not None:
-            if calculator is method.calculator:
-                method.ends.append(end)
-            relaxation = against(relaxation, end, method.calculator, method.ends[index])
-        found.relaxations.append(relaxation)
-        done()
-        found.consistency.append(_forces(calculator, atoms, settings, index))
-        done()
-        found.scans.append(_scan(calculator, atoms, settings))
-        done()
+        if "relaxations" in parts:
+            relaxation, end = relax(
+                calculator, atoms, fmax=settings.fmax, steps=settings.relax_steps
+            )
+            if method is not None:
+                if calculator is method.calculator:
+                    method.ends.append(end)
+                relaxation = against(relaxation, end, method.calculator, method.ends[index])
+            found.relaxations.append(relaxation)
+            done()
+        if "forces" in parts:
+            found.consistency.append(_forces(calculator, atoms, settings, index))
+            done()
+        if "scans" in parts:
+            found.scans.append(_scan(calculator, atoms, settings))
+            done()
     return found
 
 
