@@ -81,6 +81,17 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
         raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Refuse keys that stand twice, of which YAML's own reader takes the last without a word."""
+    seen = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if (key.tag, key.value) in seen:
+            raise Unreadable(f"it has the key '{key.value[:60]}' twice")
+        seen.add((key.tag, key.value))
+
+
 def _check_nodes(root: yaml.Node) -> None:
     """Refuse a tree whose aliases, written out, make too much of it, or go round in a circle."""
     sizes: dict[int, int] = {}
@@ -98,6 +109,8 @@ def _check_nodes(root: yaml.Node) -> None:
             found = 1 + len(node.value) // 64
         else:
             open_nodes.add(id(node))
+            if isinstance(node, yaml.MappingNode):
+                _check_keys(node)
             inner = (
                 [part for pair in node.value for part in pair]
                 if isinstance(node, yaml.MappingNode)

@@ -56,6 +56,13 @@ def test_depth_is_bounded() -> None:
                 parse_json(opened * depth + "1" + closed * depth)
 
 
+def test_a_key_that_stands_twice_contradicts_itself() -> None:
+    for text in ("a: 1\nb: 2\na: 3", "b:\n  - {a: 1, a: 1}", '{"a": 1, a: 2}'):
+        with pytest.raises(Unreadable, match="has the key 'a' twice"):
+            parse_yaml(text)
+    assert parse_yaml("x: {<<: {a: 1}, <<: {b: 2}, a: 3}\n1: 2\n'1': 3")["x"]["a"] == 3
+
+
 def test_lines_that_are_none_are_left_out(tmp_path: Path) -> None:
     lines = [b'{"a": 1}', b"", b"[]", b'{"a":', b"\xff\xfe", b"[" * 9999, b'{"a": 2}', b'{"a": 3']
     (tmp_path / "lines").write_bytes(b"\n".join(lines))
