@@ -82,6 +82,11 @@ def _export_module(args: argparse.Namespace) -> None:
     numbers = _known_elements(path, None)
     if named := _named_elements(args, checkpoint["config"]):
         numbers = frozenset(named)
+    if numbers is None:
+        logging.warning(
+            f"{args.module} will not say which elements the model knows, so that it answers about "
+            "others too: give --elements, or --data with a card.json that has them."
+        )
     told = about(
         model, Units(*read_units(checkpoint, "cpu")), numbers, checkpoint["config"]["outputs"]
     )

@@ -7,9 +7,10 @@ batches anew, neighbours are searched among all pairs, and a trainer stands betw
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ class StudentCalculator(Calculator):
     def __reduce__(self) -> tuple[Any, ...]:
         """As pickle and copy ask; some of stock's models cannot be: the file is read again."""
         device = str(self.device)
-        made = partial(type(self), skin=self.skin, device=device, trust=self.trust)
+        made = functools.partial(type(self), skin=self.skin, device=device, trust=self.trust)
         return made, (self.path,)
 
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
@@ -296,12 +297,23 @@ def _load(path: Path, device: torch.device, trust: bool) -> FrozenModel:
     with isolated_random_state():
         model = build_model(contents, str(path)).to(device)
     check_finite(model, str(path))
+    elements = _known_elements(path, None)
+    if elements is None:
+        _tell_of_elements()
     return FrozenModel(
         model,
         Units(*read_units(contents, device)),
         modern_config(contents["config"])["outputs"],
-        elements=_known_elements(path, None),
+        elements=elements,
         name=str(path),
+    )
+
+
+@functools.cache  # once a process, though there may be many models
+def _tell_of_elements() -> None:
+    logging.warning(
+        "No card beside the checkpoint says which elements the model was trained on, so that it "
+        "answers about others too, without sense: `fairchem-kd export` writes a card."
     )
 
 

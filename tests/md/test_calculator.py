@@ -30,6 +30,7 @@ from fairchem_kd.analysis.subjects.calculators import make_calculator
 from fairchem_kd.analysis.subjects.runs import read_model
 from fairchem_kd.errors import UserError
 from fairchem_kd.md import Exploded, StudentCalculator
+from fairchem_kd.md.calculator import _tell_of_elements
 from fairchem_kd.md.systems import Systems
 from fairchem_kd.models.file import write_checkpoint
 from fairchem_kd.stock.reused_graphs import _search
@@ -206,12 +207,18 @@ def test_atoms_that_fly_apart(student: StudentCalculator) -> None:
 
 
 def test_an_element_that_it_was_not_trained_on(
-    checkpoints: dict[str, Path], tmp_path: Path
+    checkpoints: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    logging.disable(logging.NOTSET)
+    _tell_of_elements.cache_clear()
     path = tmp_path / "student.pt"
     path.write_bytes(checkpoints["painn"].read_bytes())
     path.with_suffix(".json").write_text(json.dumps({"elements": ["H", "O", "Cu", "Pt"]}))
     student = StudentCalculator(path, device="cpu")
+    assert "which elements" not in caplog.text
+    for _ in range(2):
+        StudentCalculator(checkpoints["painn"], device="cpu")
+    assert caplog.text.count("No card beside the checkpoint says which elements") == 1
     with pytest.raises(UserError, match=r"holds C, which .* does not know"):
         answers(student, molecule("CH4"))
     with pytest.raises(UserError, match="1 to 83"):

@@ -403,6 +403,17 @@ def test_models_of_which_there_is_no_module(
         network_of(small_model(flavour, **overrides), "student.pt")
 
 
+def test_unknown_elements_are_warned_about(
+    files: dict[str, tuple[Path, Path]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    contents = torch.load(files["schnet"][0], weights_only=True)
+    contents["config"]["dataset"]["src"] = "elsewhere/train"
+    path = write_checkpoint(contents, tmp_path / "student.pt")
+    assert main(["export", str(path), "--module", str(tmp_path / "student.pt2")]) == 0
+    assert "will not say which elements" in caplog.text
+    assert read_about(tmp_path / "student.pt2")["elements"] is None
+
+
 def test_the_command_refuses_before_it_works(
     files: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
