@@ -213,6 +213,15 @@ def test_the_card_beside_the_training_data_is_found(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "t.json").read_text())["elements"] == ["H", "O", "Cu", "Pt"]
 
 
+def test_a_runs_folder_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
+    _run("run", tmp_path / "t.pt", "--no-metrics")
+    _run("run/best_checkpoint.pt", tmp_path / "same.pt", "--no-metrics")
+    found, same = (read_checkpoint(tmp_path / name)["state_dict"] for name in ("t.pt", "same.pt"))
+    assert all(torch.equal(found[name], value) for name, value in same.items())
+    with pytest.raises(UserError, match="has neither best_checkpoint"):
+        _run(tmp_path, tmp_path / "none.pt")
+
+
 def test_unknown_elements_are_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
