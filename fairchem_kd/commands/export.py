@@ -68,7 +68,7 @@ def _export_module(args: argparse.Namespace) -> None:
     from fairchem_kd.files import write_text
     from fairchem_kd.md.standalone import LOADER, loader
     from fairchem_kd.models.build import build_model, check_finite, read_units
-    from fairchem_kd.models.elements import _known_elements
+    from fairchem_kd.models.elements import known_elements
     from fairchem_kd.models.file import read_checkpoint
     from fairchem_kd.models.legacy import modern
     from fairchem_kd.models.module import about, network_of, write_module
@@ -79,7 +79,7 @@ def _export_module(args: argparse.Namespace) -> None:
     model = build_model(checkpoint, str(path))
     check_finite(model, str(path))
     network = network_of(model, str(path))
-    numbers = _known_elements(path, None)
+    numbers = known_elements(path, None)
     if named := _named_elements(args, checkpoint["config"]):
         numbers = frozenset(named)
     if numbers is None:

@@ -26,7 +26,7 @@ from fairchem_kd.md.exploded import ANSWER, POSITIONS, Exploded
 from fairchem_kd.md.skin import SKIN, checked_skin
 from fairchem_kd.md.systems import Systems
 from fairchem_kd.models.build import build_model, check_finite, read_units
-from fairchem_kd.models.elements import _known_elements
+from fairchem_kd.models.elements import known_elements
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.frozen import Teacher as FrozenModel
 from fairchem_kd.models.legacy import modern_config
@@ -297,7 +297,7 @@ def _load(path: Path, device: torch.device, trust: bool) -> FrozenModel:
     with isolated_random_state():
         model = build_model(contents, str(path)).to(device)
     check_finite(model, str(path))
-    elements = _known_elements(path, None)
+    elements = known_elements(path, None)
     if elements is None:
         _tell_of_elements()
     return FrozenModel(

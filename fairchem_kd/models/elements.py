@@ -13,7 +13,7 @@ from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.reading import read_json
 
 
-def _known_elements(path: Path, given: Iterable[str | int] | None) -> frozenset[int] | None:
+def known_elements(path: Path, given: Iterable[str | int] | None) -> frozenset[int] | None:
     """Those that the config names, or the card beside the checkpoint; None where neither does."""
     if given is not None:
         return frozenset(as_atomic_numbers(given, "task.distillation.teacher.elements"))

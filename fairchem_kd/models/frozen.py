@@ -25,7 +25,7 @@ from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.features import Captured, FeatureExtractor, architecture_of, energy_name_of
 from fairchem_kd.features.architecture import draws_numbers
 from fairchem_kd.models.build import _unfitted, build_model, check_finite, read_units
-from fairchem_kd.models.elements import _known_elements
+from fairchem_kd.models.elements import known_elements
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.legacy import modern_config, predicts_relaxed_energy
 from fairchem_kd.models.units import Units
@@ -116,7 +116,7 @@ class Teacher:
         path = Path(path)
         try:
             checkpoint = read_checkpoint(path, trust=trust)
-            known = _known_elements(path, elements)
+            known = known_elements(path, elements)
             with isolated_random_state():
                 teacher = _build(cls, checkpoint, known, str(path), torch.device(device))
         except UserError as error:
