@@ -35,7 +35,12 @@ COEFFICIENTS = {
     "oc20/painn_to_painn_small": {"n2n": 10000},
     "oc20/gemnet_oc_to_schnet": {"n2n": 100},
     "oc20/painn_to_schnet": {"n2n": 100},
-    "oc20/gemnet_oc_to_gemnet_oc_small": {"n2n": 10, "vanilla": 0.7, "e2e": 10000},
+    "oc20/gemnet_oc_to_gemnet_oc_small": {
+        "n2n": 10,
+        "vanilla": 0.7,
+        "e2e": 10000,
+        "per_atom_energy": 1,
+    },
     "coll/gemnet_oc_to_painn": {"n2n": 100},
     "coll/painn_to_painn_small": {"vanilla": 1, "per_atom_energy": 200, "n2n": 10000, "v2v": 1},
     "coll/painn_to_schnet": {"vanilla": 1, "n2n": 100},
