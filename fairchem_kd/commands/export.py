@@ -102,11 +102,11 @@ def _export_module(args: argparse.Namespace) -> None:
 def _named_elements(args: argparse.Namespace, config: dict[str, Any]) -> list[int]:
     """Atomic numbers of the training data, by ``--elements`` or the data's card; or none."""
     from fairchem_kd.models.elements import as_atomic_numbers
-    from fairchem_kd.models.export import _data_card
+    from fairchem_kd.models.export import data_card
 
     if args.elements:
         return sorted(set(as_atomic_numbers(args.elements, "--elements")))
-    named = (_data_card(args.data, config) or {}).get("elements")
+    named = (data_card(args.data, config) or {}).get("elements")
     where = "elements of the data's card"
     return [] if named is None else sorted(set(as_atomic_numbers(named, where)))
 
@@ -127,8 +127,8 @@ def _export(args: argparse.Namespace) -> None:
         CARD_FORMAT,
         _about,
         _commit,
-        _data_card,
         _versions,
+        data_card,
         evaluate,
         forces_in_words,
         portable,
@@ -139,7 +139,7 @@ def _export(args: argparse.Namespace) -> None:
     from fairchem_kd.stock.scales import are_fitted
 
     checkpoint = modern(read_checkpoint(args.checkpoint, trust=args.trust), str(args.checkpoint))
-    data = _data_card(args.data, checkpoint["config"])
+    data = data_card(args.data, checkpoint["config"])
     elements = [chemical_symbols[z] for z in _named_elements(args, checkpoint["config"])] or None
     if elements is None:
         logging.warning(

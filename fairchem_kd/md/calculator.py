@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ from fairchem_kd.md.exploded import ANSWER, POSITIONS, Exploded
 from fairchem_kd.md.skin import SKIN, checked_skin
 from fairchem_kd.md.systems import Systems
 from fairchem_kd.models.build import build_model, check_finite, read_units
-from fairchem_kd.models.elements import known_elements
+from fairchem_kd.models.elements import as_atomic_numbers, known_elements
+from fairchem_kd.models.export import data_card
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.models.frozen import Teacher as FrozenModel
 from fairchem_kd.models.legacy import modern_config
@@ -297,7 +298,7 @@ def _load(path: Path, device: torch.device, trust: bool) -> FrozenModel:
     with isolated_random_state():
         model = build_model(contents, str(path)).to(device)
     check_finite(model, str(path))
-    elements = known_elements(path, None)
+    elements = known_elements(path, None) or _elements_of_data(contents["config"])
     if elements is None:
         _tell_of_elements()
     return FrozenModel(
@@ -309,11 +310,19 @@ def _load(path: Path, device: torch.device, trust: bool) -> FrozenModel:
     )
 
 
+def _elements_of_data(config: Mapping[str, Any]) -> frozenset[int] | None:
+    """Those of a run's training data, by the card that lies there; None where it has none now."""
+    with suppress(UserError):
+        named = (data_card(None, config) or {}).get("elements")
+        return None if named is None else frozenset(as_atomic_numbers(named, "the data's card"))
+    return None
+
+
 @functools.cache  # once a process, though there may be many models
 def _tell_of_elements() -> None:
     logging.warning(
-        "No card beside the checkpoint says which elements the model was trained on, so that it "
-        "answers about others too, without sense: `fairchem-kd export` writes a card."
+        "No card, of the checkpoint or of its data, says which elements the model was trained on, "
+        "so that it answers about others too, without sense: `fairchem-kd export` writes a card."
     )
 
 

@@ -157,7 +157,7 @@ def training_seconds(config: Mapping[str, Any]) -> float | None:
     return round(sum(spans), 1) if spans else None
 
 
-def _data_card(folder: Path | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def data_card(folder: Path | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The card of the data set: in the folder that was given, or beside the training split."""
     if folder is None:
         source = (config.get("dataset") or {}).get("src")

@@ -32,7 +32,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.md import Exploded, StudentCalculator
 from fairchem_kd.md.calculator import _tell_of_elements
 from fairchem_kd.md.systems import Systems
-from fairchem_kd.models.file import write_checkpoint
+from fairchem_kd.models.file import read_checkpoint, write_checkpoint
 from fairchem_kd.stock.reused_graphs import _search
 
 FLAVOURS = ("painn", "painn_energy", "schnet", "gemnet_oc")
@@ -218,13 +218,29 @@ def test_an_element_that_it_was_not_trained_on(
     assert "which elements" not in caplog.text
     for _ in range(2):
         StudentCalculator(checkpoints["painn"], device="cpu")
-    assert caplog.text.count("No card beside the checkpoint says which elements") == 1
+    assert caplog.text.count("says which elements the model was trained on") == 1
     with pytest.raises(UserError, match=r"holds C, which .* does not know"):
         answers(student, molecule("CH4"))
     with pytest.raises(UserError, match="1 to 83"):
         answers(
             StudentCalculator(checkpoints["painn"], device="cpu"), Atoms("U2", [[0] * 3, [2] * 3])
         )
+
+
+def test_elements_of_a_run_are_those_of_its_data(
+    checkpoints: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.disable(logging.NOTSET)
+    _tell_of_elements.cache_clear()
+    contents = read_checkpoint(checkpoints["painn"])
+    contents["config"]["dataset"]["src"] = str(tmp_path / "data" / "train")
+    path = tmp_path / "best_checkpoint.pt"
+    write_checkpoint(contents, path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "card.json").write_text(json.dumps({"elements": ["H", "O"]}))
+    with pytest.raises(UserError, match=r"holds C, which .* does not know"):
+        answers(StudentCalculator(path, device="cpu"), molecule("CH4"))
+    assert "which elements" not in caplog.text
 
 
 @pytest.mark.parametrize("skin", [0, 0.0, -1, 1e-3, None, "wide", float("nan"), float("inf"), True])
