@@ -65,7 +65,7 @@ def test_a_term_whose_schedule_has_ended_keeps_its_projection(
     with trainer(config(tmp_path, data, teacher=teacher, losses=losses)) as built:
         built.set_up()
         monkeypatch.setattr(ranks, "world_size", lambda: 2)  # of which the other does the same
-        monkeypatch.setattr(ranks, "all_sum", lambda values: values.mul_(2))
+        monkeypatch.setattr(ranks.dist, "all_reduce", lambda values: values.mul_(2))
         built.model.train()
         batch = next(iter(built.train_loader))
         for built.step in (1, 2, 3, 4):

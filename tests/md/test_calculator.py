@@ -88,8 +88,8 @@ def test_any_periodicity(checkpoints: dict[str, Path], pbc: tuple[bool, ...]) ->
     ours = StudentCalculator(checkpoints["painn"], device="cpu")
     energy, forces = answers(stock, atoms)
     found, pulls = answers(ours, atoms)
-    assert found == pytest.approx(energy, abs=1e-5)
-    np.testing.assert_allclose(pulls, forces, atol=1e-5)
+    assert found == pytest.approx(energy, abs=3e-5)
+    np.testing.assert_allclose(pulls, forces, atol=3e-5)
 
 
 def test_a_cell_smaller_than_the_cutoff(checkpoints: dict[str, Path]) -> None:
@@ -97,8 +97,8 @@ def test_a_cell_smaller_than_the_cutoff(checkpoints: dict[str, Path]) -> None:
     atoms.rattle(0.05, seed=0)
     energy, forces = answers(make_calculator(read_model(checkpoints["schnet"])), atoms)
     found, pulls = answers(StudentCalculator(checkpoints["schnet"], device="cpu"), atoms)
-    assert found == pytest.approx(energy, abs=1e-5)
-    np.testing.assert_allclose(pulls, forces, atol=1e-5)
+    assert found == pytest.approx(energy, abs=3e-5)
+    np.testing.assert_allclose(pulls, forces, atol=3e-5)
 
 
 def test_many_structures_at_once_are_as_each_alone(student: StudentCalculator) -> None:
@@ -112,8 +112,8 @@ def test_many_structures_at_once_are_as_each_alone(student: StudentCalculator) -
     assert student.searches == searches + 1  # the second time they had moved a little
     for atoms, one in zip(many, found, strict=True):
         energy, forces = answers(student, atoms)
-        assert one["energy"] == one["free_energy"] == pytest.approx(energy, abs=1e-5)
-        np.testing.assert_allclose(one["forces"], forces, atol=1e-5)
+        assert one["energy"] == one["free_energy"] == pytest.approx(energy, abs=3e-5)
+        np.testing.assert_allclose(one["forces"], forces, atol=3e-5)
     assert student.calculate_batch([]) == []
 
 
@@ -132,7 +132,7 @@ def test_results_are_of_the_structure_that_is_asked_about(student: StudentCalcul
     other = structures(2)[1]
     student.calculate_batch([other])
     atoms.set_cell(atoms.cell / 1.02)
-    assert answers(student, atoms)[0] == pytest.approx(third, abs=1e-5)
+    assert answers(student, atoms)[0] == pytest.approx(third, abs=3e-5)
     forces = atoms.get_forces()
     forces[:] = 0.0  # the caller's own
     assert np.abs(atoms.get_forces()).max() > 0
@@ -283,8 +283,8 @@ def test_along_an_axis_without_an_edge_nothing_is_periodic(
         meant.pbc, given.pbc = periodic, pbc
         energy, forces = answers(student, meant)
         found, pulls = answers(student, given)
-        assert found == pytest.approx(energy, abs=1e-5)
-        np.testing.assert_allclose(pulls, forces, atol=1e-5)
+        assert found == pytest.approx(energy, abs=3e-5)
+        np.testing.assert_allclose(pulls, forces, atol=3e-5)
         in_a_batch = student.calculate_batch([given, bulk("Cu")])[0]
         assert in_a_batch["energy"] == pytest.approx(energy, abs=1e-4)
         with pytest.raises(PropertyNotImplementedError, match=r"has no stress|have an edge"):
@@ -318,8 +318,8 @@ def test_it_can_be_copied_and_sent_to_another_process(
         moved.rattle(0.05, seed=1)
         expected = answers(StudentCalculator(checkpoints[flavour], device="cpu"), moved)
         found = answers(other, moved)
-        assert found[0] == pytest.approx(expected[0], abs=1e-5)
-        np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+        assert found[0] == pytest.approx(expected[0], abs=3e-5)
+        np.testing.assert_allclose(found[1], expected[1], atol=3e-5)
         assert answers(student, atoms)[0] == energy
 
 

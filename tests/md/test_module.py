@@ -87,7 +87,7 @@ def test_the_numbers_are_the_checkpoints_along_a_walk(
         atoms.positions += chance.normal(0, 0.06, atoms.positions.shape)
         energy, forces = answers(student, atoms)
         found, pulls = answers(ours, atoms)
-        assert found == pytest.approx(energy, abs=3e-5)
+        assert found == pytest.approx(energy, abs=1e-4)
         np.testing.assert_allclose(pulls, forces, atol=5e-5)
     assert 1 < ours.searches < steps
 
@@ -128,7 +128,7 @@ def test_any_periodicity_and_number_of_atoms(
     atoms = atoms.copy()
     energy, forces = answers(StudentCalculator(checkpoint, device="cpu"), atoms)
     found, pulls = answers(modules[flavour], atoms)
-    assert found == pytest.approx(energy, abs=3e-5)
+    assert found == pytest.approx(energy, abs=1e-4)
     np.testing.assert_allclose(pulls, forces, atol=5e-5)
 
 
@@ -170,7 +170,7 @@ print(json.dumps([atoms.get_potential_energy(), atoms.get_forces(False).tolist()
     )
     assert done.returncode == 0, done.stderr
     found, pulls = json.loads(done.stdout)
-    assert found == pytest.approx(energy, abs=3e-5)
+    assert found == pytest.approx(energy, abs=1e-4)
     np.testing.assert_allclose(pulls, forces, atol=5e-5)
 
 
@@ -182,7 +182,7 @@ def test_in_float64_forces_and_stress_are_slopes(
     atoms = structures(1)[0]
     atoms.set_constraint()
     assert answers(modules[flavour], atoms)[0] == pytest.approx(
-        answers(calculator, atoms)[0], abs=3e-5
+        answers(calculator, atoms)[0], abs=1e-4
     )
     forces, step = atoms.get_forces(), 1e-5
     slopes = np.zeros_like(forces)

@@ -113,8 +113,8 @@ def test_in_a_batch_it_is_as_alone_and_nothing_else_changes(student: StudentCalc
         (alone,) = student.calculate_batch([atoms], stress=True)
         np.testing.assert_allclose(one["stress"], alone["stress"], rtol=1e-4, atol=1e-8)
         assert "stress" not in plain
-        np.testing.assert_allclose(one["forces"], plain["forces"], atol=1e-5)
-        assert one["energy"] == pytest.approx(plain["energy"], abs=1e-5)
+        np.testing.assert_allclose(one["forces"], plain["forces"], atol=3e-5)
+        assert one["energy"] == pytest.approx(plain["energy"], abs=3e-5)
 
 
 def test_ase_has_it_where_it_asks(checkpoints: dict[str, Path]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import (
-    LAST_STEP,
     Command,
     assert_same_end,
     run_argv,
@@ -23,6 +22,8 @@ from fairchem_kd.launch.submission import Executor
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
+#: SLURM takes its time to interrupt a job, in which a fast machine takes many steps.
+LAST_STEP = 80
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -37,6 +38,7 @@ class Cluster:
             ranks,
             *("--identifier", name, "--run-dir", str(self.root), "--logdir", f"logs/{name}"),
             *("--submit", "--slurm-mem", "2", "--slurm-timeout", "1", *more),
+            last_step=LAST_STEP,
         )
 
     def submit(self, name: str, *more: str, ranks: int = 1) -> Command:
@@ -81,7 +83,7 @@ class Cluster:
 def cluster(slurm: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     """Where the config and its data are."""
     root = tmp_path_factory.mktemp("slurm")
-    yml = write_run(root)
+    yml = write_run(root, LAST_STEP)
     contents = yaml.safe_load(yml.read_text())
     yml.write_text(yaml.safe_dump({**contents, "slurm": {"comment": "from-the-config"}}))
     return Cluster(root, slurm)
