@@ -106,9 +106,11 @@ class StudentCalculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """What is not as it was when `results` were worked out; as ASE asks, and sooner."""
         last, systems = self._last, self._systems
-        if last is None or systems is None or not systems.are([atoms]):
+        if last is None or systems is None:
             return list(all_changes)
-        return [] if np.array_equal(last.positions, atoms.positions) else ["positions"]
+        if not np.array_equal(last.positions, atoms.positions):
+            return ["positions"]  # and what else there may be: `_prepared` looks
+        return [] if systems.are([atoms]) else list(all_changes)
 
     def get_property(
         self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True
@@ -240,16 +242,18 @@ class StudentCalculator(Calculator):
 
     def _prepared(self, structures: list[Atoms]) -> Systems:
         """The structures as the model takes them; what is known of their neighbours is kept."""
+        systems = self._systems
+        same = systems is not None and systems.are(structures)
+        if systems is not None and same:
+            farthest = systems.move_to(structures)
+            if farthest < 0.4999 * self.skin:  # which NaN is not
+                return systems
         for atoms in structures:
             if not len(atoms):
                 raise UserError("There is a structure without atoms: leave it out.")
             if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell).all()):
                 raise Exploded(POSITIONS.format(formula=atoms.get_chemical_formula()))
-        systems = self._systems
-        if systems is not None and systems.are(structures):
-            if systems.move_to(structures) < 0.4999 * self.skin:
-                return systems
-        else:
+        if not same:
             numbers = np.concatenate([atoms.numbers for atoms in structures])
             self.model.check_elements(torch.from_numpy(numbers))
         try:

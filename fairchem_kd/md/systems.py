@@ -55,9 +55,9 @@ class Systems:
         """Whether these are the same but for where their atoms are."""
         return len(structures) == len(self.numbers) and all(
             np.array_equal(atoms.numbers, numbers)
-            and np.array_equal(atoms.cell, cell)
+            and np.array_equal(atoms.cell.array, cell)
             and np.array_equal(atoms.pbc, pbc)
-            and np.array_equal(atoms.get_tags(), tags)
+            and np.array_equal(atoms.arrays.get("tags", 0 * numbers), tags)
             for atoms, numbers, cell, pbc, tags in zip(
                 structures, self.numbers, self.cells, self.pbc, self.tags, strict=True
             )
