@@ -47,8 +47,8 @@ from fairchem_kd.analysis.subjects.structures import open_structures
 from fairchem_kd.commands.fairchem import main as fairchem
 from fairchem_kd.commands.main import main as main_of_kd
 from fairchem_kd.data.convert.shards import Shard
+from fairchem_kd.data.pool import make_pool
 from fairchem_kd.explore.rounds import trainings
-from fairchem_kd.explore.rounds.pool import make_pool
 from fairchem_kd.explore.rounds.trainings import claimed, student_of, train, write_config
 from fairchem_kd.files import write_json
 from fairchem_kd.reading import read_json

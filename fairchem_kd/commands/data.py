@@ -1,4 +1,4 @@
-"""``fairchem-kd data``: make a data set now, with sizes of one's own, or convert one's files."""
+"""``fairchem-kd data``: make a data set now, with sizes of one's own; convert one's files; pool."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fairchem_kd.commands import data_convert as cli_convert
+from fairchem_kd.commands import data_pool as cli_pool
 from fairchem_kd.commands.arguments import at_least
 
 _HELP = {
@@ -58,7 +59,7 @@ def _add_recipe(parser: argparse.ArgumentParser, recipe: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a subcommand for every recipe, and `convert`."""
+    """Add a subcommand for every recipe, `convert` and `pool`."""
     subparsers = parser.add_subparsers(dest="recipe", metavar="RECIPE", required=True)
     for name in SIZES:
         _add_recipe(
@@ -67,12 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cli_convert.add_arguments(
         subparsers.add_parser("convert", help=cli_convert.HELP, description=cli_convert.DESCRIPTION)
     )
+    cli_pool.add_arguments(
+        subparsers.add_parser("pool", help=cli_pool.HELP, description=cli_pool.DESCRIPTION)
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the data set and print what is in it; 0 is returned, a UserError raised otherwise."""
     if args.recipe == "convert":
         return cli_convert.run(args)
+    if args.recipe == "pool":
+        return cli_pool.run(args)
     from fairchem_kd.data.create import create
     from fairchem_kd.data.recipes.registry import RECIPES, parse_options
 

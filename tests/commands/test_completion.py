@@ -35,7 +35,7 @@ def made() -> str:
     ("line", "offered"),
     [
         (["c"], "cka compare configs cost"),
-        (["data", ""], "slabs collisions convert"),
+        (["data", ""], "slabs collisions convert pool"),
         (["data", "slabs", "--re"], "--references"),
         (["report", "RUN", "--with", "p"], "physics"),
         (["accept", "--method", ""], "auto emt xtb none"),

@@ -23,8 +23,8 @@ from fairchem_kd.commands import rounds_job
 from fairchem_kd.commands.jobs import Request
 from fairchem_kd.commands.main import main
 from fairchem_kd.commands.rounds import add_arguments
+from fairchem_kd.data.pool import make_pool
 from fairchem_kd.explore.rounds import running, trainings
-from fairchem_kd.explore.rounds.pool import make_pool
 from fairchem_kd.explore.rounds.table import Row, table_of
 from fairchem_kd.models.file import read_checkpoint
 from fairchem_kd.npz import read_array

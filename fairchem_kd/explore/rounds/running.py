@@ -31,11 +31,11 @@ from typing import Any
 from fairchem_kd.analysis.compare.evaluation import evaluate
 from fairchem_kd.analysis.subjects.runs import load_model, read_model
 from fairchem_kd.analysis.subjects.splits import count_structures, open_split, splits_of_run
+from fairchem_kd.data.pool import make_pool
 from fairchem_kd.errors import UserError
 from fairchem_kd.explore.assembling import NothingKept
 from fairchem_kd.explore.exploration import Plan, explore
 from fairchem_kd.explore.potentials import ModelPotential, Potential
-from fairchem_kd.explore.rounds.pool import make_pool
 from fairchem_kd.explore.rounds.table import Row, table_of
 from fairchem_kd.explore.rounds.trainings import STORE, student_of, train, write_config
 from fairchem_kd.explore.settings import RATTLE, Settings, Window
