@@ -235,6 +235,15 @@ def test_coefficients_follow_their_schedule() -> None:
     assert distiller.step == 5  # looking is no step
 
 
+def test_where_every_term_has_ended_the_loss_is_0() -> None:
+    student = painn()
+    ends = {**PLAIN["n2n"], "schedule": {"stop": 0.25}}
+    distiller = Distiller(student, gemnet(), {"n2n": ends}, steps=4)
+    values = [watched(distiller, student).item() for _ in range(2)]
+    assert values[0] > 0
+    assert values[1] == 0
+
+
 def test_values_of_a_term_are_means_over_the_steps_at_which_it_counts() -> None:
     student = painn()
     ends = {"kind": "n2n", "standardize": False, "schedule": {"stop": 0.25}}
