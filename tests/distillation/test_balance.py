@@ -81,6 +81,7 @@ def test_a_balanced_training_goes_on_bit_for_bit(
     )  # fmt: skip
     with trainer(given, timestamp_id="whole") as built:
         built.train(disable_eval_tqdm=True)
+        assert built._watch.asked == {"n2n", "vanilla"}  # nobody has to be told of their weights
         whole, learned = weights(built), built.distillation.balance.state_dict()
         place = Path(built.config["cmd"]["checkpoint_dir"])
     steps = [r["metrics"] for r in read_records(place) if r["kind"] == "train"]
