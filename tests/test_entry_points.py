@@ -14,11 +14,11 @@ from fairchem.core.models.dimenet_plus_plus import DimeNetPlusPlusWrap
 from fairchem_kd import entry_points
 from fairchem_kd.distillation.config import parse_distillation
 from fairchem_kd.errors import UserError
-from fairchem_kd.features import architecture_of
+from fairchem_kd.features import architecture, architecture_of
 from fairchem_kd.losses import NodeToNode, known_losses, loss_class
 
 LOSSES = """
-from fairchem_kd.features import Architecture
+from fairchem_kd.features import Architecture, register_architecture
 from fairchem_kd.losses import NodeToNode
 from fairchem.core.models.dimenet_plus_plus import DimeNetPlusPlusWrap
 
@@ -29,6 +29,10 @@ class Dimes(Architecture):
     model_class = DimeNetPlusPlusWrap
     atom_embedding = None
     num_elements = 5
+
+@register_architecture
+class Decorated(Dimes):
+    "Registered by its import too."
 """
 
 Install = Callable[[str], None]
@@ -38,6 +42,8 @@ Install = Callable[[str], None]
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Put a package `others` with these entry points where Python looks for packages."""
     monkeypatch.setattr("fairchem_kd.losses.base._LOSSES", known_losses())
+    registered = architecture._ARCHITECTURES.copy()
+    monkeypatch.setattr(architecture, "_ARCHITECTURES", registered)
 
     def make(points: str) -> None:
         (tmp_path / "others.py").write_text(LOSSES)
@@ -67,12 +73,13 @@ def test_a_loss_of_another_package_has_a_name(install: Install) -> None:
         loss_class("minne", "here")
 
 
-def test_an_architecture_of_another_package_is_found(install: Install) -> None:
+@pytest.mark.parametrize("name", ["Dimes", "Decorated"])
+def test_an_architecture_of_another_package_is_found(install: Install, name: str) -> None:
     model = DimeNetPlusPlusWrap.__new__(DimeNetPlusPlusWrap)
     with pytest.raises(UserError, match="features of DimeNetPlusPlusWrap cannot be extracted"):
         architecture_of(model)
-    install("[fairchem_kd.architectures]\ndimes = others:Dimes\n")
-    assert type(architecture_of(model)).__name__ == "Dimes"
+    install(f"[fairchem_kd.architectures]\ndimes = others:{name}\n")
+    assert type(architecture_of(model)).__name__ == name
 
 
 @pytest.mark.parametrize(

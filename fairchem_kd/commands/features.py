@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
             model, structures, tap, pool=args.pool, batch_size=args.batch_size, progress=True
         )
         path = write_features(chunks, args.out, about)
-    shapes = ", ".join(f"{request.address} {spec.shape}" for request, spec in tap.specs.items())
-    print(f"wrote {path}: {shapes}", file=sys.stderr)
+    rows = "(S," if args.pool else "(N,"  # edges are summed onto atoms
+    shapes = [f"{one.address} {spec.shape.replace('(N,', rows)}" for one, spec in tap.specs.items()]
+    print(f"wrote {path}: {', '.join(shapes)}", file=sys.stderr)
     return 0

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from fairchem_kd.schema import option
 
 WHERE = "task.distillation.balance"
 GRADIENTS, UNCERTAINTY = "gradient_norm", "uncertainty"
-KINDS = (GRADIENTS, UNCERTAINTY)
+#: Each kind with the options that are its own.
+OWN = {GRADIENTS: ("every", "target", "momentum"), UNCERTAINTY: ("rate",)}
+KINDS = tuple(OWN)
 #: What follows the name of a term in logs and records.
 FACTOR = "balance"
 
@@ -51,6 +53,16 @@ class BalanceOptions:
     momentum: float = option(0.9, ge=0, le=0.999, help="gradient_norm: how much a factor keeps")
     rate: float = option(0.01, gt=0, le=1, help="uncertainty: step size on the log of the scale")
     limit: float = option(1000.0, gt=1, help="a factor lies between one over this and this")
+
+    def __post_init__(self) -> None:
+        defaults = {one.name: one.default for one in fields(self)}
+        for kind, own in OWN.items():
+            for name in own:
+                if kind != self.kind and getattr(self, name) != defaults[name]:
+                    raise UserError(
+                        f"{WHERE}.{name} is of {kind}, and the kind is {self.kind}: take one of "
+                        "the two out."
+                    )
 
 
 def balance_options(given: str | BalanceOptions | None) -> BalanceOptions | None:
@@ -82,6 +94,10 @@ class Balance:
         self.options = options
         self._logs = {name: torch.zeros((), dtype=torch.float64).to(device) for name in terms}
         self._seen = dict.fromkeys(self._logs, False)  # whether a term was looked at yet
+        # whether its gradient was beside one of the labels, who may begin later: on the device
+        self._weighed = {
+            name: torch.zeros_like(log, dtype=torch.bool) for name, log in self._logs.items()
+        }
         self._most = math.log(options.limit)
 
     def factors(self, terms: Iterable[str]) -> Tensor:
@@ -115,9 +131,10 @@ class Balance:
                 continue
             norm = norm.double() / scale
             ratio = self.options.target * own / norm.clamp(min=1e-300) * self.of(name)
-            keep = self.options.momentum if self._seen[name] else 0.0
+            keep = self.options.momentum * self._weighed[name]
             new = (keep * self.of(name) + (1 - keep) * ratio).log()
-            self._set(name, new, (norm > 0) & (own > 0))
+            there = self._set(name, new, (norm > 0) & (own > 0))
+            self._weighed[name] = self._weighed[name] | there
             self._seen[name] = True
 
     def learn_values(self, values: Mapping[str, Tensor]) -> None:
@@ -130,13 +147,19 @@ class Balance:
             down = self.options.rate * (1 - log.exp() * value)  # s falls, f rises where f L < 1
             self._set(name, log + down.clamp(-1.0, 1.0), value > 0)
 
-    def _set(self, name: str, log: Tensor, where: Tensor) -> None:
+    def _set(self, name: str, log: Tensor, where: Tensor) -> Tensor:
+        """Take a factor's log where that is one, ``()``; returns whether it is."""
         there = where & torch.isfinite(log)
         kept = self._logs[name]
         self._logs[name] = torch.where(there, log.clamp(-self._most, self._most), kept)
+        return there
 
     def state_dict(self) -> dict[str, object]:
-        return {"logs": {k: v.cpu() for k, v in self._logs.items()}, "seen": dict(self._seen)}
+        return {
+            "logs": {k: v.cpu() for k, v in self._logs.items()},
+            "seen": dict(self._seen),
+            "weighed": {k: v.cpu() for k, v in self._weighed.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, object]]) -> None:
         """Go on with what was learned."""
@@ -145,3 +168,5 @@ class Balance:
             if isinstance(kept, Tensor):
                 self._logs[name] = kept.to(log)
                 self._seen[name] = bool(state["seen"].get(name))
+                weighed = state.get("weighed", state["seen"]).get(name)  # files of before have none
+                self._weighed[name] = torch.full_like(self._weighed[name], bool(weighed))

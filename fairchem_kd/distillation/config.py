@@ -179,7 +179,11 @@ class DistillationConfig:
     balance: str | BalanceOptions | None = option(
         None, help="gradient_norm or uncertainty: factors of the terms that follow the training"
     )
-    validate: bool = option(False, help="report the distillation losses on the validation set too")
+    validate: bool = option(
+        False,
+        help="report the distillation losses on the validation set too, but for those on slopes "
+        "and on pairs of copies",
+    )
     flush_denormal: bool = option(True, help="CPU only: flush denormal numbers to zero")
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fairchem_kd.distillation.config import DistillationConfig
 from fairchem_kd.distillation.given import (
     OUTPUTS,
+    check_batch,
     check_steps,
     first_batches,
     teacher_of,
@@ -167,8 +168,10 @@ class Distiller:
         """Tap the student during its one forward of ``batch`` inside the block.
 
         Raises:
-            UserError: elements of which the teacher says nothing, or not exactly one forward.
+            UserError: no batch, elements of which the teacher says nothing, or not exactly one
+                forward.
         """
+        check_batch(batch, "watch")
         self.watched = None
         distillation = self.distillation
         distillation.check_elements(batch.atomic_numbers)

@@ -102,14 +102,28 @@ def teacher_of(given: Any, student: nn.Module, device: torch.device, precision: 
     return given
 
 
+def check_batch(given: Any, where: str) -> None:
+    """Refuse what is no batch: a single structure, or an item of a batch that was iterated over.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(getattr(given, "natoms", None), torch.Tensor):
+        raise UserError(
+            f"{where}: this is a {type(given).__name__}, and no batch of structures: collate them "
+            "with fairchem.core.datasets.data_list_collater(structures, otf_graph=True)."
+        )
+
+
 def first_batches(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
     """Batches until so many structures have been seen.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or they are something else.
     """
     seen = 0
     for batch in batches:
+        check_batch(batch, "fit takes several batches")
         yield batch
         seen += len(batch.natoms)
         if seen >= samples:

@@ -78,6 +78,9 @@ class Summing:
         if labels is not None:
             noted = {LABEL_LOSS: Part("", 1.0, labels.detach(), 1)} | noted
         summed = [*(part for _, part in weighted.values()), *noted.values()]
+        if not summed:  # no term runs, or none of them can say anything
+            self.values.end_step()
+            return torch.zeros((), device=self.device)
         totals = _stacked([part.total for part in summed])
         # a plain sum over ranks: their counts add up to one
         counts = self._counts([1.0 / world_size() if p.count is None else p.count for p in summed])

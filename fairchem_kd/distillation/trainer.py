@@ -148,8 +148,8 @@ class DistillationTrainer(RestartableTrainer):
             self._watch = Watch(
                 [name for name, term in terms if term.needs_statistics],
                 self.last_step,
-                # a coefficient that is not the loss's own was chosen
-                [n for n, t in terms if t.coefficient != t.default_coefficient],
+                # a coefficient that is not the loss's own was chosen, and so is one that follows
+                [n for n, t in terms if config.balancing or t.coefficient != t.default_coefficient],
             )
             if self.companions is None:
                 self.companions = self.make_companions(teacher.check_elements)

@@ -237,14 +237,17 @@ def backbone_of(model: nn.Module) -> Any:
 
 
 def _offered() -> list[type[Architecture]]:
-    """The architectures of other packages: looked for where no registered one fits."""
+    """The architectures of other packages: looked for where no registered one fits.
+
+    Loading may register them too, by their decorator.
+    """
     found = []
     for name, architecture in offered(ENTRY_POINTS).items():
         if not (isinstance(architecture, type) and issubclass(architecture, Architecture)):
             logging.warning(
                 f"The entry point '{name}' of {ENTRY_POINTS} is no architecture: left out."
             )
-        elif architecture not in _ARCHITECTURES:
+        else:
             found.append(architecture)
     return found
 
@@ -260,7 +263,7 @@ def architecture_of(model: nn.Module) -> Architecture:
         for architecture in architectures():
             if isinstance(backbone, architecture.model_class):
                 return architecture(root)
-    known = ", ".join(sorted(a.model_class.__name__ for a in (*_ARCHITECTURES, *_offered())))
+    known = ", ".join(sorted({a.model_class.__name__ for a in (*_ARCHITECTURES, *_offered())}))
     raise UserError(
         f"features of {type(backbone).__name__} cannot be extracted; supported architectures: "
         f"{known} (and hydra models with one of them as backbone); a loss on outputs, vanilla, "

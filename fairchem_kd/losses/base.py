@@ -257,6 +257,10 @@ class Loss(nn.Module):
         """Fix the statistics."""
 
     def forward(self, inputs: LossInputs) -> list[Part]:
+        """The term's parts, the same ones on every rank.
+
+        None of them where it can say nothing: an evaluation has no slopes and no pairs of copies.
+        """
         raise NotImplementedError
 
     def check_pair(self, found: Mapping[str, float]) -> None:

@@ -84,8 +84,8 @@ class Jacobian(_OfForces):
 
     def forward(self, inputs: LossInputs) -> list[Part]:
         forces, pos = inputs.student_outputs["forces"], inputs.batch.pos
-        if not (forces.requires_grad and pos.requires_grad):  # evaluation
-            return [Part("", 1.0, 0.0 * forces.detach().sum(), 0)]
+        if not (forces.requires_grad and pos.requires_grad):  # evaluation: there are no slopes
+            return []
         assert inputs.teacher_slopes is not None, "the teacher's slopes come with the batch"
         cotangents = [self._cotangent(inputs, row).to(forces) for row in range(self.options.rows)]
         counting = self._rows(inputs)
@@ -144,7 +144,9 @@ class JacobianAntithetic(_OfForces):
         student = inputs.student_outputs["forces"]
         batch: Any = inputs.batch
         pairs = batch.get("pairs") if hasattr(batch, "get") else getattr(batch, "pairs", None)
-        if pairs is None or not len(pairs):
+        if pairs is None:  # evaluation: there are no copies
+            return []
+        if not len(pairs):
             return [Part("", 1.0, 0.0 * student.sum(), 0)]
         student = student.to(torch.promote_types(student.dtype, torch.float32))
         teacher = inputs.teacher_outputs["forces"].detach().to(student.dtype)

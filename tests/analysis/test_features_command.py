@@ -84,8 +84,13 @@ def test_npz(source: str, expected: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("pool", ["mean", "sum"])
-def test_pooled(pool: str, expected: dict[str, np.ndarray]) -> None:
+def test_pooled(
+    pool: str, expected: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
     extract("pooled.npz", "slabs.traj", "--pool", pool, "--limit", "2")
+    told = capsys.readouterr().err
+    assert "(S, " in told
+    assert "(N, " not in told
     with np.load("pooled.npz") as found:
         assert found["natoms"].tolist() == [13, 14]
         for name, values in expected.items():

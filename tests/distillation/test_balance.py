@@ -43,6 +43,19 @@ def test_factors_by_gradients_are_those_of_a_loop() -> None:
     assert [balance.looks(step, ["a", "b"]) for step in (6, 10)] == [False, True]
 
 
+def test_the_first_gradient_of_labels_that_begin_later_counts_whole() -> None:
+    balance = Balance(BalanceOptions("gradient_norm", every=5), ["a"], CPU)
+    for labels, factor in ((0.0, 1.0), (8.0, 4.0), (16.0, 0.9 * 4.0 + 0.1 * 8.0)):
+        again = Balance(balance.options, ["a"], CPU)
+        again.load_state_dict(balance.state_dict())
+        own = torch.tensor(2.0) * balance.of("a")
+        found = {"labels_grad_norm": torch.tensor(labels), "a_grad_norm": own}
+        for one in (balance, again):
+            one.learn_gradients(found, "labels", {"a": 1.0})
+            assert float(one.of("a")) == pytest.approx(factor)
+    assert not balance.looks(6, ["a"])
+
+
 def test_factors_by_uncertainty_bring_each_weighted_term_to_1() -> None:
     balance = Balance(BalanceOptions("uncertainty", rate=0.1), ["a", "b"], CPU)
     log = 0.0
@@ -61,12 +74,14 @@ def test_a_balanced_training_goes_on_bit_for_bit(
     tmp_path: Path, data: Path, teacher: Path, kind: str
 ) -> None:
     losses = {"n2n": {"schedule": {"warmup_steps": 2}}, "vanilla": {}}
+    often = {"every": 2} if kind == "gradient_norm" else {}
     given = config(
         tmp_path, data, teacher=teacher, losses=losses, checkpoint_every=3,
-        distillation={"balance": {"kind": kind, "every": 2}},
+        distillation={"balance": {"kind": kind, **often}},
     )  # fmt: skip
     with trainer(given, timestamp_id="whole") as built:
         built.train(disable_eval_tqdm=True)
+        assert built._watch.asked == {"n2n", "vanilla"}  # nobody has to be told of their weights
         whole, learned = weights(built), built.distillation.balance.state_dict()
         place = Path(built.config["cmd"]["checkpoint_dir"])
     steps = [r["metrics"] for r in read_records(place) if r["kind"] == "train"]
@@ -94,6 +109,11 @@ def test_a_balanced_training_goes_on_bit_for_bit(
         ({"rate": "nan"}, "rate must be a number"),
         ({"limit": 1}, "limit must be greater than 1"),
         (["uncertainty"], "balance must be"),
+        (
+            {"kind": "uncertainty", "target": 0.1},
+            r"balance\.target is of gradient_norm, and the kind",
+        ),
+        ({"rate": 0.1}, r"balance\.rate is of uncertainty, and the kind is gradient_norm"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(balance: Any, words: str) -> None:

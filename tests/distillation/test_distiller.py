@@ -14,6 +14,7 @@ from fairchem.core.modules.normalization.normalizer import create_normalizer
 from fairchem.core.trainers import OCPTrainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch_geometric.data import Data
 from trainings import assert_same, config, start_ranks, trainer
 from trainings import data as data
 from trainings import teacher as teacher
@@ -233,6 +234,30 @@ def test_coefficients_follow_their_schedule() -> None:
     student.eval()
     watched(distiller, student)
     assert distiller.step == 5  # looking is no step
+
+
+def test_what_is_no_batch_is_refused() -> None:
+    batch = models.batch()
+    distiller = Distiller(painn(), gemnet(), {"n2n": {}})
+    with (
+        pytest.raises(UserError, match="watch: this is a Data, and no batch"),
+        distiller.watch(Data(natoms=3)),
+    ):
+        pass
+    for given in (batch, [Data(natoms=3)]):  # one batch in place of several, structures
+        with pytest.raises(
+            UserError, match=r"fit takes several batches: this is a .*, and no batch"
+        ):
+            distiller.fit(given)
+
+
+def test_where_every_term_has_ended_the_loss_is_0() -> None:
+    student = painn()
+    ends = {**PLAIN["n2n"], "schedule": {"stop": 0.25}}
+    distiller = Distiller(student, gemnet(), {"n2n": ends}, steps=4)
+    values = [watched(distiller, student).item() for _ in range(2)]
+    assert values[0] > 0
+    assert values[1] == 0
 
 
 def test_values_of_a_term_are_means_over_the_steps_at_which_it_counts() -> None:

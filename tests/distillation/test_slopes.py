@@ -105,6 +105,19 @@ def test_gradient_forces_of_esen_have_slopes(student: str, teacher: str) -> None
     assert not any(module.training for module in models[1].modules())  # as it was
 
 
+def test_an_evaluation_has_no_slopes_and_no_pairs_and_so_no_values_of_them() -> None:
+    student = small_model("painn", seed=1)
+    losses = {"vanilla": {}, "jacobian": {}, "jacobian_antithetic": {}, "antisymmetric": {}}
+    for given, names in ((losses, {"vanilla"}), (["jacobian"], set())):
+        distiller = Distiller(student.eval(), small_model("painn"), given)
+        with torch.no_grad(), distiller.watch(batch()):
+            student(batch())
+        assert (distiller.loss() > 0) == bool(names)
+        assert {
+            name.partition(".")[0].removesuffix("_weighted") for name in distiller.values()
+        } == names
+
+
 def test_gradient_forces_of_esen_are_a_slope_already() -> None:
     with pytest.raises(UserError, match=r"antisymmetric lessens .* the student's are a slope"):
         Distiller(small_model("esen_hydra_gradient"), small_model("painn"), ["antisymmetric"])
