@@ -185,16 +185,17 @@ def read_starts(source: Source, limit: int | None = None) -> Iterator[Start]:
 
     Args:
         source: where they are.
-        limit: so many at most, of an LMDB evenly spread over it.
+        limit: so many at most, evenly spread over it.
 
     Raises:
         UserError: it cannot be read, holds none, or one that is not finite or has no atoms.
     """
     with open_structures(source.path, limit=limit) as structures:
-        place = -1
-        for place, sample in enumerate(structures.samples()):
+        empty = True
+        for place, sample in structures.numbered():
+            empty = False
             yield start_of(sample, source, place)
-    if place < 0:
+    if empty:
         raise UserError(f"{source.path} holds no structure; name a file that does.")
 
 

@@ -289,6 +289,12 @@ def test_of_a_folder_of_files_train_is_taken_and_the_others_are_kept_apart_from(
     assert "or of train without it" in capsys.readouterr().err
 
 
+def test_with_a_limit_frames_still_name_the_place_of_what_they_came_of(home: Path) -> None:
+    assert main(["explore", "data", "--out", "new", "--limit", "2", "--copies", "1"]) == 0
+    assert read_array("new/train/metadata.npz", "source").tolist() == [0, TRAIN // 2]
+    assert [one.sid for one in samples("new/train")] == [0, TRAIN // 2]
+
+
 def test_trajectories_may_have_names(home: Path) -> None:
     write_lmdb(Path("named"), 2, seed=3, sid=lambda sid, _: f"random{sid}")
     assert main(["explore", "named", "--out", "new", "--copies", "2"]) == 0
