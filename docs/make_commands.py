@@ -176,14 +176,16 @@ def _text(text: str) -> str:
     """A description or epilog: paragraphs are filled, lines that are indented are commands."""
     parts = []
     for paragraph in text.strip("\n").split("\n\n"):
-        for command, lines in groupby(
-            paragraph.splitlines(), lambda line: line.startswith(("  ", "fairchem"))
-        ):
+        for command, lines in groupby(paragraph.splitlines(), _is_command):
             if command:
                 parts.append("```\n" + textwrap.dedent("\n".join(lines)) + "\n```\n\n")
             else:
                 parts.append(_sentence(" ".join(lines)))
     return "".join(parts)
+
+
+def _is_command(line: str) -> bool:
+    return line.startswith(("  ", "fairchem ", "fairchem-kd "))
 
 
 def _sentence(text: str) -> str:

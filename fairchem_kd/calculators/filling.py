@@ -15,7 +15,7 @@ from pathlib import Path
 
 import ase
 
-from fairchem_kd.calculators.asking import Calculator, NoAnswer, rounded
+from fairchem_kd.calculators.asking import Calculator, NoAnswer, parse_features, rounded
 from fairchem_kd.calculators.checks import check_forces, check_repeats, check_turning
 from fairchem_kd.errors import UserError
 from fairchem_kd.store.card import OWN, Card
@@ -248,6 +248,9 @@ def _look(calculator: Calculator, structures: Sequence[Structure]) -> list[str]:
 def _same(card: Card, calculator: Calculator, store: Path) -> Card:
     """The card of the store of this calculator, with features that are new to it.
 
+    What the store has of other structures is asked of new ones too: a training that reads features
+    could do nothing with records that lack them.
+
     Raises:
         UserError: it is another one's, or a feature is under another key of its results.
     """
@@ -258,15 +261,17 @@ def _same(card: Card, calculator: Calculator, store: Path) -> Card:
             f"--out {store} keeps what another teacher said ({card.name}{was}), not {factory.name} "
             f"with {factory.versions}, or with other arguments: name another folder."
         )
-    known = dict((card.calculator or {}).get("features", {}))
+    told = (card.calculator or {}).get("features", {})
+    known = parse_features([f"{address}={key}" for address, key in told.items()])
     for address, key in calculator.features.items():
         if known.get(address, key) != key:
             raise UserError(
                 f"--features {address}={key}: the store {store} has '{known[address]}' of the "
                 f"results under {address}: give that, or name another folder."
             )
-    if not calculator.features.keys() <= known.keys():
-        told = factory.told({**known, **calculator.features})
+    calculator.features = {**known, **calculator.features}
+    if calculator.features != known:
+        told = factory.told(calculator.features)
         card = Card(card.teacher, card.name, card.features, card.dependence, OWN, told)
         card.write(store)
     return card

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fairchem_kd.commands.arguments import add_physics_arguments, more_than
-from fairchem_kd.commands.output import deliver
+from fairchem_kd.commands.output import check_output, deliver
 from fairchem_kd.errors import UserError
 
 EPILOG = """\
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from fairchem_kd.analysis.accept.bars import bars_for
 
+    args.no_plots = True  # there are none
+    check_output(args)
     bars = bars_for(args.use, args.bars)
     from fairchem_kd.analysis.accept.measure import Subject, named_teacher
     from fairchem_kd.analysis.accept.study import accept
@@ -103,6 +105,5 @@ def run(args: argparse.Namespace) -> int:
         ),
         bars,
     )
-    args.no_plots = True  # there are none
     deliver(args, found.study())
     return 0 if found.accepted else 1

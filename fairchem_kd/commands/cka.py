@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(0),
         default=500,
         metavar="N",
-        help="structures, evenly spread over an LMDB, the first of another file; 0: all (500)",
+        help="structures, evenly spread; 0: all (500)",
     )
     for role in ("teacher", "student"):
         parser.add_argument(

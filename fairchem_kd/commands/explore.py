@@ -263,12 +263,17 @@ def _noting(args: argparse.Namespace, plan: Plan) -> Noting | None:
 
 def _fill_store(args: argparse.Namespace, noting: Noting | None, card: dict[str, Any]) -> None:
     """Keep what the teacher says of the frames, as far as it is not kept yet, for trainings."""
+    from fairchem_kd.explore.starts import Source, is_held_out
     from fairchem_kd.explore.storing import fill_from_model, splits_of
 
     store = _store(args)
     splits = splits_of(args.out, card)
     names = ", ".join(str(path) for path in splits)
-    print(f"as task.distillation.unlabelled: {{dataset: {{format: lmdb, src: {splits[0]}}}}}")
+    to_learn = [path for path in splits if not is_held_out(Source(path, path.name))]
+    if to_learn:
+        print(f"as task.distillation.unlabelled: {{dataset: {{format: lmdb, src: {to_learn[0]}}}}}")
+    else:
+        print(f"not to be trained on: {names}, of structures for validation or tests")
     if store.lower() == "off" or (args.teacher is None and noting is None):
         return
     if noting is not None:

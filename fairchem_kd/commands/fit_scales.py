@@ -37,9 +37,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: no config, no data, no scale factors in the model, or nowhere to write.
     """
+    from fairchem_kd.stock.configs import training_config
     from fairchem_kd.stock.scales import scale_file_key, scale_file_of
 
-    config = _load_config(args.config_yml)
+    config = training_config(args.config_yml)
     model_config = dict(config.get("model") or {})
     if "name" not in model_config:
         raise UserError(f"{args.config_yml} has no model.name, so there is nothing to fit.")
@@ -86,17 +87,6 @@ def fit(
     assert trainer.train_loader is not None
     given = (batch.to(trainer.device) for batch in trainer.train_loader)
     return fit_scale_factors(trainer.model, given, num_batches=batches)
-
-
-def _load_config(path: Path) -> dict[str, Any]:
-    from fairchem_kd.stock.configs import training_config
-
-    if not path.is_file():
-        raise UserError(f"The config {path} (--config-yml) does not exist.")
-    try:
-        return training_config(path)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"The config {path} (--config-yml) cannot be used: {error}") from error
 
 
 def write_scales(scales: dict[str, float], path: Path) -> None:

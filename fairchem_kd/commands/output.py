@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fairchem_kd.errors import UserError
+
 if TYPE_CHECKING:
     from fairchem_kd.report.study import Study
 
@@ -30,12 +32,17 @@ def add_output_arguments(parser: argparse.ArgumentParser, files: str, plots: str
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Before anything is measured, make sure that what was asked for can be drawn.
+    """Before anything is measured, make sure that what was asked for can be drawn and written.
 
     Raises:
-        UserError: plots are asked for and matplotlib is missing.
+        UserError: plots are asked for and matplotlib is missing, or --out can be no folder.
     """
-    if args.out is not None and not args.no_plots:
+    if args.out is None:
+        return
+    for path in (args.out, *args.out.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {args.out}: {path} is a file; name a folder.")
+    if not args.no_plots:
         from fairchem_kd.report.figures import check_matplotlib
 
         check_matplotlib()

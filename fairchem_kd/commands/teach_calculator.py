@@ -96,8 +96,6 @@ def store_of(args: argparse.Namespace) -> Path:
 def _teacher_of(path: Path) -> dict[str, Any]:
     from fairchem_kd.stock.configs import training_config
 
-    if not path.is_file():
-        raise UserError(f"The config {path} does not exist.")
     block = (training_config(path).get("task") or {}).get("distillation")
     teacher = block.get("teacher") if isinstance(block, dict) else None
     return dict(teacher) if isinstance(teacher, dict) else {}

@@ -91,8 +91,6 @@ def trainer_for_teaching(
     Raises:
         UserError: it is no config of a distillation.
     """
-    if not path.is_file():
-        raise UserError(f"The config {path} does not exist.")
     config = training_config(path)
     ensure_built(config)
     block = (config.get("task") or {}).get("distillation")

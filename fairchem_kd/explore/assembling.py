@@ -21,12 +21,12 @@ from fairchem_kd.explore.duplicates import Known
 from fairchem_kd.explore.following import BELOW, BEYOND, CRASHED, KEPT_OF_CRASH
 from fairchem_kd.explore.group_file import read_group
 from fairchem_kd.explore.settings import MD, RATTLE, RELAX, STUDENT, Found, Settings
-from fairchem_kd.explore.starts import Source, Start, read_starts
+from fairchem_kd.explore.starts import TRAIN, Source, Start, read_starts
 
 DUPLICATE = "there already"
 HELD_OUT = "there in a split for validation or tests"
-#: Where a frame came from, beside what stock reads: place in the source, how, and Å, K or eV/Å.
-_MORE = ("source", "kind", "value")
+#: Where a frame came from, beside what stock reads: data, place there, how, and Å, K or eV/Å.
+_MORE = ("data", "source", "kind", "value")
 _METHODS = {
     RATTLE: "displaced copies",
     RELAX: "rattled and relaxed in turn with the teacher's forces",
@@ -152,9 +152,8 @@ def _write(
             frames[start.sid] += 1
             shard.add(_sample(start, one, fid))
             _count(split.tally, start, one, numbers.setdefault(start.sid, len(numbers)), fid)
-            for name, value in zip(
-                ("sid", *_MORE), (start.sid, start.place, one.kind, one.value), strict=True
-            ):
+            told = (start.sid, start.data, start.place, one.kind, one.value)
+            for name, value in zip(("sid", *_MORE), told, strict=True):
                 split.columns[name].append(value)
         shard.close()
     except BaseException:
@@ -263,12 +262,12 @@ def _card(
 ) -> dict[str, Any]:
     labelled = any(split.tally.largest for split in splits.values())
     statistics = {name: split.tally.statistics(Counter()) for name, split in splits.items()}
-    first = next(iter(statistics.values()))
     normalizer = {}
     if labelled:
-        energy = first["energy"]
+        trained = statistics.get(TRAIN) or next(iter(statistics.values()))
+        energy = trained["energy"]
         normalizer["energy"] = {"mean": energy["mean"], "rmsd": energy["std"] or 1.0}
-        normalizer["forces"] = {"mean": 0.0, "rmsd": first["force_rms_free"] or 1.0}
+        normalizer["forces"] = {"mean": 0.0, "rmsd": trained["force_rms_free"] or 1.0}
     kinds = Counter(kind for split in splits.values() for kind in split.columns["kind"])
     return {
         "format": FORMAT,
@@ -281,9 +280,9 @@ def _card(
         },
         "method": _METHODS[settings.mode],
         "note": "A frame has the sid of the structure that it came of, and is in its split; "
-        "metadata.npz says of each which one that was (source), how it was made (kind), and at "
-        "what scale (value: Å of noise, K, or eV/Å between student and teacher, of frames before "
-        f"a {KEPT_OF_CRASH} the teacher's largest force).",
+        "metadata.npz says of each which one that was (data, and its place there, source), how it "
+        "was made (kind), and at what scale (value: Å of noise, K, or eV/Å between student and "
+        f"teacher, of frames before a {KEPT_OF_CRASH} the teacher's largest force).",
         "units": {"energy": "eV", "forces": "eV/Å", "positions": "Å", "cell": "Å"},
         "energy_definition": "energy label = what the teacher says" if labelled else "no labels",
         "reference_energies": None,

@@ -34,7 +34,7 @@ from fairchem_kd.explore.potentials import Potential
 from fairchem_kd.explore.rattling import rattle
 from fairchem_kd.explore.relaxing import relax
 from fairchem_kd.explore.settings import MD, RATTLE, RELAX, STUDENT, Group, Settings, Window
-from fairchem_kd.explore.starts import Source, Start, beside, elements_of, read_starts
+from fairchem_kd.explore.starts import Source, Start, beside, elements_of, read_starts, told_apart
 from fairchem_kd.files import write_text
 from fairchem_kd.reading import read_json
 
@@ -160,8 +160,8 @@ def _groups(plan: Plan) -> list[list[Start]]:
     """
     groups = []
     size = max(plan.settings.batch, 1)
-    for source in plan.sources:
-        starts = list(read_starts(source, plan.limit))
+    held = [list(read_starts(source, plan.limit)) for source in plan.sources]
+    for starts in told_apart(plan.sources, held):
         for model in (plan.teacher, plan.student):
             if model is not None:
                 model.check_elements(elements_of(starts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,8 @@ class Start:
     """One structure to begin with."""
 
     split: str
-    place: int  #: in its source
+    data: str  #: its source
+    place: int  #: in that
     sid: int | str  #: of its trajectory, which what comes of it inherits
     numbers: NDArray[np.int64]  #: (N,)
     pos: Array  #: Å, (N, 3), in single precision
@@ -185,17 +186,44 @@ def read_starts(source: Source, limit: int | None = None) -> Iterator[Start]:
 
     Args:
         source: where they are.
-        limit: so many at most, of an LMDB evenly spread over it.
+        limit: so many at most, evenly spread over it.
 
     Raises:
         UserError: it cannot be read, holds none, or one that is not finite or has no atoms.
     """
     with open_structures(source.path, limit=limit) as structures:
-        place = -1
-        for place, sample in enumerate(structures.samples()):
+        empty = True
+        for place, sample in structures.numbered():
+            empty = False
             yield start_of(sample, source, place)
-    if place < 0:
+    if empty:
         raise UserError(f"{source.path} holds no structure; name a file that does.")
+
+
+def told_apart(sources: Sequence[Source], held: Sequence[Sequence[Start]]) -> Iterator[list[Start]]:
+    """The structures of sources, with no trajectory called as one of another data set is.
+
+    Where two in one split have a name in common, or one has numbers and the other has words, the
+    trajectories of that split are numbered anew, in order.
+    """
+    named: dict[str, dict[tuple[Path, int | str], int]] = {}
+    for source, starts in zip(sources, held, strict=True):
+        names = named.setdefault(source.split, {})
+        for start in starts:
+            names.setdefault((_data_set(source), start.sid), len(names))
+    for source, starts in zip(sources, held, strict=True):
+        numbers, place = named[source.split], _data_set(source)
+        bare = {name for _, name in numbers}
+        if len(bare) == len(numbers) and len(set(map(type, bare))) == 1:
+            yield list(starts)
+        else:
+            yield [replace(start, sid=numbers[place, start.sid]) for start in starts]
+
+
+def _data_set(source: Source) -> Path:
+    """Of which names are of one kind: a file, or the folder of LMDBs."""
+    path = source.path.absolute()
+    return path.parent if path.suffix == ".lmdb" else path
 
 
 def start_of(sample: Data, source: Source, place: int) -> Start:
@@ -230,6 +258,7 @@ def start_of(sample: Data, source: Source, place: int) -> Start:
     digest = hashlib.blake2b(numbers.tobytes() + pos.tobytes() + cell.tobytes(), digest_size=16)
     return Start(
         source.split,
+        str(source.path),
         place,
         _name(getattr(sample, "sid", None), place),
         numbers,

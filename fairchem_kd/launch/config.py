@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import logging
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from fairchem_kd.distillation.config import OURS
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.models.legacy import refuse_renamed_keys
 from fairchem_kd.schema import is_null
-from fairchem_kd.stock.configs import build_config, read_yaml
+from fairchem_kd.stock.configs import check_blocks, read_yaml, usable_config
 from fairchem_kd.stock.options import check_overrides
 from fairchem_kd.stock.trainer import check_run_names
 
@@ -67,11 +66,7 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
                 f"the argument {word!r} is no flag of fairchem and no override of a config key; "
                 "overrides are written as --optim.max_epochs=3."
             )
-    try:
-        config = build_config(args, [_as_literal(word) for word in overrides])
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"the config {path} cannot be used: {reason}") from error
+    config = usable_config(args, [_as_literal(word) for word in overrides])
     try:
         refuse_renamed_keys(config, f"the config {path}")
     except UserError as error:
@@ -79,11 +74,7 @@ def read_config(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any
             raise
         logging.warning(f"{error} It is not read.")  # as stock, which has defaults in its place
     check_run_names(config)
-    missing = [key for key in ("model", "dataset", "optim") if key not in config]
-    if missing:
-        near = difflib.get_close_matches("includes", map(str, config), n=1)
-        meant = f"; nobody reads its '{near[0]}' (did you mean 'includes'?)" if near else ""
-        raise UserError(f"the config {path} has no {' and no '.join(missing)} block{meant}.")
+    check_blocks(config, path)
     if is_ours(config):
         check_overrides(overrides, read_yaml(path))
     return config

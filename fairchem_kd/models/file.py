@@ -22,6 +22,7 @@ from fairchem_kd.errors import UserError
 from fairchem_kd.files import write_whole
 from fairchem_kd.models import gate
 from fairchem_kd.models.card import check_digest
+from fairchem_kd.models.module_file import ABOUT
 from fairchem_kd.weights_only import weights_only
 
 #: The keys without which nothing can be done with a fairchem 1.x checkpoint.
@@ -139,9 +140,21 @@ def _check_container(path: Path) -> None:
                 "archive); copy or download it again."
             )
         _check_sizes(path)
+        _refuse_module(path)
     elif head[:1] != b"\x80":
         hint = " (a Git LFS pointer: run `git lfs pull`)" if head == b"vers" else ""
         raise UserError(f"{path} is not a PyTorch checkpoint{hint}.")
+
+
+def _refuse_module(path: Path) -> None:
+    """Refuse a student's module, which is an archive of torch's too."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(PurePath(name).name == ABOUT for name in names):
+        raise UserError(
+            f"{path} is no checkpoint but a module of `fairchem-kd export --module`, which "
+            "ModuleCalculator reads: name the checkpoint or the run that it was made of."
+        )
 
 
 def _check_sizes(path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fairchem.core.common import utils
 from fairchem.core.common.flags import flags
 
 from fairchem_kd import reading
+from fairchem_kd.errors import UserError
 from fairchem_kd.reading import Unreadable
 from fairchem_kd.stock.noise import without_the_untold
 
@@ -106,6 +108,40 @@ def as_on_the_command_line(value: Any) -> Any:
 
 
 def training_config(path: Path) -> dict[str, Any]:
-    """The config that ``fairchem --mode train --config-yml PATH`` would run."""
+    """The config that ``fairchem --mode train --config-yml PATH`` would run.
+
+    Raises:
+        UserError: there is none, it or what it includes cannot be read, or it is of no training.
+    """
+    if not path.is_file():
+        raise UserError(f"The config {path} does not exist.")
     args = flags.get_parser().parse_args(["--mode", "train", "--config-yml", str(path)])
-    return build_config(args, [])
+    config = usable_config(args, [])
+    check_blocks(config, path)
+    return config
+
+
+def usable_config(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """What :func:`build_config` reads.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return build_config(args, overrides)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"the config {args.config_yml} cannot be used: {reason}") from error
+
+
+def check_blocks(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a config without what every training has.
+
+    Raises:
+        UserError: naming what is not there.
+    """
+    missing = [key for key in ("model", "dataset", "optim") if key not in config]
+    if missing:
+        near = difflib.get_close_matches("includes", map(str, config), n=1)
+        meant = f"; nobody reads its '{near[0]}' (did you mean 'includes'?)" if near else ""
+        raise UserError(f"the config {path} has no {' and no '.join(missing)} block{meant}.")

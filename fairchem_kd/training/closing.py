@@ -80,7 +80,8 @@ def closing_lines(trainer: RestartableTrainer, seconds: float) -> list[str]:
     folder = Path(trainer.config["cmd"]["checkpoint_dir"])
     best, last = folder / "best_checkpoint.pt", folder / "checkpoint.pt"
     found = next((path for path in (best, last) if path.is_file()), None)
-    lines = [f"Done: {trainer.step} steps. The student is {_relative(found or folder)}"]
+    left = f"The student is {_relative(found)}" if found else "They have left no checkpoint"
+    lines = [f"Done: {trainer.step} steps. {left}"]
     judged = judge(trainer, best if best.is_file() else None)
     lines += [str(one) for one in judged]
     if judged and judged[0].teacher_is_no_better:
@@ -90,10 +91,10 @@ def closing_lines(trainer: RestartableTrainer, seconds: float) -> list[str]:
             "labels, would give it something to teach."
         )
     lines.append(f"It took {in_words(seconds)}{trainer.cost_in_words()}.")
-    run, student = shlex.quote(_relative(folder)), shlex.quote(_relative(found or folder))
-    pair = f"{run} OTHER_RUN" if trainer.teacher_prediction is None else f"PLAIN_RUN {run}"
-    lines.append(f"Compare it: fairchem-kd compare {pair}")
     if found is not None:
+        run, student = shlex.quote(_relative(folder)), shlex.quote(_relative(found))
+        pair = f"{run} OTHER_RUN" if trainer.teacher_prediction is None else f"PLAIN_RUN {run}"
+        lines.append(f"Compare it: fairchem-kd compare {pair}")
         lines.append(f"Hand it on: fairchem-kd export {student} student.pt")
     return lines
 

@@ -221,15 +221,18 @@ def test_refusals(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[
 
 
 def test_structures_of_either_source(home: Path, tmp_path: Path) -> None:
-    """Evenly spread of an LMDB, the first of a file; what is not periodic gets room."""
+    """Evenly spread, each with its place; what is not periodic gets room."""
     with open_structures("data/test", limit=4) as opened:
         [part] = opened.batches(10)
         assert opened.count == 4
+        assert [place for place, _ in opened.numbered()] == [0, 2, 5, 7]
     assert part.sid.tolist() == [0, 2, 5, 7]
     slabs = structures(4)
     slabs[1].pbc = (True, True, False)
     molecule = ase.Atoms("H2O", positions=[(0, 0, 0), (0.9, 0, 0.3), (-0.9, 0, 0.3)])
     ase.io.write(tmp_path / "a.traj", [*slabs, molecule])
+    with open_structures(tmp_path / "a.traj", limit=2) as opened:
+        assert [(place, one.sid) for place, one in opened.numbered()] == [(0, 0), (2, 2)]
     with open_structures(tmp_path / "a.traj") as opened:
         [mixed] = opened.batches(10)
         assert opened.count is None

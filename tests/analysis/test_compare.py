@@ -303,6 +303,10 @@ def test_splits_are_found(home: Path) -> None:
         (["checkpoints"], "it holds the runs"),
         (["data/test/metadata.npz"], "is not a fairchem checkpoint|damaged|not a PyTorch"),
         (["teacher.pt", "--split", "data/nowhere"], "the split nowhere.src: .*does not exist"),
+        (["teacher.pt", "--split", "slabs.xyz"], "`fairchem-kd data convert slabs.xyz --out DATA`"),
+        (["teacher.pt", "--split", "files"], "`fairchem-kd data convert files --out DATA` makes"),
+        (["teacher.pt", "--out", "slabs.xyz"], "--out slabs.xyz: slabs.xyz is a file"),
+        (["teacher.pt", "--out", "slabs.xyz/found"], "slabs.xyz is a file; name a folder"),
         (["teacher.pt", "--split", "a=data/val", "--split", "a=data/test"], "splits are called a"),
         (["teacher.pt", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["=teacher.pt"], "is no run"),
@@ -310,6 +314,9 @@ def test_splits_are_found(home: Path) -> None:
     ],
 )
 def test_refusals(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (Path("slabs.xyz"), Path("files/all.xyz")):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
     try:
         assert cli.main(["compare", *argv, "--no-throughput", "--cpu"]) == 2
     finally:

@@ -20,6 +20,7 @@ from fairchem_kd.store import Card, Reader
 from fairchem_kd.teachers import filling
 
 DATA = ["data/train", "--teacher", "teacher.pt", "--features", "node", "edge", "--cpu"]
+CALCULATOR = ["--calculator", "ase.calculators.emt:EMT", "--out", "s"]
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,11 @@ def test_jobs_are_told_what_was_asked(words: list[str]) -> None:
         (["data/gone", *DATA[1:], "--submit"], "data/gone does not exist"),
         (["gone.yml", "--submit"], "gone.yml does not exist"),
         (["bad.yml", "--submit"], "has an unknown key 'stroe' (did you mean 'store'?)"),
+        (["gone.yml"], "gone.yml does not exist"),
+        (["lost.yml"], "lost.yml includes base.yml, which is neither in the current directory"),
+        (["lost.yml", *CALCULATOR], "lost.yml includes base.yml, which is neither in the current"),
+        (["lost.yml", "--submit"], "lost.yml includes base.yml, which is neither in the current"),
+        (["half.yml"], "half.yml has no model and no optim block"),
         (["config.yml", "--features", "node"], "give it alone"),
         (["info", "data"], "is no store"),
         (["verify", "gone"], "is no store"),
@@ -193,7 +199,10 @@ def test_jobs_are_told_what_was_asked(words: list[str]) -> None:
 def test_what_cannot_work_is_refused(
     home: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("bad.yml").write_text("task: {distillation: {teacher: {checkpoint: a.pt, stroe: b}}}\n")
+    blocks = "{model: {}, optim: {}, dataset: {}, task: {distillation: {teacher: {stroe: b}}}}"
+    Path("bad.yml").write_text(blocks + "\n")
+    Path("lost.yml").write_text("includes: [base.yml]\n")
+    Path("half.yml").write_text("dataset: {}\n")
     write_config()
     assert main(["teach", *words]) == 2
     assert message in capsys.readouterr().err

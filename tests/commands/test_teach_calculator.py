@@ -203,6 +203,10 @@ def test_features_of_a_calculator_teach(home: Path, capsys: pytest.CaptureFixtur
     assert main(words) == 0
     assert "feature:vector:vector        (N, 3, 2) <f4: 11 structures" in capsys.readouterr().out
     assert len(trained(arguments(losses={"n2n": {}, "v2v": {"teacher": "vector"}})))
+    # of structures that it lacks the store asks for the same, as the training's advice has it
+    write_lmdb(Path("data/more"), 3, seed=90)
+    assert main(["teach", "data/more", *words[2:-3], "--out", "store"]) == 0
+    assert "feature:vector:vector        (N, 3, 2) <f4: 14 structures" in capsys.readouterr().out
     words[-1] = "vector=other"
     assert main(words) == 2
     assert "the store store has 'arrows' of the results under vector" in capsys.readouterr().err

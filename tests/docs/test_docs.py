@@ -67,6 +67,10 @@ def test_the_page_of_commands_is_that_of_the_code() -> None:
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), (
         "run: python docs/make_commands.py"
     )
+    prose = "Models are asked through\nfairchem_kd.StudentCalculator.\nfairchem-kd physics RUN"
+    [said, command] = module._text(prose).strip().split("\n\n")
+    assert said == "Models are asked through fairchem_kd.StudentCalculator."
+    assert command == "```\nfairchem-kd physics RUN\n```"
 
 
 def test_every_page_can_be_reached_on_github() -> None:

@@ -257,8 +257,11 @@ def test_nothing_of_a_test_gets_into_train(home: Path, capsys: pytest.CaptureFix
     assert len(samples("again/train")) == TRAIN
 
 
-def test_a_file_that_ase_reads_is_of_the_split_that_its_name_says(home: Path) -> None:
+def test_a_file_that_ase_reads_is_of_the_split_that_its_name_says(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["explore", "slabs_test.extxyz", "--out", "new", "--copies", "2"]) == 0
+    assert "not to be trained on: new/test" in capsys.readouterr().out
     assert len(samples("new/test")) == 6
     assert [one.sid for one in samples("new/test")] == [0, 0, 1, 1, 2, 2]
 
@@ -287,6 +290,35 @@ def test_of_a_folder_of_files_train_is_taken_and_the_others_are_kept_apart_from(
     Path("flat/train.extxyz").rename("flat/val.extxyz")
     assert main(["explore", "flat", "--out", "none"]) == 2
     assert "or of train without it" in capsys.readouterr().err
+
+
+def test_the_normalizer_is_that_of_train(home: Path) -> None:
+    for name, splits in (("one", ["train"]), ("both", ["val", "train"])):
+        assert main(["explore", "data", "--out", name, "--splits", *splits, *EMT]) == 0
+    one, both = (json.loads(Path(name, "card.json").read_text()) for name in ("one", "both"))
+    assert list(both["splits"]) == ["val", "train"]
+    assert both["normalizer"] == one["normalizer"]
+
+
+def test_with_a_limit_frames_still_name_the_place_of_what_they_came_of(home: Path) -> None:
+    assert main(["explore", "data", "--out", "new", "--limit", "2", "--copies", "1"]) == 0
+    assert read_array("new/train/metadata.npz", "source").tolist() == [0, TRAIN // 2]
+    assert [one.sid for one in samples("new/train")] == [0, TRAIN // 2]
+
+
+def test_trajectories_of_several_sources_are_not_taken_for_one(home: Path) -> None:
+    """Each file counts its structures from 0, and a data set may have names."""
+    write_lmdb(Path("named/train"), 2, seed=3, sid=lambda sid, _: f"random{sid}")
+    shutil.copy("slabs_test.extxyz", "more.extxyz")
+    words = ["--out", "new", "--copies", "2"]
+    assert main(["explore", "data", "named", "more.extxyz", *words]) == 0
+    count = TRAIN + 5
+    assert json.loads(Path("new/card.json").read_text())["splits"]["train"]["trajectories"] == count
+    assert [one.sid for one in samples("new/train")] == [n for n in range(count) for _ in range(2)]
+    files = ["data/train"] * TRAIN + ["named/train"] * 2 + ["more.extxyz"] * 3
+    assert read_array("new/train/metadata.npz", "data")[::2].tolist() == files
+    places = [*range(TRAIN), 0, 1, 0, 1, 2]
+    assert read_array("new/train/metadata.npz", "source")[::2].tolist() == places
 
 
 def test_trajectories_may_have_names(home: Path) -> None:

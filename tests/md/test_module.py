@@ -375,6 +375,8 @@ def test_files_that_are_no_modules(files: dict[str, tuple[Path, Path]], tmp_path
         ModuleCalculator(tmp_path / "text.pt2")
     with pytest.raises(UserError, match="was not written by"):
         ModuleCalculator(checkpoint)
+    with pytest.raises(UserError, match="no checkpoint but a module"):
+        StudentCalculator(module)
     rewrite(module, tmp_path / "list.pt2", lambda told: [told])
     with pytest.raises(UserError, match="no mapping"):
         ModuleCalculator(tmp_path / "list.pt2")

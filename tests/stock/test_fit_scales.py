@@ -205,5 +205,5 @@ def test_what_cannot_be_fitted_is_refused(
 
 
 def test_a_missing_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no\.yml \(--config-yml\) does not exist"):
+    with pytest.raises(UserError, match=r"no\.yml does not exist"):
         _run(tmp_path / "no.yml")

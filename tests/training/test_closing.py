@@ -85,6 +85,14 @@ def test_plain_training_has_no_teacher(tmp_path: Path, data: Path) -> None:
     assert lines[4].endswith("-test OTHER_RUN")
 
 
+def test_no_student_is_named_where_none_was_saved(tmp_path: Path, data: Path) -> None:
+    with trainer(config(tmp_path, data, eval_every=1000)) as built:
+        built.train(disable_eval_tqdm=True)
+        lines = closing_lines(built, 30.0)
+    assert lines[0].endswith("steps. They have left no checkpoint")
+    assert lines[-1] == "It took 30 s."
+
+
 def test_an_end_that_cannot_be_looked_at_is_no_failure(
     tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

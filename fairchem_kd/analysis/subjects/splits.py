@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from fairchem_kd.analysis.subjects.named_data import BESIDE
 from fairchem_kd.data.build import check_dataset, ensure_built
+from fairchem_kd.data.convert.sources import is_known
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.datasets import close_dataset, collate, open_dataset, open_in_order
 
@@ -98,11 +99,28 @@ def count_structures(settings: Mapping[str, Any]) -> int:
 
 
 def given_split(text: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and settings of a split given as ``PATH`` or ``NAME=PATH``."""
+    """Name and settings of a split given as ``PATH`` or ``NAME=PATH``.
+
+    Raises:
+        UserError: it is of files that ASE reads, where an LMDB is wanted.
+    """
     name, separator, path = text.partition("=")
     if not separator or Path(text).exists():
         name, path = "", text
-    return name or Path(path).name, split_settings(config, path)
+    settings = split_settings(config, path)
+    if settings["format"] == "lmdb" and _holds_others(Path(path)):
+        raise UserError(
+            f"--split {path} is no LMDB, in which this run's data are: `fairchem-kd data convert "
+            f"{path} --out DATA` makes one of it."
+        )
+    return name or Path(path).name, settings
+
+
+def _holds_others(path: Path) -> bool:
+    """Whether it is, or has, a file of structures, and no LMDB."""
+    if path.is_dir():
+        return not any(path.glob("*.lmdb")) and any(map(is_known, path.iterdir()))
+    return path.is_file() and path.suffix != ".lmdb" and is_known(path)
 
 
 def splits_of_run(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,7 +14,7 @@ import numpy as np
 from fairchem_kd.analysis.subjects.splits import splits_of_run
 from fairchem_kd.data.build import check_dataset, ensure_built
 from fairchem_kd.data.convert.sources import find_files
-from fairchem_kd.data.xyz_file import SUFFIXES, check_xyz
+from fairchem_kd.data.xyz_file import SUFFIXES, check_xyz, frames_of
 from fairchem_kd.errors import UserError
 from fairchem_kd.stock.datasets import close_dataset, collate, open_in_order
 from fairchem_kd.stock.periodicity import as_periodic, tags_of
@@ -34,7 +34,7 @@ class Structures:
     name: str
     path: str
     count: int | None  #: None where only reading to the end tells
-    _read: Callable[[], Iterator[Data]] = field(repr=False)
+    _read: Callable[[], Iterator[tuple[int, Data]]] = field(repr=False)
 
     def samples(self) -> Iterator[Data]:
         """One structure after the other, as fairchem's collater takes them.
@@ -42,11 +42,19 @@ class Structures:
         Raises:
             UserError: one that cannot be read, or whose positions or cell are not finite.
         """
-        for number, sample in enumerate(self._read()):
+        return (sample for _, sample in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Data]]:
+        """The same, each with its place among all that there are, whatever the limit is.
+
+        Raises:
+            UserError: see :meth:`samples`.
+        """
+        for number, sample in self._read():
             for key in ("pos", "cell"):
                 if problem := not_finite(key, getattr(sample, key)):
                     raise UserError(f"{self.path}: structure {number} {problem}.")
-            yield sample
+            yield number, sample
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches in the order of the file.
@@ -90,8 +98,7 @@ def open_structures(
         source: a folder of ``*.lmdb`` files, one such file, any other file that ASE reads, a
             folder of those, or a dataset's config (``{"format": "lmdb", "src": ...}``, whose
             ``build`` is honoured).
-        limit: so many structures at most: of an LMDB evenly spread over it, of another file the
-            first ones, since it is read as it comes.
+        limit: so many structures at most, evenly spread over all of them.
         name: what tables call it; by default the last part of its path.
         labels: read the labels of files that ASE reads too; those of LMDBs are there anyway.
 
@@ -112,8 +119,8 @@ def open_structures(
         total = len(dataset)
         count = total if limit is None else min(limit, total)
 
-        def read() -> Iterator[Data]:
-            return (dataset[number * total // count] for number in range(count))
+        def read() -> Iterator[tuple[int, Data]]:
+            return ((place, dataset[place]) for place in _spread(total, count))
 
         path = Path(source["src"])
         yield Structures(name or path.name, str(path), count, read)
@@ -148,14 +155,29 @@ def _files(path: Path) -> list[Path]:
         ) from error
 
 
-def _ase(files: Sequence[Path], limit: int | None, labels: bool) -> Iterator[Data]:
-    """The structures of files that ASE reads, one after the other."""
-    found = (atoms for file in files for atoms in _read(file))
-    for number, atoms in enumerate(islice(found, limit)):
+def _ase(files: Sequence[Path], limit: int | None, labels: bool) -> Iterator[tuple[int, Data]]:
+    """The structures of files that ASE reads, one after the other; with a limit read twice."""
+    found: Iterable[tuple[int, ase.Atoms]]
+    found = enumerate(atoms for file in files for atoms in _read(file))
+    if limit is not None:
+        places = set(_spread(sum(map(_frames, files)), limit))
+        found = (one for one in found if one[0] in places)
+    for number, atoms in found:
         sample = to_sample(atoms, number)
         if labels:
             _add_labels(sample, atoms)
-        yield sample
+        yield number, sample
+
+
+def _spread(total: int, limit: int) -> list[int]:
+    """At most so many places, evenly spread over all."""
+    count = min(limit, total)
+    return [number * total // count for number in range(count)]
+
+
+def _frames(file: Path) -> int:
+    """How many structures there are in it."""
+    return sum(1 for _ in (frames_of(file) if file.suffix in SUFFIXES else _read(file)))
 
 
 def _add_labels(sample: Data, atoms: ase.Atoms) -> None:
