@@ -111,7 +111,7 @@ def given_split(text: str, config: Mapping[str, Any]) -> tuple[str, dict[str, An
     if settings["format"] == "lmdb" and _holds_others(Path(path)):
         raise UserError(
             f"--split {path} is no LMDB, in which this run's data are: `fairchem-kd data convert "
-            f"{path} --out DATA` makes one of it."
+            f"{path} DATA` makes one of it."
         )
     return name or Path(path).name, settings
 
