@@ -12,8 +12,8 @@ import ase
 import numpy as np
 from numpy.typing import NDArray
 
-from fairchem_kd.analysis.subjects.structures import open_structures
-from fairchem_kd.data.convert.sources import find_files, is_known, split_of
+from fairchem_kd.analysis.subjects.structures import files_in, open_structures
+from fairchem_kd.data.convert.sources import is_known, split_of
 from fairchem_kd.errors import UserError, did_you_mean
 from fairchem_kd.stock.periodicity import axes, everywhere, tags_of
 
@@ -118,7 +118,7 @@ def _sources_in(path: Path, splits: Sequence[str] | None) -> list[Source]:
     elif path.suffix == ".lmdb":
         named = [Source(path, path.absolute().parent.name)]
     else:
-        named = [Source(file, split_of(file, [path]) or TRAIN) for file in find_files([path])]
+        named = [Source(file, split_of(file, [path]) or TRAIN) for file in files_in(path)]
         if path.is_dir() and len({source.split for source in named}) > 1:
             splits = splits or [TRAIN]  # as of a data set with several
     return [source for source in named if not splits or source.split in splits] or _none(path)

@@ -440,6 +440,15 @@ def test_other_options_begin_anew_and_an_other_set_is_not_replaced(
 TOY = ["--calculator", "toy_calculators:Toy", "--calculator-args"]
 
 
+def test_a_folder_above_data_sets_is_none(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("above").mkdir()
+    Path("data").rename("above/data")
+    assert main(["explore", "above", "--out", "new"]) == 2
+    error = capsys.readouterr().err
+    assert "The folder above has no *.lmdb file and no file that ASE is known to read" in error
+    assert "--pattern" not in error  # which is of `data convert`
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

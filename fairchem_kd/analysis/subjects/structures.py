@@ -110,7 +110,7 @@ def open_structures(
         if not path.exists():
             raise UserError(f"{path} does not exist in {Path.cwd()}; name a file of structures.")
         if path.suffix != ".lmdb" and not (path.is_dir() and any(path.glob("*.lmdb"))):
-            files = _files(path)
+            files = files_in(path)
             yield Structures(name or path.name, str(path), None, lambda: _ase(files, limit, labels))
             return
         source = {"format": "lmdb", "src": str(path)}
@@ -145,7 +145,12 @@ def _open_dataset(settings: Mapping[str, Any]) -> Any:
     return dataset
 
 
-def _files(path: Path) -> list[Path]:
+def files_in(path: Path) -> list[Path]:
+    """The files that ASE reads in a folder, or the file itself.
+
+    Raises:
+        UserError: it has none.
+    """
     try:
         return find_files([path])
     except UserError as error:
