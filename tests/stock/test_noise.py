@@ -71,7 +71,7 @@ def test_configs_that_overwrite_what_they_include_are_read_in_silence(
 ) -> None:
     if verbose:
         monkeypatch.setenv(noise.VERBOSE, "1")
-    (tmp_path / "base.yml").write_text("optim: {batch_size: 1}\n")
+    (tmp_path / "base.yml").write_text("model: {}\ndataset: {}\noptim: {batch_size: 1}\n")
     (tmp_path / "over.yml").write_text("includes: [base.yml]\noptim: {batch_size: 2}\n")
     assert training_config(tmp_path / "over.yml")["optim"]["batch_size"] == 2
     assert ("Overwritten config parameters" in caplog.text) == verbose
