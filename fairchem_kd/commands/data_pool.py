@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from fairchem_kd.errors import UserError
@@ -36,16 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.dest.exists() or args.dest.is_symlink():
         raise UserError(f"DEST {args.dest} is there already: remove it, or name another folder.")
-    places = [split.resolve() for split in args.splits]
-    for number, split in enumerate(args.splits):
-        if places[number] in places[:number]:
-            raise UserError(f"{split} is given twice: its structures would count twice.")
-        if split.is_dir() and not any(split.glob("*.lmdb")):
-            inside = sorted(one.name for one in split.iterdir() if any(one.glob("*.lmdb")))
-            named = f" name one of its splits ({', '.join(inside)})." if inside else ""
-            raise UserError(f"{split} has no LMDB:{named or ' name the folder of a split.'}")
-        if not split.exists():
-            raise UserError(f"{split} does not exist in {Path.cwd()}: name the folder of a split.")
+    _check(args.splits)
     counts = []
     for split in args.splits:
         with open_structures({"format": "lmdb", "src": str(split)}) as opened:
@@ -56,12 +48,31 @@ def run(args: argparse.Namespace) -> int:
         make_pool(args.dest, args.splits)
     except OSError as error:
         raise UserError(f"DEST {args.dest} cannot be written: {error}.") from error
-    parts = ", ".join(
-        f"{number} of {split}" for number, split in zip(counts, args.splits, strict=True)
-    )
-    print(f"{args.dest}: {sum(counts)} structures ({parts})")
+    told = [f"{number} of {split}" for number, split in zip(counts, args.splits, strict=True)]
+    print(f"{args.dest}: {sum(counts)} structures ({', '.join(told)})")
     print(
         "task:\n  distillation:\n    unlabelled:\n"
         f"      dataset: {{format: lmdb, src: {args.dest}}}"
     )
     return 0
+
+
+def _check(splits: Sequence[Path]) -> None:
+    """Refuse splits that are not there, have no LMDB, or are given twice.
+
+    Raises:
+        UserError: naming the split.
+    """
+    seen = set()
+    for split in splits:
+        if split.resolve() in seen:
+            raise UserError(f"{split} is given twice: its structures would count twice.")
+        seen.add(split.resolve())
+        if not split.exists():
+            raise UserError(f"{split} does not exist in {Path.cwd()}: name the folder of a split.")
+        if split.is_dir() and not any(split.glob("*.lmdb")):
+            inside = sorted(one.name for one in split.iterdir() if any(one.glob("*.lmdb")))
+            named = (
+                f"one of its splits ({', '.join(inside)})" if inside else "the folder of a split"
+            )
+            raise UserError(f"{split} has no LMDB: name {named}.")
